@@ -1,0 +1,56 @@
+# The two commands are 'make bench' and 'make test'; 'make help' lists the rest.
+# They work in .venv, which the first one creates (the only step that needs the network).
+
+PYTHON ?= python3
+VENV := .venv
+IN_VENV := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+ARGS ?=
+
+export ESPKERNELS_WERROR ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+CXX_FILES = $(shell find csrc tests bench \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help install build test bench lint format clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1|/' | column -t -s '|'
+
+install: build ## .venv with the pinned dependencies and an editable build
+
+test: build ## all tests; make test ARGS="-k pyramid" for some
+	$(IN_VENV) -m pytest $(ARGS)
+
+bench: build ## verify and time the kernels; table, chart and JSON in bench/results/
+	$(IN_VENV) -m espkernels bench $(ARGS)
+
+lint: build ## ruff, mypy and clang-format, all read-only
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	rm -rf build/typing && mkdir -p build/typing/espkernels
+	ln -s $(filter-out %/models,$(wildcard $(CURDIR)/espkernels/*)) $(CURDIR)/models build/typing/espkernels/
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: build ## rewrite the sources in the house style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean: ## remove everything that make made
+	rm -rf $(VENV) build dist espkernels.egg-info espkernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Compiles only what changed, and says so in a line when nothing did.
+build: $(INSTALLED)
+	@$(IN_VENV) setup.py -q build_ext --inplace
+
+$(INSTALLED): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("espkernels needs Python >= 3.10, and $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(IN_VENV) -m pip install -c constraints.txt setuptools wheel ninja pybind11 torch numpy
+	$(IN_VENV) -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@

@@ -1,0 +1,139 @@
+// The inner loop of every depthwise pass: a block of outputs stays in registers while the taps go by, one fused
+// multiply-add with one memory operand for each tap and output vector.
+#include "depthwise_taps.h"
+
+namespace espk::ESPK_ISA {
+namespace {
+
+// Pixels put neighbouring pixels side by side, planes also rows, since few vectors make a row of a plane.
+constexpr BlockShape kPixelShapes[] = {{1, 14}, {1, 8}, {2, 7}, {2, 4}};
+constexpr BlockShape kPlaneShapes[] = {{1, 8}, {2, 4}, {4, 2}, {8, 1}};
+
+// Affine and PReLU of one result; `Pixels` have a number for each lane.
+template <class C, int N, bool Pixels>
+inline Vector<C, N> affine_prelu(Vector<C, N> v, const C* scale, const C* shift, const C* slope) {
+  using V = Vector<C, N>;
+  if constexpr (Pixels) {
+    v = v * load<N>(scale) + load<N>(shift);
+    return v > V{} ? v : v * load<N>(slope);
+  } else {
+    v = v * broadcast<C, N>(*scale) + broadcast<C, N>(*shift);
+    return v > V{} ? v : v * broadcast<C, N>(*slope);
+  }
+}
+
+template <class C, int N, bool Pixels, int R, int X>
+void sweep_blocks(const Sweep<C>& given) {
+  using V = Vector<C, N>;
+  const Sweep<C> s = given;  // a copy that no store can alias
+  for (int64_t y = 0; y < s.rows; y += R) {
+    for (int64_t x = 0; x < s.columns; x += X) {
+      const bool whole =
+          y + R <= s.rows && x + X <= s.columns && s.valid - (x + X - 1) * s.valid_step >= N;
+      V sum[R][X];
+      for (int g = 0; g < s.taps->segment_count; ++g) {
+        if (g == 0 || !s.carry) {
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+            for (int i = 0; i < X; ++i) sum[r][i] = V{};
+          }
+        }
+        const Segment segment = s.taps->segments[g];
+        const Tap* tap = s.taps->taps + segment.first;
+        const C* origin = s.tile + y * s.row_step + x * N;
+        for (int t = 0; t < segment.count; ++t, ++tap) {
+          V w;
+          if constexpr (Pixels) {
+            w = load<N>(s.weights + tap->weight * N);
+          } else {
+            w = broadcast<C, N>(s.weights[tap->weight]);
+          }
+          const C* p = origin + tap->offset;
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+            for (int i = 0; i < X; ++i) sum[r][i] += w * load<N>(p + r * s.row_step + i * N);
+          }
+        }
+        C* out = s.out + g * s.out_segment + y * s.out_row + x * s.out_column;
+        V result[R][X];
+        if (s.scale) {
+          const int64_t at = g * s.epilogue_segment;
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+            for (int i = 0; i < X; ++i) {
+              result[r][i] = affine_prelu<C, N, Pixels>(sum[r][i], s.scale + at, s.shift + at, s.slope + at);
+            }
+          }
+        } else {
+          __builtin_memcpy(&result, &sum, sizeof sum);
+        }
+        if (whole) {
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+            for (int i = 0; i < X; ++i) store<N>(out + r * s.out_row + i * s.out_column, result[r][i]);
+          }
+        } else {
+          C spilled[R * X * N];
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+            for (int i = 0; i < X; ++i) store<N>(spilled + (r * X + i) * N, result[r][i]);
+          }
+          for (int64_t r = 0; r < least(R, s.rows - y); ++r) {
+            for (int64_t i = 0; i < least(X, s.columns - x); ++i) {
+              store_first<N>(out + r * s.out_row + i * s.out_column, load<N>(spilled + (r * X + i) * N),
+                             s.valid - (x + i) * s.valid_step);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class C, int N, bool Pixels>
+void sweep_lanes(const Sweep<C>& s) {
+  constexpr const BlockShape* shapes = Pixels ? kPixelShapes : kPlaneShapes;
+  auto is = [&](int i) { return s.shape.rows == shapes[i].rows && s.shape.columns == shapes[i].columns; };
+  if (is(0)) return sweep_blocks<C, N, Pixels, shapes[0].rows, shapes[0].columns>(s);
+  if (is(1)) return sweep_blocks<C, N, Pixels, shapes[1].rows, shapes[1].columns>(s);
+  if (is(2)) return sweep_blocks<C, N, Pixels, shapes[2].rows, shapes[2].columns>(s);
+  sweep_blocks<C, N, Pixels, shapes[3].rows, shapes[3].columns>(s);
+}
+
+}  // namespace
+
+BlockShape choose_block(bool pixels, int64_t rows, int64_t columns) {
+  BlockShape best{};
+  int64_t best_cost = INT64_MAX;
+  for (const BlockShape& shape : pixels ? kPixelShapes : kPlaneShapes) {
+    const int64_t cost =
+        ceil_div(rows, shape.rows) * ceil_div(columns, shape.columns) * most(shape.rows * shape.columns, 8);
+    if (cost < best_cost) {
+      best = shape;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+template <class C>
+void sweep(const Sweep<C>& s) {
+  with_lanes<C>(s.lanes, [&](auto lanes) {
+    constexpr int N = decltype(lanes)::value;
+    if (s.pixels) {
+      sweep_lanes<C, N, true>(s);
+    } else {
+      sweep_lanes<C, N, false>(s);
+    }
+  });
+}
+
+template void sweep(const Sweep<float>& s);
+template void sweep(const Sweep<double>& s);
+
+}  // namespace espk::ESPK_ISA

@@ -1,0 +1,104 @@
+// What every depthwise pass, forward and backward, asks of the one inner loop in depthwise_taps.cpp: sums of
+// weight x shifted tile over a list of taps.
+#pragma once
+
+#include "zero_bordered_tile.h"
+
+namespace espk::ESPK_ISA {
+
+constexpr int64_t kMaxTaps = 9 * kMaxBranches;
+
+// Where a tap reads relative to its output, and which weight it takes.
+struct Tap {
+  int64_t offset, weight;
+};
+
+// Taps of one branch, `count` of them from `first` on.
+struct Segment {
+  int first, count;
+};
+
+struct TapList {
+  Tap taps[kMaxTaps];
+  Segment segments[kMaxBranches];
+  int count = 0, segment_count = 0;
+
+  void add(int64_t offset, int64_t weight) { taps[count++] = {offset, weight}; }
+  void begin_segment() { segments[segment_count++] = {count, 0}; }
+  void end_segment() { segments[segment_count - 1].count = count - segments[segment_count - 1].first; }
+};
+
+// How far any tap reaches that can touch a map of this size: a dilation of at least the size only ever meets zeros.
+inline int64_t reach(const Pyramid& p, int64_t size) {
+  int64_t farthest = 0;
+  for (int64_t k = 0; k < p.branches; ++k) {
+    if (p.dilations[k] < size) farthest = most(farthest, p.dilations[k]);
+  }
+  return farthest;
+}
+
+// Calls f(branch, tap, y, x) for the 3x3 taps of each branch that can touch the map, with their distances.
+template <class F>
+inline void for_taps(const Pyramid& p, int64_t branch, F&& f) {
+  const int64_t dilation = p.dilations[branch];
+  for (int64_t i = 0; i < 3; ++i) {
+    if (i != 1 && dilation >= p.height) continue;
+    for (int64_t j = 0; j < 3; ++j) {
+      if (j != 1 && dilation >= p.width) continue;
+      f(3 * i + j, (i - 1) * dilation, (j - 1) * dilation);
+    }
+  }
+}
+
+// A block of outputs held in registers: `rows` x `columns` vectors. Eight sums hide the latency of the multiply-adds,
+// fourteen still fit sixteen registers.
+struct BlockShape {
+  int rows, columns;
+};
+
+// Sums of a strip: for each segment, and each of rows x columns output vectors, the sum of weight x tile over its taps.
+// With `carry` a segment goes on from the sum of the one before it: hierarchical feature fusion costs nothing.
+template <class C>
+struct Sweep {
+  int lanes;           // numbers in a vector: channels of a pixel (pixels), or columns of a plane
+  bool pixels;         // weights are vectors, one number a channel; else one number for all lanes
+  BlockShape shape;    // from choose_block
+  const C* tile;       // output (row, column) has its taps around tile + row * row_step + column * lanes
+  int64_t row_step;
+  int64_t rows, columns;
+  const TapList* taps;
+  const C* weights;
+  bool carry;
+  C* out;
+  int64_t out_segment, out_row, out_column;  // steps of the result
+  int64_t valid, valid_step;                 // vector `column` holds valid - column * valid_step numbers to store
+  const C *scale = nullptr, *shift = nullptr, *slope = nullptr;  // affine and PReLU of the result, all three or none
+  int64_t epilogue_segment = 0;                                  // their step from segment to segment
+};
+
+template <class C>
+void sweep(const Sweep<C>& s);
+
+// The block shape that wastes the fewest sums on a strip of rows x columns vectors.
+BlockShape choose_block(bool pixels, int64_t rows, int64_t columns);
+
+// How the rows of a map are cut into strips: each has `rows` rows, and a tile of it with its borders stays in the cache.
+struct Strips {
+  int64_t rows, count;
+};
+
+// bytes_of_row: one tile row; overlap: tile rows beyond those of the strip itself; others: units besides the strips.
+inline Strips choose_strips(int64_t height, int64_t bytes_of_row, int64_t overlap, int64_t others) {
+  constexpr int64_t kTileBytes = 256 * 1024;
+  constexpr int64_t kWantedUnits = 8;
+  int64_t rows = most(kTileBytes / most(bytes_of_row, 1) - overlap, 1);
+  if (others < kWantedUnits) {
+    // A strip is no shorter than its overlap: rows read twice cost as much as rows read once.
+    rows = least(rows, most(ceil_div(height * others, kWantedUnits), most(overlap, 4)));
+  }
+  rows = least(most(rows, 1), most(height, 1));
+  const int64_t count = ceil_div(height, rows);
+  return {count > 0 ? ceil_div(height, count) : rows, count};
+}
+
+}  // namespace espk::ESPK_ISA

@@ -1,0 +1,99 @@
+// Group pointwise convolution with its epilogue, one matrix product a group and chunk of pixels: pixels x weights in
+// channels_last, weights x planes in contiguous. Bytes: M read + N written a pixel; multiply-adds: M*N/groups a pixel.
+#include "kernels.h"
+#include "pointwise_weights.h"
+
+namespace espk::ESPK_ISA {
+namespace {
+
+// In channels_last the batch is one long image: pixels lie in one row. A chunk is a run of pixels of one image.
+struct Chunks {
+  int64_t images, pixels, size, count;  // count a whole image
+
+  explicit Chunks(const GroupPointwise& p) {
+    const bool last = p.layout == Layout::channels_last;
+    images = last ? 1 : p.batch;
+    pixels = last ? p.batch * p.pixels : p.pixels;
+    // Enough units for many threads, rows that fill register blocks, and a chunk that stays in the first-level cache.
+    const int64_t wanted = ceil_div(pixels * images * p.groups, 64);
+    size = last ? least(most(round_up(wanted, 12), 24), 96) : least(most(round_up(wanted, 48), 48), 192);
+    count = ceil_div(pixels, size);
+  }
+};
+
+PointwiseWeights weights_of(const GroupPointwise& p) {
+  return {p.type, p.layout == Layout::channels_last, p.groups, p.in_channels / p.groups, p.out_channels / p.groups,
+          p.weight_transposed};
+}
+
+int64_t shared_bytes(const GroupPointwise& p) { return weights_of(p).bytes(); }
+
+void before(const GroupPointwise& p, void* shared) { weights_of(p).prepare(p.weight, shared); }
+
+int64_t units(const GroupPointwise& p) {
+  const Chunks chunks(p);
+  return chunks.images * chunks.count * p.groups;
+}
+
+template <class T>
+void run_type(const GroupPointwise& p, void* shared, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  const Chunks chunks(p);
+  const PointwiseWeights weights = weights_of(p);
+  const bool pixels = weights.pixels;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t group = unit % p.groups, chunk = unit / p.groups % chunks.count;
+    const int64_t image = unit / p.groups / chunks.count;
+    const int64_t first = chunk * chunks.size, count = least(chunks.size, chunks.pixels - first);
+    const int64_t in = weights.in, out = weights.out;
+    const C* packed = static_cast<const C*>(shared) + group * weights.group_size<C>();
+    // One row of `map` is a pixel, or a plane.
+    const T* map = static_cast<const T*>(p.x) +
+                   (pixels ? first * p.in_channels + group * in
+                           : (image * p.in_channels + group * in) * chunks.pixels + first);
+    const int64_t rows = pixels ? count : in, columns = pixels ? in : count;
+    int64_t row = pixels ? p.in_channels : chunks.pixels;
+    const C* values;
+    if constexpr (std::is_same_v<T, C>) {
+      values = map;
+    } else {
+      C* copy = static_cast<C*>(scratch(Slot::map, rows * columns * static_cast<int64_t>(sizeof(C))));
+      for (int64_t i = 0; i < rows; ++i) copy_in(copy + i * columns, map + i * row, columns);
+      values = copy;
+      row = columns;
+    }
+    MatrixProduct<C> product{};
+    product.depth = in;
+    if (pixels) {
+      product.rows = count;
+      product.columns = out;
+      product.a = values;
+      product.a_row = row;
+      product.a_depth = 1;
+      product.b = packed;
+      product.b_packed = true;
+    } else {
+      product.rows = out;
+      product.columns = count;
+      product.a = packed;
+      product.a_packed = true;
+      product.b = values;
+      product.b_depth = row;
+    }
+    set_epilogue(product, p.epilogue, group * out, pixels);
+    const int64_t at = pixels ? first * p.out_channels + group * out
+                              : (image * p.out_channels + group * out) * chunks.pixels + first;
+    const T* residual = p.epilogue.residual ? static_cast<const T*>(p.epilogue.residual) + at : nullptr;
+    multiply_into(product, static_cast<T*>(p.out) + at, residual, pixels ? p.out_channels : chunks.pixels);
+  }
+}
+
+void run(const GroupPointwise& p, void* shared, int64_t begin, int64_t end) {
+  with_type(p.type, [&](auto* type) { run_type<std::remove_pointer_t<decltype(type)>>(p, shared, begin, end); });
+}
+
+}  // namespace
+
+extern const Kernel<GroupPointwise> group_pointwise = {shared_bytes, before, units, run, nullptr};
+
+}  // namespace espk::ESPK_ISA

@@ -1,0 +1,44 @@
+// What the torch door sees of the CPU kernels: one table of functions for each instruction set in the binary.
+#pragma once
+
+#include "../shapes.h"
+
+namespace espk {
+
+// One operator. The caller provides `shared_bytes` of memory aligned to 64 bytes, runs `before` once, then `run` over
+// [0, units) in any split and on any threads, then `after` once. The split never changes a bit of the result.
+template <class Problem>
+struct Kernel {
+  int64_t (*shared_bytes)(const Problem&);
+  void (*before)(const Problem&, void* shared);  // weights into the order and type that `run` reads
+  int64_t (*units)(const Problem&);
+  void (*run)(const Problem&, void* shared, int64_t begin, int64_t end);
+  void (*after)(const Problem&, void* shared);  // second stage of a sum; null where there is none
+};
+
+struct Kernels {
+  const Kernel<SpatialPyramid>& spatial_pyramid;
+  const Kernel<SpatialPyramidBackwardInput>& spatial_pyramid_backward_input;
+  const Kernel<SpatialPyramidBackwardWeight>& spatial_pyramid_backward_weight;
+  const Kernel<GroupPointwise>& group_pointwise;
+  const Kernel<GroupPointwiseBackwardWeight>& group_pointwise_backward_weight;
+  const Kernel<PyramidPointwise>& pyramid_pointwise;
+};
+
+// The kernels compiled for each instruction set; only those that the build lists exist.
+namespace baseline { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+
+// The kernels in use: the best that this machine runs, or what ESPKERNELS_ISA or set_isa named.
+const Kernels& kernels();
+
+const char* isa();
+bool isa_available(const char* name);  // in the binary, and this machine runs it
+bool set_isa(const char* name);        // false, and no change, where it is not available
+
+// Memory of the calling thread, aligned to 64 bytes, kept for its next call; each slot holds one block.
+enum class Slot { shared, tile, map, rows, results };
+void* scratch(Slot slot, int64_t bytes);
+
+}  // namespace espk

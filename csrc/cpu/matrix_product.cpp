@@ -1,0 +1,135 @@
+// Register-blocked matrix product: I rows x J vectors of sums stay in registers while the depth goes by; each step
+// loads J vectors, reads I numbers, and does I * J fused multiply-adds.
+#include "matrix_product.h"
+
+namespace espk::ESPK_ISA {
+namespace {
+
+template <class C, int N>
+inline Vector<C, N> finish(const MatrixProduct<C>& p, Vector<C, N> v, int64_t row, int64_t column, int64_t valid) {
+  using V = Vector<C, N>;
+  auto parameter = [&](const C* values) {
+    return p.epilogue_of_columns ? load_first<N>(values + column, valid) : broadcast<C, N>(values[row]);
+  };
+  if (p.scale) v = v * parameter(p.scale);
+  if (p.shift) v = v + parameter(p.shift);
+  if (p.residual) v = v + load_first<N>(p.residual + row * p.residual_row + column, valid);
+  if (p.slope) v = v > V{} ? v : v * parameter(p.slope);
+  return v;
+}
+
+// One block from (row, column) on. `store_rows` <= I rows reach the result; of the last vector, what `valid` says.
+// PartialB: the vector of b has only `valid` numbers to read.
+template <class C, int N, int I, int J, bool PartialB>
+void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_t a_depth, const C* b,
+                    int64_t b_depth, int64_t row, int64_t column, int64_t store_rows, int64_t valid) {
+  using V = Vector<C, N>;
+  // Four rows share a pointer, so that all addresses fit the integer registers.
+  constexpr int kQuads = (I + 3) / 4;
+  const C* quad[kQuads];
+#pragma GCC unroll 4
+  for (int q = 0; q < kQuads; ++q) quad[q] = a + 4 * q * a_row;
+  V sum[I][J];
+#pragma GCC unroll 16
+  for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) sum[i][j] = V{};
+  }
+  for (int64_t k = 0; k < p.depth; ++k) {
+    V vector[J];
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) {
+      vector[j] = PartialB ? load_first<N>(b + j * N, valid) : load<N>(b + j * N);
+    }
+    b += b_depth;
+#pragma GCC unroll 16
+    for (int i = 0; i < I; ++i) {
+      const V number = broadcast<C, N>(quad[i / 4][(i % 4) * a_row]);
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) sum[i][j] += number * vector[j];
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuads; ++q) quad[q] += a_depth;
+  }
+  C results[I * J * N];
+#pragma GCC unroll 16
+  for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) store<N>(results + (i * J + j) * N, sum[i][j]);
+  }
+  const bool plain = !p.scale && !p.shift && !p.residual && !p.slope;
+  for (int64_t i = 0; i < store_rows; ++i) {
+    C* out = p.out + (row + i) * p.out_row + column;
+    for (int j = 0; j < J; ++j) {
+      const int64_t count = J == 1 ? valid : N;
+      V v = load<N>(results + (i * J + j) * N);
+      if (p.add) {
+        v += load_first<N>(out + j * N, count);
+      } else if (!plain) {
+        v = finish<C, N>(p, v, row + i, column + j * N, count);
+      }
+      store_first<N>(out + j * N, v, count);
+    }
+  }
+}
+
+// All rows of one block of columns.
+template <class C, int N, int J, bool PartialB>
+void multiply_columns(const MatrixProduct<C>& p, int64_t column, int64_t valid) {
+  const C* b = p.b_packed ? p.b + column * p.depth : p.b + column;
+  const int64_t b_depth = p.b_packed ? int64_t{J} * N : p.b_depth;
+  if (p.a_packed) {
+    for (int64_t row = 0; row < p.rows; row += kPackedRows) {
+      multiply_block<C, N, kPackedRows, J, PartialB>(p, p.a + row * p.depth, 1, kPackedRows, b, b_depth, row, column,
+                                                     least(kPackedRows, p.rows - row), valid);
+    }
+    return;
+  }
+  constexpr int I = block_rows(J);
+  int64_t row = 0;
+  for (; row + I <= p.rows; row += I) {
+    multiply_block<C, N, I, J, PartialB>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, I,
+                                         valid);
+  }
+  constexpr int Half = I / 2;
+  for (; row + Half <= p.rows; row += Half) {
+    multiply_block<C, N, Half, J, PartialB>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, Half,
+                                            valid);
+  }
+  for (; row < p.rows; ++row) {
+    multiply_block<C, N, 1, J, PartialB>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, 1,
+                                         valid);
+  }
+}
+
+}  // namespace
+
+template <class C>
+void multiply(const MatrixProduct<C>& p) {
+  // Packed rows come in blocks of the height that suits three vectors.
+  for_column_blocks<C>(p.columns, p.a_packed ? 3 : kMostVectors,
+                       [&](int64_t first, int64_t vectors, int lanes, int64_t valid) {
+                         constexpr int N = kLanes<C>;
+                         if (lanes == N && valid % N == 0) {
+                           switch (vectors) {
+                             case 1: return multiply_columns<C, N, 1, false>(p, first, N);
+                             case 2: return multiply_columns<C, N, 2, false>(p, first, N);
+                             case 3: return multiply_columns<C, N, 3, false>(p, first, N);
+                             default: return multiply_columns<C, N, kMostVectors, false>(p, first, N);
+                           }
+                         }
+                         with_lanes<C>(lanes, [&](auto width) {
+                           constexpr int W = decltype(width)::value;
+                           if (p.b_packed || valid == W) {
+                             multiply_columns<C, W, 1, false>(p, first, valid);
+                           } else {
+                             multiply_columns<C, W, 1, true>(p, first, valid);
+                           }
+                         });
+                       });
+}
+
+template void multiply(const MatrixProduct<float>& p);
+template void multiply(const MatrixProduct<double>& p);
+
+}  // namespace espk::ESPK_ISA

@@ -1,0 +1,90 @@
+// The pointwise weights [N, M/groups] in the compute type and in the order in which the matrix product reads them:
+// packed columns of a group for pixels, packed rows of a group for planes.
+#pragma once
+
+#include "kernels.h"
+#include "matrix_product.h"
+#include "zero_bordered_tile.h"
+
+namespace espk::ESPK_ISA {
+
+struct PointwiseWeights {
+  Type type;
+  bool pixels;
+  int64_t groups, in, out;  // channels of one group
+  bool transposed;          // the weight is [groups * in, out] instead of [groups * out, in]
+
+  template <class C>
+  int64_t group_size() const {
+    return pixels ? packed_columns_size<C>(in, out) : packed_rows_size(in, out);
+  }
+
+  int64_t bytes() const {
+    int64_t total = 0;
+    with_type(type, [&](auto* t) {
+      using C = Compute<std::remove_pointer_t<decltype(t)>>;
+      total = groups * group_size<C>() * static_cast<int64_t>(sizeof(C));
+    });
+    return total;
+  }
+
+  void prepare(const void* weight, void* shared) const {
+    with_type(type, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      using C = Compute<T>;
+      for (int64_t g = 0; g < groups; ++g) {
+        const T* from = static_cast<const T*>(weight) + g * in * out;
+        C* to = static_cast<C*>(shared) + g * group_size<C>();
+        const int64_t step_in = transposed ? out : 1, step_out = transposed ? 1 : in;
+        auto element = [&](int64_t m, int64_t n) { return load_one(from + m * step_in + n * step_out); };
+        if (pixels) {
+          pack_columns(to, in, out, element);
+        } else {
+          pack_rows(to, out, in, [&](int64_t n, int64_t m) { return element(m, n); });
+        }
+      }
+    });
+  }
+};
+
+// The part of an epilogue that belongs to the channels from `first` on.
+template <class C>
+inline void set_epilogue(MatrixProduct<C>& product, const Epilogue& epilogue, int64_t first, bool pixels) {
+  auto at = [&](const void* values) { return values ? static_cast<const C*>(values) + first : nullptr; };
+  product.epilogue_of_columns = pixels;
+  product.scale = at(epilogue.scale);
+  product.shift = at(epilogue.shift);
+  product.slope = at(epilogue.slope);
+}
+
+// The product into `out` of stored type T, rows `out_row` apart, with the epilogue's residual lying like `out`.
+// Types other than the compute type go through a map of results.
+template <class T>
+inline void multiply_into(MatrixProduct<Compute<T>>& product, T* out, const T* residual, int64_t out_row) {
+  using C = Compute<T>;
+  if constexpr (std::is_same_v<T, C>) {
+    product.out = out;
+    product.out_row = out_row;
+    product.residual = residual;
+    product.residual_row = out_row;
+    multiply(product);
+  } else {
+    const int64_t size = product.rows * product.columns;
+    C* results = static_cast<C*>(scratch(Slot::results, 2 * size * static_cast<int64_t>(sizeof(C))));
+    product.out = results;
+    product.out_row = product.columns;
+    if (residual) {
+      for (int64_t i = 0; i < product.rows; ++i) {
+        copy_in(results + size + i * product.columns, residual + i * out_row, product.columns);
+      }
+      product.residual = results + size;
+      product.residual_row = product.columns;
+    }
+    multiply(product);
+    for (int64_t i = 0; i < product.rows; ++i) {
+      copy_out(out + i * out_row, results + i * product.columns, product.columns);
+    }
+  }
+}
+
+}  // namespace espk::ESPK_ISA

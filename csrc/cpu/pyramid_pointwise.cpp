@@ -1,0 +1,174 @@
+// The EESP unit after its reduction in one pass: pyramid, HFF, affine and PReLU of a few rows go into a map that stays in
+// the cache, and the group pointwise convolution with its epilogue reads it from there.
+// Bytes: d read + N written (+ N of the residual) a pixel; multiply-adds: 9*K*d + K*d*N/groups a pixel.
+#include "kernels.h"
+#include "pointwise_weights.h"
+#include "pyramid_strip.h"
+
+namespace espk::ESPK_ISA {
+namespace {
+
+using Problem = PyramidPointwise;
+
+PointwiseWeights weights_of(const Problem& p) {
+  return {p.type, p.layout == Layout::channels_last, p.groups, p.out_channels() / p.groups,
+          p.pointwise_channels / p.groups, false};
+}
+
+// The affine and PReLU of the concatenated map, all three present, in the compute type.
+template <class C>
+struct PyramidEpilogue {
+  C *scale, *shift, *slope;
+
+  PyramidEpilogue(const Problem& p, void* memory) {
+    scale = static_cast<C*>(memory);
+    shift = scale + p.out_channels();
+    slope = shift + p.out_channels();
+  }
+};
+
+int64_t epilogue_offset(const Problem& p) { return round_up(branch_weight_bytes(p), 64); }
+
+int64_t pointwise_offset(const Problem& p) { return epilogue_offset(p) + round_up(3 * p.out_channels() * 8, 64); }
+
+int64_t shared_bytes(const Problem& p) { return pointwise_offset(p) + weights_of(p).bytes(); }
+
+void before(const Problem& p, void* shared) {
+  char* memory = static_cast<char*>(shared);
+  prepare_branch_weights(p, p.weight, memory);
+  weights_of(p).prepare(p.pointwise_weight, memory + pointwise_offset(p));
+  with_type(p.type, [&](auto* type) {
+    using C = Compute<std::remove_pointer_t<decltype(type)>>;
+    const PyramidEpilogue<C> epilogue(p, memory + epilogue_offset(p));
+    auto fill = [&](C* to, const void* from, C otherwise) {
+      for (int64_t i = 0; i < p.out_channels(); ++i) to[i] = from ? static_cast<const C*>(from)[i] : otherwise;
+    };
+    fill(epilogue.scale, p.pyramid_epilogue.scale, 1);
+    fill(epilogue.shift, p.pyramid_epilogue.shift, 0);
+    fill(epilogue.slope, p.pyramid_epilogue.slope, 1);
+  });
+}
+
+// A unit is a strip of one image with all its channels.
+template <class C>
+Strips strips_of(const Problem& p) {
+  const int64_t row_bytes = (p.width + 2 * reach(p, p.width)) * p.channels * static_cast<int64_t>(sizeof(C));
+  return choose_strips(p.out_height, p.stride * row_bytes, ceil_div(2 * reach(p, p.height) + 1, p.stride), p.batch);
+}
+
+int64_t units(const Problem& p) {
+  int64_t count = 0;
+  with_type(p.type, [&](auto* type) {
+    using C = Compute<std::remove_pointer_t<decltype(type)>>;
+    count = p.batch * strips_of<C>(p).count;
+  });
+  return count;
+}
+
+template <class T>
+void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  char* memory = static_cast<char*>(shared);
+  const bool pixels = p.layout == Layout::channels_last;
+  const BranchWeights<C> branch_weights(p, memory);
+  const PyramidEpilogue<C> affine(p, memory + epilogue_offset(p));
+  const C* pointwise = reinterpret_cast<const C*>(memory + pointwise_offset(p));
+  const PointwiseWeights weights = weights_of(p);
+  const Strips strips = strips_of<C>(p);
+  const int64_t lanes = pixels ? kLanes<C> : 1, maps = ceil_div(p.channels, lanes);
+
+  // Rows that go through the map together: enough pixels for the register blocks, and a map of at most 128 KiB.
+  const int64_t row_bytes = p.out_channels() * p.out_width * static_cast<int64_t>(sizeof(C));
+  const int64_t few = ceil_div(48, p.out_width), fitting = most(128 * 1024 / row_bytes, 1);
+  const int64_t step = least(strips.rows, least(few, fitting));
+  const int64_t pitch = pixels ? p.out_channels() : round_up(step * p.out_width, kLanes<C>);
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t image = unit / strips.count, first = unit % strips.count * strips.rows;
+    const int64_t rows = least(strips.rows, p.out_height - first);
+    if (rows <= 0) continue;
+
+    // The tiles of all blocks of channels lie behind one another; the last block may be narrower.
+    const PyramidStrip<C> strip(p, strips.rows, pixels ? least(lanes, p.channels) : p.out_width, step);
+    const int64_t last_channels = pixels ? p.channels - (maps - 1) * lanes : 1;
+    const PyramidStrip<C> last_strip(p, strips.rows, pixels ? last_channels : p.out_width, step);
+    const int64_t tile_bytes = maps * strip.tile.size() * static_cast<int64_t>(sizeof(C));
+    C* tiles = static_cast<C*>(scratch(Slot::tile, tile_bytes));
+    const T* x = static_cast<const T*>(p.x) + image * p.channels * p.height * p.width;
+    for (int64_t map = 0; map < maps; ++map) {
+      const PyramidStrip<C>& s = map + 1 < maps ? strip : last_strip;
+      C* tile = tiles + map * strip.tile.size();
+      if (pixels) {
+        fill_pixels(s.tile, tile, x + map * lanes, first * p.stride, p.height, p.width, p.channels, s.valid);
+      } else {
+        fill_plane(s.tile, tile, x + map * p.height * p.width, first * p.stride, p.height, p.width);
+      }
+    }
+
+    for (int64_t y = 0; y < rows; y += step) {
+      const int64_t map_rows = least(step, rows - y), count = map_rows * p.out_width;
+      const int64_t map_size = pixels ? count * pitch : p.out_channels() * pitch;
+      C* z = static_cast<C*>(scratch(Slot::map, map_size * static_cast<int64_t>(sizeof(C))));
+      for (int64_t map = 0; map < maps; ++map) {
+        const PyramidStrip<C>& s = map + 1 < maps ? strip : last_strip;
+        const C* tile = tiles + map * strip.tile.size() + y * p.stride * s.tile.row_pitch();
+        Sweep<C> sweep =
+            s.sweep(tile, map_rows, pixels ? branch_weights.of_block(map) : branch_weights.of_channel(map));
+        const int64_t channel = map * lanes;
+        sweep.scale = affine.scale + channel;
+        sweep.shift = affine.shift + channel;
+        sweep.slope = affine.slope + channel;
+        sweep.epilogue_segment = p.channels;
+        if (pixels) {
+          sweep.out = z + channel;
+          sweep.out_segment = p.channels;
+          sweep.out_column = pitch;
+          sweep.out_row = p.out_width * pitch;
+        } else {
+          sweep.out = z + channel * pitch;
+          sweep.out_segment = p.channels * pitch;
+          sweep.out_row = p.out_width;
+        }
+        ESPK_ISA::sweep(sweep);
+      }
+
+      for (int64_t group = 0; group < p.groups; ++group) {
+        MatrixProduct<C> product{};
+        product.depth = weights.in;
+        const C* packed = pointwise + group * weights.group_size<C>();
+        if (pixels) {
+          product.rows = count;
+          product.columns = weights.out;
+          product.a = z + group * weights.in;
+          product.a_row = pitch;
+          product.a_depth = 1;
+          product.b = packed;
+          product.b_packed = true;
+        } else {
+          product.rows = weights.out;
+          product.columns = count;
+          product.a = packed;
+          product.a_packed = true;
+          product.b = z + group * weights.in * pitch;
+          product.b_depth = pitch;
+        }
+        set_epilogue(product, p.epilogue, group * weights.out, pixels);
+        const int64_t out_plane = p.out_height * p.out_width, pixel = (first + y) * p.out_width;
+        const int64_t at = pixels ? (image * out_plane + pixel) * p.pointwise_channels + group * weights.out
+                                  : (image * p.pointwise_channels + group * weights.out) * out_plane + pixel;
+        const T* residual = p.epilogue.residual ? static_cast<const T*>(p.epilogue.residual) + at : nullptr;
+        multiply_into(product, static_cast<T*>(p.out) + at, residual, pixels ? p.pointwise_channels : out_plane);
+      }
+    }
+  }
+}
+
+void run(const Problem& p, void* shared, int64_t begin, int64_t end) {
+  with_type(p.type, [&](auto* type) { run_type<std::remove_pointer_t<decltype(type)>>(p, shared, begin, end); });
+}
+
+}  // namespace
+
+extern const Kernel<Problem> pyramid_pointwise = {shared_bytes, before, units, run, nullptr};
+
+}  // namespace espk::ESPK_ISA

@@ -1,0 +1,169 @@
+// Gradient of the spatial pyramid for its input. HFF turns around: branch j feeds outputs j..K, so its gradient is the
+// suffix sum g_j = grad_j + ... + grad_K, and the input's gradient is the sum over j of the transposed convolution of
+// g_j. Input pixels s*y + a, s*x + b of one class (a, b) all meet the same taps, which makes a stride s simply s*s sweeps.
+// Bytes: K*d' read + d written a pixel; multiply-adds: those of the forward pass.
+#include "branch_weights.h"
+#include "depthwise_taps.h"
+#include "kernels.h"
+
+namespace espk::ESPK_ISA {
+namespace {
+
+using Problem = SpatialPyramidBackwardInput;
+
+// How far the taps of any class reach in the gradient's map.
+int64_t gradient_reach(const Problem& p, int64_t size) { return (reach(p, size) + p.stride - 1) / p.stride; }
+
+// Rows (or columns) of class a among `size`.
+int64_t class_size(const Problem& p, int64_t size, int64_t a) { return size > a ? ceil_div(size - a, p.stride) : 0; }
+
+template <class C>
+int64_t maps(const Problem& p) {
+  return p.layout == Layout::channels_last ? ceil_div(p.channels, kLanes<C>) : p.channels;
+}
+
+// Strips of rows of a class: the first class has the most.
+template <class C>
+Strips strips_of(const Problem& p) {
+  const int64_t lanes = p.layout == Layout::channels_last ? least(kLanes<C>, p.channels) : 1;
+  const int64_t row = p.branches * (p.out_width + 2 * gradient_reach(p, p.width)) * lanes;
+  return choose_strips(class_size(p, p.height, 0), row * static_cast<int64_t>(sizeof(C)),
+                       2 * gradient_reach(p, p.height), p.batch * maps<C>(p));
+}
+
+// The taps of class (a, b): those of every branch that hit a row and a column of the gradient.
+TapList class_taps(const Problem& p, const Tile& tile, int64_t a, int64_t b) {
+  TapList list;
+  list.begin_segment();
+  for (int64_t k = 0; k < p.branches; ++k) {
+    for_taps(p, k, [&](int64_t tap, int64_t y, int64_t x) {
+      if ((a - y) % p.stride == 0 && (b - x) % p.stride == 0) {
+        list.add(k * tile.size() + tile.offset((a - y) / p.stride, (b - x) / p.stride), 9 * k + tap);
+      }
+    });
+  }
+  list.end_segment();
+  return list;
+}
+
+// Turns the K filled tiles of the branches' gradients into their suffix sums.
+template <class C>
+void sum_suffixes(C* tiles, int64_t branches, int64_t size) {
+  constexpr int N = kLanes<C>;
+  for (int64_t k = branches - 2; k >= 0; --k) {
+    C* to = tiles + k * size;
+    const C* from = to + size;
+    int64_t i = 0;
+    for (; i + N <= size; i += N) store<N>(to + i, load<N>(to + i) + load<N>(from + i));
+    for (; i < size; ++i) to[i] += from[i];
+  }
+}
+
+template <class T>
+void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  constexpr bool direct = std::is_same_v<T, C>;
+  const bool pixels = p.layout == Layout::channels_last;
+  const BranchWeights<C> weights(p, shared);
+  const Strips strips = strips_of<C>(p);
+  const int64_t s = p.stride, map_count = maps<C>(p);
+  const int64_t class_columns = class_size(p, p.width, 0);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    // channels_last works through the blocks of one strip before the next, planes through the strips of one plane.
+    const int64_t image = unit / (map_count * strips.count), in_image = unit % (map_count * strips.count);
+    const int64_t map = pixels ? in_image % map_count : in_image / strips.count;
+    const int64_t first = (pixels ? in_image / map_count : in_image % strips.count) * strips.rows;
+    const int64_t first_channel = pixels ? map * kLanes<C> : map;
+    const int64_t channels = pixels ? least(kLanes<C>, p.channels - first_channel) : 1;
+    const int lanes = vector_lanes<C>(pixels ? channels : class_columns);
+    const int64_t vectors = pixels ? class_columns : ceil_div(class_columns, lanes);
+    const BlockShape shape = choose_block(pixels, strips.rows, vectors);
+    const Tile tile(1, pixels ? lanes : 1, gradient_reach(p, p.height), gradient_reach(p, p.width),
+                    round_up(strips.rows, shape.rows), round_up(vectors, shape.columns) * (pixels ? 1 : lanes));
+    C* tiles = static_cast<C*>(scratch(Slot::tile, p.branches * tile.size() * static_cast<int64_t>(sizeof(C))));
+    const int64_t out_plane = p.out_height * p.out_width;
+    for (int64_t k = 0; k < p.branches; ++k) {
+      const T* grad = static_cast<const T*>(p.grad) + image * p.out_channels() * out_plane;
+      const int64_t channel = k * p.channels + first_channel;
+      if (pixels) {
+        fill_pixels(tile, tiles + k * tile.size(), grad + channel, first, p.out_height, p.out_width, p.out_channels(),
+                    channels);
+      } else {
+        fill_plane(tile, tiles + k * tile.size(), grad + channel * out_plane, first, p.out_height, p.out_width);
+      }
+    }
+    if (p.hff) sum_suffixes(tiles, p.branches, tile.size());
+
+    T* grad_x = static_cast<T*>(p.grad_x) + image * p.channels * p.height * p.width +
+                (pixels ? first_channel : map * p.height * p.width);
+    const int64_t column = pixels ? p.channels : 1;  // from column to column of grad_x
+    for (int64_t a = 0; a < s; ++a) {
+      const int64_t rows = least(strips.rows, class_size(p, p.height, a) - first);
+      for (int64_t b = 0; b < s; ++b) {
+        const int64_t columns = class_size(p, p.width, b);
+        if (rows <= 0 || columns <= 0) continue;
+        const TapList taps = class_taps(p, tile, a, b);
+        Sweep<C> sweep{};
+        sweep.lanes = lanes;
+        sweep.pixels = pixels;
+        sweep.shape = shape;
+        sweep.tile = tiles;
+        sweep.row_step = tile.row_pitch();
+        sweep.rows = rows;
+        sweep.columns = pixels ? columns : ceil_div(columns, lanes);
+        sweep.taps = &taps;
+        sweep.weights = pixels ? weights.of_block(map) : weights.of_channel(map);
+        sweep.valid = pixels ? channels : columns;
+        sweep.valid_step = pixels ? 0 : lanes;
+        T* to = grad_x + ((first * s + a) * p.width + b) * column;
+        if constexpr (direct) {
+          if (pixels || s == 1) {
+            sweep.out = to;
+            sweep.out_row = s * p.width * column;
+            sweep.out_column = pixels ? s * column : lanes;
+            ESPK_ISA::sweep(sweep);
+            continue;
+          }
+        }
+        // Half types are rounded, and the columns of a strided plane spread out, on the way from here.
+        C* results = static_cast<C*>(scratch(Slot::map, rows * columns * channels * static_cast<int64_t>(sizeof(C))));
+        sweep.out = results;
+        sweep.out_row = columns * channels;
+        sweep.out_column = pixels ? channels : lanes;
+        ESPK_ISA::sweep(sweep);
+        for (int64_t y = 0; y < rows; ++y, to += s * p.width * column, results += columns * channels) {
+          if (s == 1 && !pixels) {
+            copy_out(to, results, columns);
+          } else if (!pixels) {
+            for (int64_t x = 0; x < columns; ++x) store_one(to + x * s, results[x]);
+          } else {
+            for (int64_t x = 0; x < columns; ++x) copy_out(to + x * s * column, results + x * channels, channels);
+          }
+        }
+      }
+    }
+  }
+}
+
+int64_t shared_bytes(const Problem& p) { return branch_weight_bytes(p); }
+
+void before(const Problem& p, void* shared) { prepare_branch_weights(p, p.weight, shared); }
+
+int64_t units(const Problem& p) {
+  int64_t count = 0;
+  with_type(p.type, [&](auto* type) {
+    using C = Compute<std::remove_pointer_t<decltype(type)>>;
+    count = p.batch * maps<C>(p) * strips_of<C>(p).count;
+  });
+  return count;
+}
+
+void run(const Problem& p, void* shared, int64_t begin, int64_t end) {
+  with_type(p.type, [&](auto* type) { run_type<std::remove_pointer_t<decltype(type)>>(p, shared, begin, end); });
+}
+
+}  // namespace
+
+extern const Kernel<Problem> spatial_pyramid_backward_input = {shared_bytes, before, units, run, nullptr};
+
+}  // namespace espk::ESPK_ISA

@@ -1,0 +1,292 @@
+// Vectors of N numbers on the compiler's own vector type, and the loads and stores between them and stored types.
+//
+// The same source compiles for each instruction set: the compiler turns `a * b + c` into a fused multiply-add where the
+// machine has one and splits vectors wider than its registers. Everything lives in the namespace of the instruction set,
+// so no function compiled for a newer one can be linked into the path of an older machine.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../shapes.h"
+
+namespace espk::ESPK_ISA {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+struct float16 {
+  uint16_t bits;
+};
+
+template <class C, int N>
+struct VectorOf {
+  typedef C type __attribute__((vector_size(N * sizeof(C))));
+};
+
+template <class C, int N>
+using Vector = typename VectorOf<C, N>::type;
+
+// Width of a register, and so the widest vector used, in bytes.
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+constexpr int kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kRegisterBytes = 16;
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisterBytes = 16;
+constexpr int kRegisters = 16;
+#endif
+
+template <class C>
+constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(C));
+
+// The type that sums are kept in.
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
+template <class C, int N>
+inline Vector<C, N> broadcast(C value) {
+  return value - Vector<C, N>{};  // exact for every number; a loop over lanes compiles to one insertion a lane
+}
+
+template <int N>
+inline Vector<float, N> widen(const bfloat16* p) {
+  Vector<uint16_t, N> h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return (Vector<float, N>)(__builtin_convertvector(h, Vector<uint32_t, N>) << 16);
+}
+
+template <int N>
+inline void narrow(bfloat16* p, Vector<float, N> v) {
+  typedef Vector<uint32_t, N> Bits;
+  const Bits bits = (Bits)v;
+  const Bits nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits quiet_nan = (bits >> 16) | 0x40u;
+  const auto h = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : nearest_even,
+                                         Vector<uint16_t, N>);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+template <int N>
+inline Vector<float, N> widen(const float16* p) {
+#if defined(__F16C__)
+  if constexpr (N == 4) return (Vector<float, N>)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p));
+  if constexpr (N == 8) return (Vector<float, N>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
+#if defined(__AVX512F__)
+  if constexpr (N == 16) {
+    return (Vector<float, N>)_mm512_maskz_cvtph_ps((__mmask16)-1, _mm256_loadu_si256((const __m256i*)p));
+  }
+#endif
+  typedef Vector<uint32_t, N> Bits;
+  Vector<uint16_t, N> h;
+  __builtin_memcpy(&h, p, sizeof h);
+  const Bits bits = __builtin_convertvector(h, Bits);
+  const Bits magnitude = (bits & 0x7fffu) << 13;
+  const Bits normal = magnitude + (112u << 23);
+  const Bits special = magnitude | (255u << 23);
+  // A subnormal half m * 2^-24 as the difference of two normal floats, right also where denormals are flushed.
+  const Bits offset = Bits{} + (113u << 23);
+  const Bits subnormal = (Bits)((Vector<float, N>)(magnitude + offset) - (Vector<float, N>)offset);
+  const Bits result = magnitude >= (0x7c00u << 13) ? special : (magnitude < (0x0400u << 13) ? subnormal : normal);
+  return (Vector<float, N>)(result | ((bits & 0x8000u) << 16));
+}
+
+template <int N>
+inline void narrow(float16* p, Vector<float, N> v) {
+#if defined(__F16C__)
+  if constexpr (N == 4) {
+    _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph((__m128)v, _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+  if constexpr (N == 8) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+#endif
+#if defined(__AVX512F__)
+  if constexpr (N == 16) {
+    _mm256_storeu_si256((__m256i*)p,
+                        _mm512_maskz_cvtps_ph((__mmask16)-1, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+#endif
+  typedef Vector<uint32_t, N> Bits;
+  const Bits magnitude = (Bits)v & 0x7fffffffu;
+  const Bits rounded = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 0.5 puts the last bit of a subnormal half at the last bit of the float, rounded to nearest even.
+  const Bits half = Bits{} + 0x3f000000u;
+  const Bits subnormal = (Bits)((Vector<float, N>)magnitude + (Vector<float, N>)half) - half;
+  const Bits infinite_or_nan = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
+  const Bits result =
+      magnitude >= 0x47800000u ? infinite_or_nan : (magnitude < 0x38800000u ? subnormal : rounded);
+  const auto h = __builtin_convertvector(result | (((Bits)v >> 16) & 0x8000u), Vector<uint16_t, N>);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+// N stored numbers as a vector of the compute type.
+template <int N, class T>
+inline Vector<Compute<T>, N> load(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    return widen<N>(p);
+  } else {
+    Vector<T, N> v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+}
+
+template <int N, class T>
+inline void store(T* p, Vector<Compute<T>, N> v) {
+  if constexpr (sizeof(T) == 2) {
+    narrow<N>(p, v);
+  } else {
+    __builtin_memcpy(p, &v, sizeof v);
+  }
+}
+
+// Copies n < 2 * Top elements, Top a power of two, in power-of-two pieces and so without a loop or a call.
+template <int Top, class T>
+inline void copy_few(T* to, const T* from, int64_t n) {
+  if constexpr (Top >= 1) {
+    if (n & Top) {
+      __builtin_memcpy(to, from, Top * sizeof(T));
+      to += Top;
+      from += Top;
+    }
+    copy_few<Top / 2>(to, from, n);
+  }
+}
+
+#if defined(__AVX2__)
+inline __m256i first_integers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+#endif
+
+// The first n numbers, 0 <= n <= N, and zeros; touches no byte beyond them.
+template <int N, class T>
+inline Vector<Compute<T>, N> load_first(const T* p, int64_t n) {
+  if (n >= N) return load<N>(p);
+#if defined(__AVX512VL__)
+  if constexpr (sizeof(T) == 4) {
+    const unsigned mask = (1u << n) - 1u;
+    if constexpr (N == 16) return (Vector<float, N>)_mm512_maskz_loadu_ps((__mmask16)mask, p);
+    if constexpr (N == 8) return (Vector<float, N>)_mm256_maskz_loadu_ps((__mmask8)mask, p);
+    if constexpr (N == 4) return (Vector<float, N>)_mm_maskz_loadu_ps((__mmask8)mask, p);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4 && N == 8) {
+    return (Vector<float, N>)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), first_integers()));
+  }
+#endif
+  T few[N];
+  __builtin_memset(few, 0, sizeof few);
+  copy_few<N / 2>(few, p, n);
+  return load<N>(few);
+}
+
+template <int N, class T>
+inline void store_first(T* p, Vector<Compute<T>, N> v, int64_t n) {
+  if (n >= N) return store<N>(p, v);
+#if defined(__AVX512VL__)
+  if constexpr (sizeof(T) == 4) {
+    const unsigned mask = (1u << n) - 1u;
+    if constexpr (N == 16) return _mm512_mask_storeu_ps(p, (__mmask16)mask, (__m512)v);
+    if constexpr (N == 8) return _mm256_mask_storeu_ps(p, (__mmask8)mask, (__m256)v);
+    if constexpr (N == 4) return _mm_mask_storeu_ps(p, (__mmask8)mask, (__m128)v);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4 && N == 8) {
+    return _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), first_integers()), (__m256)v);
+  }
+#endif
+  T few[N];
+  store<N>(few, v);
+  copy_few<N / 2>(p, few, n);
+}
+
+template <class T>
+inline Compute<T> load_one(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    return load_first<4>(p, 1)[0];
+  } else {
+    return *p;
+  }
+}
+
+template <class T>
+inline void store_one(T* p, Compute<T> value) {
+  if constexpr (sizeof(T) == 2) {
+    store_first<4>(p, broadcast<float, 4>(value), 1);
+  } else {
+    *p = value;
+  }
+}
+
+template <int N, class C>
+inline C sum_lanes(const C* p) {
+  C sum = p[0];
+  for (int i = 1; i < N; ++i) sum += p[i];
+  return sum;
+}
+
+// Calls f(Lanes<N>) with the narrowest of the register widths that holds n numbers; n at most kLanes<C>.
+template <int N>
+struct Lanes {
+  static constexpr int value = N;
+};
+
+template <class C, class F>
+inline void with_lanes(int64_t n, F&& f) {
+  constexpr int widest = kLanes<C>;
+  if constexpr (widest >= 4 * (16 / static_cast<int>(sizeof(C)))) {
+    if (n <= widest / 4) return f(Lanes<widest / 4>{});
+  }
+  if constexpr (widest >= 2 * (16 / static_cast<int>(sizeof(C)))) {
+    if (n <= widest / 2) return f(Lanes<widest / 2>{});
+  }
+  f(Lanes<widest>{});
+}
+
+// The width that with_lanes takes for n numbers, n of any size.
+template <class C>
+inline int vector_lanes(int64_t n) {
+  int width = kLanes<C>;
+  with_lanes<C>(n < kLanes<C> ? n : kLanes<C>, [&](auto lanes) { width = decltype(lanes)::value; });
+  return width;
+}
+
+// Calls f with a null pointer of the stored type that `type` names.
+template <class F>
+inline void with_type(Type type, F&& f) {
+  switch (type) {
+    case Type::float32: return f(static_cast<float*>(nullptr));
+    case Type::float64: return f(static_cast<double*>(nullptr));
+    case Type::bfloat16: return f(static_cast<bfloat16*>(nullptr));
+    case Type::float16: return f(static_cast<float16*>(nullptr));
+  }
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace espk::ESPK_ISA

@@ -1,0 +1,131 @@
+// A strip of rows of one map in the compute type with zeros around it, so that a dilated tap is one fixed offset and no
+// inner loop ever asks whether it has left the map.
+//
+// A position holds `lanes` numbers: the channels of one block (channels_last), or one number (contiguous). With stride s
+// the columns lie in s phases (column q at phase q % s, position q / s), so that the inputs of neighbouring outputs are
+// neighbours for every tap.
+#pragma once
+
+#include "vector.h"
+
+namespace espk::ESPK_ISA {
+
+struct Tile {
+  int64_t stride, lanes;
+  int64_t border_rows, border_columns;  // zeros above the map, and to the left of it (a multiple of the stride)
+  int64_t rows, positions;              // positions of one phase
+
+  // A tile in which `out_rows` x `out_columns` outputs find all taps at most reach_y, reach_x away.
+  Tile(int64_t stride, int64_t lanes, int64_t reach_y, int64_t reach_x, int64_t out_rows, int64_t out_columns)
+      : stride(stride),
+        lanes(lanes),
+        border_rows(reach_y),
+        border_columns(round_up(reach_x, stride)),
+        rows((out_rows - 1) * stride + 2 * reach_y + 1),
+        positions(out_columns + (border_columns + reach_x) / stride) {}
+
+  int64_t row_pitch() const { return stride * positions * lanes; }
+  int64_t size() const { return rows * row_pitch(); }
+
+  // Distance from the first output's element at row 0, position 0 to its tap at (y, x).
+  int64_t offset(int64_t y, int64_t x) const {
+    const int64_t column = x + border_columns;
+    return (y + border_rows) * row_pitch() + ((column % stride) * positions + column / stride) * lanes;
+  }
+};
+
+template <class C>
+inline void fill_zero(C* p, int64_t n) {
+  __builtin_memset(p, 0, static_cast<std::size_t>(n) * sizeof(C));
+}
+
+// A copy of n numbers into the compute type.
+template <class T>
+inline void copy_in(Compute<T>* to, const T* from, int64_t n) {
+  constexpr int N = kLanes<Compute<T>>;
+  int64_t i = 0;
+  for (; i + N <= n; i += N) store<N>(to + i, load<N>(from + i));
+  if (i < n) store_first<N>(to + i, load_first<N>(from + i, n - i), n - i);
+}
+
+// The way back, rounded to the stored type.
+template <class T>
+inline void copy_out(T* to, const Compute<T>* from, int64_t n) {
+  constexpr int N = kLanes<Compute<T>>;
+  int64_t i = 0;
+  for (; i + N <= n; i += N) store<N>(to + i, load<N>(from + i));
+  if (i < n) store_first<N>(to + i, load_first<N>(from + i, n - i), n - i);
+}
+
+// Calls copy(position, column) for every column of the map that the tile has room for, and zero(position, count) for
+// every run of positions outside of the map; both cover the whole row.
+template <class Copy, class Zero>
+inline void for_row(const Tile& tile, int64_t width, Copy&& copy, Zero&& zero) {
+  for (int64_t phase = 0; phase < tile.stride; ++phase) {
+    // Columns phase + position * stride - border_columns: the first inside the map, and the first behind it.
+    const int64_t before = tile.border_columns / tile.stride;
+    const int64_t behind = least(tile.positions, before + (width > phase ? ceil_div(width - phase, tile.stride) : 0));
+    const int64_t start = phase * tile.positions;
+    zero(start, before);
+    copy(start + before, phase, behind - before);
+    zero(start + behind, tile.positions - behind);
+  }
+}
+
+// Rows first_row .. of the plane `from` [height][width] into a tile of one lane.
+template <class T>
+inline void fill_plane(const Tile& tile, Compute<T>* to, const T* from, int64_t first_row, int64_t height,
+                       int64_t width) {
+  for (int64_t r = 0; r < tile.rows; ++r, to += tile.row_pitch()) {
+    const int64_t y = first_row - tile.border_rows + r;
+    if (y < 0 || y >= height) {
+      fill_zero(to, tile.row_pitch());
+      continue;
+    }
+    const T* row = from + y * width;
+    for_row(
+        tile, width,
+        [&](int64_t position, int64_t column, int64_t count) {
+          if (tile.stride == 1) {
+            copy_in(to + position, row + column, count);
+          } else {
+            for (int64_t i = 0; i < count; ++i) to[position + i] = load_one(row + column + i * tile.stride);
+          }
+        },
+        [&](int64_t position, int64_t count) { fill_zero(to + position, count); });
+  }
+}
+
+// Rows first_row .. of `channels` channels of a map whose pixels lie `pixel` elements apart, tile.lanes a position.
+template <class T>
+inline void fill_pixels(const Tile& tile, Compute<T>* to, const T* from, int64_t first_row, int64_t height,
+                        int64_t width, int64_t pixel, int64_t channels) {
+  with_lanes<Compute<T>>(tile.lanes, [&](auto lanes) {
+    constexpr int N = decltype(lanes)::value;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t y = first_row - tile.border_rows + r;
+      Compute<T>* out = to + r * tile.row_pitch();
+      if (y < 0 || y >= height) {
+        fill_zero(out, tile.row_pitch());
+        continue;
+      }
+      for_row(
+          tile, width,
+          [&](int64_t position, int64_t column, int64_t count) {
+            const T* p = from + (y * width + column) * pixel;
+            if (channels == N) {
+              for (int64_t i = 0; i < count; ++i) {
+                store<N>(out + (position + i) * N, load<N>(p + i * tile.stride * pixel));
+              }
+            } else {
+              for (int64_t i = 0; i < count; ++i) {
+                store<N>(out + (position + i) * N, load_first<N>(p + i * tile.stride * pixel, channels));
+              }
+            }
+          },
+          [&](int64_t position, int64_t count) { fill_zero(out + position * N, count * N); });
+    }
+  });
+}
+
+}  // namespace espk::ESPK_ISA

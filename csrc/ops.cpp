@@ -1,0 +1,31 @@
+// Every operator's schema, once. B images, d channels of the reduced map, K branches, M -> N channels, H x W rows and
+// columns, ' of the result; the checks and the mathematics are beside the public functions in espkernels/ops.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(espkernels, m) {
+  // x [B, d, H, W], weight [K, d, 3, 3] -> [B, K*d, H', W'], H' = (H - 1) / stride + 1
+  m.def("spatial_pyramid(Tensor x, Tensor weight, int[] dilations, int stride, bool hff) -> Tensor");
+  // grad [B, K*d, H', W'], weight [K, d, 3, 3] -> [B, d, height, width]
+  m.def(
+      "spatial_pyramid_backward_input(Tensor grad, Tensor weight, int[] dilations, int stride, bool hff, "
+      "SymInt height, SymInt width) -> Tensor");
+  // grad [B, K*d, H', W'], x [B, d, H, W] -> [K, d, 3, 3]
+  m.def(
+      "spatial_pyramid_backward_weight(Tensor grad, Tensor x, int[] dilations, int stride, bool hff) -> Tensor");
+
+  // x [B, M, H, W], weight [N, M/groups], scale, shift, slope [N], residual [B, N, H, W] -> [B, N, H, W]
+  m.def(
+      "group_pointwise(Tensor x, Tensor weight, int groups, Tensor? scale, Tensor? shift, Tensor? residual, "
+      "Tensor? slope) -> Tensor");
+  // grad [B, N, H, W], weight [N, M/groups] -> [B, M, H, W]
+  m.def("group_pointwise_backward_input(Tensor grad, Tensor weight, int groups) -> Tensor");
+  // grad [B, N, H, W], x [B, M, H, W] -> [N, M/groups]
+  m.def("group_pointwise_backward_weight(Tensor grad, Tensor x, int groups) -> Tensor");
+
+  // x [B, d, H, W], weight [K, d, 3, 3], pointwise_weight [N, K*d/groups], pyramid_* [K*d], scale, shift, slope [N],
+  // residual [B, N, H', W'] -> [B, N, H', W']
+  m.def(
+      "pyramid_pointwise(Tensor x, Tensor weight, int[] dilations, Tensor pointwise_weight, int groups, "
+      "Tensor? pyramid_scale, Tensor? pyramid_shift, Tensor? pyramid_slope, Tensor? scale, Tensor? shift, "
+      "Tensor? residual, Tensor? slope, int stride, bool hff) -> Tensor");
+}

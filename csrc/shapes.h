@@ -1,0 +1,108 @@
+// One plain struct a problem: filled and checked once where torch ends, read by every kernel on every device.
+// All sizes and strides are 64-bit and count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace espk {
+
+constexpr int64_t kMaxBranches = 8;
+
+enum class Type { float32, float64, bfloat16, float16 };
+
+inline int64_t bytes_of(Type type) {
+  return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2;
+}
+
+// Dense four-dimensional maps only: contiguous is [B, C, H, W], channels_last is [B, H, W, C] in memory.
+enum class Layout { contiguous, channels_last };
+
+// K depthwise 3x3 convolutions of x [B, d, H, W] with weight [K, d, 3, 3], branch k dilated by dilations[k] and padded
+// by as much, so that the result has H' = (H - 1) / stride + 1 rows; hff makes branch k the sum of branches 1..k.
+struct Pyramid {
+  Type type;
+  Layout layout;
+  int64_t batch, channels, height, width, out_height, out_width, branches, stride;
+  int64_t dilations[kMaxBranches];
+  bool hff;
+
+  int64_t out_channels() const { return branches * channels; }
+  int64_t multiply_adds() const { return 9 * batch * out_channels() * out_height * out_width; }
+};
+
+// out [B, K*d, H', W'] of x [B, d, H, W].
+struct SpatialPyramid : Pyramid {
+  const void* x;
+  const void* weight;
+  void* out;
+};
+
+// grad_x [B, d, H, W] of grad [B, K*d, H', W'].
+struct SpatialPyramidBackwardInput : Pyramid {
+  const void* grad;
+  const void* weight;
+  void* grad_x;
+};
+
+// grad_weight [K, d, 3, 3] of grad [B, K*d, H', W'] and x [B, d, H, W].
+struct SpatialPyramidBackwardWeight : Pyramid {
+  const void* grad;
+  const void* x;
+  void* grad_weight;
+};
+
+// prelu(value * scale + shift + residual, slope); a null pointer leaves its step out.
+// scale, shift and slope hold one number a channel in the compute type (float, or double for float64).
+struct Epilogue {
+  const void* scale;
+  const void* shift;
+  const void* slope;
+  const void* residual;  // like the output, in its type and layout
+
+  bool empty() const { return !scale && !shift && !slope && !residual; }
+};
+
+// 1x1 convolution in groups: x [B, M, P pixels] with weight [N, M/groups] -> out [B, N, P].
+// weight_transposed reads the weight as [M, N/groups] instead, which makes the same kernel the gradient of the input.
+struct GroupPointwise {
+  Type type;
+  Layout layout;
+  int64_t batch, pixels, in_channels, out_channels, groups;
+  bool weight_transposed;
+  const void* x;
+  const void* weight;
+  void* out;
+  Epilogue epilogue;
+
+  int64_t multiply_adds() const { return batch * pixels * in_channels * (out_channels / groups); }
+};
+
+// grad_weight [N, M/groups] of grad [B, N, P] and x [B, M, P].
+struct GroupPointwiseBackwardWeight {
+  Type type;
+  Layout layout;
+  int64_t batch, pixels, in_channels, out_channels, groups;
+  const void* grad;
+  const void* x;
+  void* grad_weight;
+
+  int64_t multiply_adds() const { return batch * pixels * in_channels * (out_channels / groups); }
+};
+
+// The EESP unit after its reduction: the pyramid of x, an affine and PReLU a channel of the concatenated map, then a
+// group pointwise convolution with its epilogue. The concatenated map never reaches memory.
+struct PyramidPointwise : Pyramid {
+  const void* x;
+  const void* weight;
+  Epilogue pyramid_epilogue;  // without a residual
+  int64_t pointwise_channels, groups;
+  const void* pointwise_weight;  // [pointwise_channels, K*d / groups]
+  Epilogue epilogue;
+  void* out;
+
+  int64_t multiply_adds() const {
+    return batch * out_height * out_width * out_channels() * (9 + pointwise_channels / groups);
+  }
+};
+
+}  // namespace espk

@@ -1,0 +1,298 @@
+"""The layers of ESPNetv2: the EESP unit and the strided unit that down-samples (paper section 3, Fig. 1c and 2).
+
+Constructors and state_dict keys are those of the official code, so a checkpoint moves both ways unchanged. The
+convolutions run through the operators of this library; batch norms and PReLUs are torch modules.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espkernels import ops
+
+__all__ = [
+    "BR",
+    "CB",
+    "CBR",
+    "EESP",
+    "CDilated",
+    "DownSampler",
+    "branch_dilations",
+    "init_parameters",
+    "kernel_sizes",
+    "pooled_image",
+]
+
+
+def kernel_sizes(k: int, r_lim: int) -> tuple[int, ...]:
+    """Effective kernel sizes of the ``k`` branches under the receptive-field limit ``r_lim`` (paper section 3.2).
+
+    Branch i has size 3 + 2i; one above the limit falls back to 3; the result is ascending.
+    """
+    return tuple(sorted(size if size <= r_lim else 3 for size in range(3, 3 + 2 * k, 2)))
+
+
+def branch_dilations(k: int, r_lim: int, dilated: bool = True) -> tuple[int, ...]:
+    """Dilation (size - 1) / 2 of each branch of :func:`kernel_sizes`; all 1 without ``dilated`` (paper, Table 5)."""
+    return tuple((size - 1) // 2 if dilated else 1 for size in kernel_sizes(k, r_lim))
+
+
+def init_parameters(module: nn.Module) -> None:
+    """The official initialisation, for ``module`` and all below it.
+
+    Convolutions Kaiming normal over the fan out with bias 0, batch norms 1 and 0, linear layers N(0, 0.001) with bias
+    0, PReLU 0.25.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out")
+        elif isinstance(part, nn.modules.batchnorm._BatchNorm):
+            if part.affine:
+                nn.init.ones_(part.weight)
+        elif isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=0.001)
+        elif isinstance(part, nn.PReLU):
+            nn.init.constant_(part.weight, 0.25)
+        else:
+            continue
+        bias = getattr(part, "bias", None)
+        if bias is not None:
+            nn.init.zeros_(bias)
+
+
+def pooled_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """``image`` [B, C, H, W] average-pooled to ``size`` (height, width) for the long-range shortcut (section 3.2).
+
+    Repeats the official 3x3 pooling of stride 2 and padding 1 (padding counted) until the size matches, so pooling on
+    from the image of the level before gives the very same values as pooling from the full one. Where halving steps
+    over the size, the last step is an adaptive average pooling to exactly ``size``. An image of that size comes back
+    as it is.
+
+    Raises ValueError where the image is smaller than ``size``.
+    """
+    height, width = size
+    if image.dim() != 4 or image.shape[2] < height or image.shape[3] < width:
+        raise ValueError(
+            f"image: shape {tuple(image.shape)}, expected [B, C, H, W] with H >= {height} and W >= {width}, "
+            "the size of the map it is added to"
+        )
+    while image.shape[2] != height or image.shape[3] != width:
+        if (image.shape[2] + 1) // 2 < height or (image.shape[3] + 1) // 2 < width:
+            return F.adaptive_avg_pool2d(image, (height, width))
+        image = F.avg_pool2d(image, kernel_size=3, stride=2, padding=1)
+    return image
+
+
+class CBR(nn.Module):
+    """Convolution without bias, batch norm, PReLU; padded to keep the size: [B, M, H, W] -> [B, N, H, W]."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, (kernel_size - 1) // 2, groups=groups, bias=False
+        )
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.act = nn.PReLU(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+
+class CB(nn.Module):
+    """Convolution without bias and batch norm, padded like :class:`CBR`: [B, M, H, W] -> [B, N, H, W]."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, (kernel_size - 1) // 2, groups=groups, bias=False
+        )
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+class BR(nn.Module):
+    """Batch norm and PReLU. [B, N, H, W] -> the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels)
+        self.act = nn.PReLU(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(x))
+
+
+class CDilated(nn.Module):
+    """One branch: a depthwise 3x3 convolution without bias, padded by its dilation. [B, d, H, W] -> [B, d, H', W']."""
+
+    def __init__(self, channels: int, dilation: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride, dilation, dilation, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+def _hooked(*modules: nn.Module) -> bool:
+    """Whether calling one of ``modules`` would do more than its forward: then it must be called."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+    )
+
+
+class EESP(nn.Module):
+    """Extremely efficient spatial pyramid of depthwise dilated separable convolutions (paper section 3.1, Fig. 1c).
+
+    ``forward``: [B, in_channels, H, W] -> [B, out_channels, H', W'] with H' = (H - 1) // stride + 1, in any floating
+    dtype of the operators and in x's memory format. Reduce (1x1 in ``k`` groups to d = out_channels / k channels, batch
+    norm, PReLU), ``k`` depthwise 3x3 branches, hierarchical feature fusion, batch norm, PReLU, 1x1 in ``k`` groups,
+    batch norm; then, as in the official code:
+
+    * stride 2 with ``down_method`` "avg" returns this expansion, because :class:`DownSampler` concatenates it with its
+      pooled map before the PReLU; ``module_act`` exists all the same and is never run;
+    * otherwise x is added where its shape equals the result's, and ``module_act`` follows. So "avg" at stride 1 means
+      "esp", and "esp" at stride 2 ends with the PReLU.
+
+    ``r_lim`` is the receptive-field limit of :func:`kernel_sizes`. ``hff=False`` concatenates the branches as they are
+    (Table 6), ``dilated=False`` makes every dilation 1 (Table 5); neither changes parameters or keys.
+
+    A hook on any submodule runs: a convolution that carries one (or whose container does) is called as a module instead
+    of through the operators. Raises ValueError for a ``stride`` other than 1 and 2, a ``k`` outside 1 to 8, channels
+    that ``k`` does not divide, and an unknown ``down_method``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        k: int = 4,
+        r_lim: int = 7,
+        down_method: str = "esp",
+        *,
+        hff: bool = True,
+        dilated: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 1 <= k <= 8:
+            raise ValueError(f"k: got {k}, expected from 1 to 8 branches")
+        if stride not in (1, 2):
+            raise ValueError(f"stride: got {stride}, expected 1 or 2")
+        if down_method not in ("esp", "avg"):
+            raise ValueError(f"down_method: got {down_method!r}, expected 'esp' or 'avg'")
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels < 1 or channels % k:
+                raise ValueError(f"{name}: got {channels}, expected a positive multiple of k = {k}")
+        self.stride = stride
+        self.dilations = branch_dilations(k, r_lim, dilated)
+        self.down_method = down_method
+        self.hff = hff
+        channels = out_channels // k
+        self.proj_1x1 = CBR(in_channels, channels, 1, groups=k)
+        self.spp_dw = nn.ModuleList(CDilated(channels, dilation, stride) for dilation in self.dilations)
+        self.conv_1x1_exp = CB(out_channels, out_channels, 1, groups=k)
+        self.br_after_cat = BR(out_channels)
+        self.module_act = nn.PReLU(out_channels)
+        init_parameters(self)
+
+    def pyramid_weight(self) -> Tensor:
+        """The weights of the K branches as one tensor [K, d, 3, 3]; gradients reach the branches through it."""
+        weight = torch.cat([cast(CDilated, branch).conv.weight for branch in self.spp_dw])
+        return weight.reshape(len(self.dilations), -1, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        reduced = self._reduce(x)
+        expanded = self._expand(self.br_after_cat(self._pyramid(reduced)))
+        if self.stride == 2 and self.down_method == "avg":
+            return expanded
+        if expanded.shape == x.shape:
+            expanded = expanded + x
+        return self.module_act(expanded)
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        unit = self.proj_1x1
+        if _hooked(unit, unit.conv):
+            return unit(x)
+        return unit.act(unit.bn(ops.group_pointwise(x, unit.conv.weight.flatten(1), unit.conv.groups)))
+
+    def _pyramid(self, reduced: Tensor) -> Tensor:
+        branches = [cast(CDilated, branch) for branch in self.spp_dw]
+        if not _hooked(*branches, *(branch.conv for branch in branches)):
+            return ops.spatial_pyramid(reduced, self.pyramid_weight(), self.dilations, self.stride, self.hff)
+        outputs: list[Tensor] = []
+        for branch in branches:
+            output = branch(reduced)
+            outputs.append(outputs[-1] + output if self.hff and outputs else output)
+        return torch.cat(outputs, dim=1)
+
+    def _expand(self, z: Tensor) -> Tensor:
+        unit = self.conv_1x1_exp
+        if _hooked(unit, unit.conv):
+            return unit(z)
+        return unit.bn(ops.group_pointwise(z, unit.conv.weight.flatten(1), unit.conv.groups))
+
+    def extra_repr(self) -> str:
+        text = f"stride={self.stride}, dilations={self.dilations}, down_method={self.down_method!r}"
+        return text if self.hff else text + ", hff=False"
+
+
+class DownSampler(nn.Module):
+    """The strided EESP unit with the efficient long-range shortcut to the image (paper section 3.2, Fig. 2).
+
+    ``forward``: x [B, in_channels, H, W] -> [B, out_channels, (H - 1) // 2 + 1, (W - 1) // 2 + 1]. The 3x3 average
+    pooling of x comes first, the strided :class:`EESP` gives the other out_channels - in_channels channels, the
+    shortcut is added where ``image`` is given, PReLU ends the unit.
+
+    ``image`` [B, image_channels, H_i, W_i] is the network's input or one already pooled: :func:`pooled_image` takes it
+    to the size of the result, and a network that hands on the pooled image of each level to the next pools it once.
+
+    ``reinf=False`` leaves the shortcut's parameters out. ``hff`` and ``dilated`` are those of :class:`EESP`. Raises
+    ValueError for channels that do not fit, for an image smaller than the result and for an image without shortcut.
+    """
+
+    eesp_type: type[EESP] = EESP
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        k: int = 4,
+        r_lim: int = 9,
+        reinf: bool = True,
+        *,
+        hff: bool = True,
+        dilated: bool = True,
+        image_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if not 1 <= k <= 8:
+            raise ValueError(f"k: got {k}, expected from 1 to 8 branches")
+        if out_channels <= in_channels or (out_channels - in_channels) % k:
+            raise ValueError(
+                f"out_channels: got {out_channels} with in_channels = {in_channels}, "
+                f"expected in_channels plus a positive multiple of k = {k}"
+            )
+        self.eesp = self.eesp_type(
+            in_channels, out_channels - in_channels, 2, k, r_lim, "avg", hff=hff, dilated=dilated
+        )
+        self.avg = nn.AvgPool2d(kernel_size=3, stride=2, padding=1)
+        if reinf:
+            # The official shortcut reduces any image to 3 channels first.
+            self.inp_reinf = nn.Sequential(CBR(image_channels, 3, 3), CB(3, out_channels, 1))
+        self.act = nn.PReLU(out_channels)
+        init_parameters(self)
+
+    def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
+        output = torch.cat([self.avg(x), self.eesp(x)], dim=1)
+        if image is not None:
+            if not hasattr(self, "inp_reinf"):
+                raise ValueError(f"image: shape {tuple(image.shape)}, expected None in a unit built with reinf=False")
+            output = output + self.inp_reinf(pooled_image(image, (output.shape[2], output.shape[3])))
+        return self.act(output)

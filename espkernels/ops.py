@@ -1,0 +1,136 @@
+"""The public operators: arguments are checked, then the call goes to the kernels of the tensors' device.
+
+Every operator keeps the memory format of ``x``: channels_last in, channels_last out; contiguous in, contiguous out.
+dtypes are float32, float64, bfloat16 and float16; half types are summed in float32. All are differentiable as often as
+asked, and work under ``torch.compile``, ``torch.export`` and ``torch.autocast``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from espkernels import backends, checks, reference
+
+if backends.library is not None:
+    import espkernels.registration  # noqa: F401  fakes, gradients and autocast of the operators in the library
+
+__all__ = ["group_pointwise", "pyramid_pointwise", "spatial_pyramid"]
+
+
+def _vector(vector: Tensor | None, x: Tensor) -> Tensor | None:
+    """One number a channel, in the type that kernels compute in."""
+    if vector is None:
+        return None
+    return vector.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def spatial_pyramid(x: Tensor, weight: Tensor, dilations: Sequence[int], stride: int = 1, hff: bool = True) -> Tensor:
+    """K depthwise 3x3 convolutions of one map, each with its dilation, in one pass (paper section 3.1, Fig. 1).
+
+    Args:
+        x: the reduced map [B, d, H, W].
+        weight: one 3x3 filter for each branch and channel [K, d, 3, 3], 1 <= K <= 8; dtype and device of ``x``.
+        dilations: K dilations of at least 1; branch k is padded by ``dilations[k]``.
+        stride: step of the output pixels, at least 1.
+        hff: hierarchical feature fusion: output k is the sum of branches 1..k instead of branch k alone.
+
+    Returns:
+        The concatenated map [B, K*d, H', W'], branch-major, H' = (H - 1) // stride + 1, in the format of ``x``.
+
+    Raises:
+        ValueError: a shape, device, dilation or stride is not as above; the message names the argument.
+        TypeError: an argument has the wrong type or dtype.
+    """
+    checks.check_pyramid(x, weight, dilations, stride)
+    if backends.runs_reference(x.device):
+        return reference.spatial_pyramid(x, weight, dilations, stride, hff)
+    return torch.ops.espkernels.spatial_pyramid.default(x, weight, list(dilations), stride, hff)
+
+
+def group_pointwise(
+    x: Tensor,
+    weight: Tensor,
+    groups: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    slope: Tensor | None = None,
+) -> Tensor:
+    """1x1 convolution in groups, then ``prelu(y * scale + shift + residual, slope)``; None leaves a step out.
+
+    Args:
+        x: [B, M, H, W].
+        weight: [N, M/groups], dtype and device of ``x``.
+        groups: divides M and N.
+        scale, shift, slope: one number an output channel [N], in the dtype of ``x`` or float32.
+        residual: [B, N, H, W] like the result.
+
+    Returns:
+        [B, N, H, W] in the format of ``x``.
+
+    Raises:
+        ValueError: a shape or device is not as above; the message names the argument.
+        TypeError: an argument has the wrong type or dtype.
+    """
+    checks.check_group_pointwise(x, weight, groups, scale, shift, residual, slope)
+    if backends.runs_reference(x.device):
+        return reference.group_pointwise(x, weight, groups, scale, shift, residual, slope)
+    return torch.ops.espkernels.group_pointwise.default(
+        x, weight, groups, _vector(scale, x), _vector(shift, x), residual, _vector(slope, x)
+    )
+
+
+def pyramid_pointwise(
+    x: Tensor,
+    weight: Tensor,
+    dilations: Sequence[int],
+    pointwise_weight: Tensor,
+    groups: int,
+    pyramid_scale: Tensor | None = None,
+    pyramid_shift: Tensor | None = None,
+    pyramid_slope: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    slope: Tensor | None = None,
+    stride: int = 1,
+    hff: bool = True,
+) -> Tensor:
+    """The EESP unit after its reduction in one pass (paper Fig. 1c); the concatenated map never reaches memory.
+
+    ``z = prelu(spatial_pyramid(x, ...) * pyramid_scale + pyramid_shift, pyramid_slope)``, then
+    ``group_pointwise(z, pointwise_weight, groups, scale, shift, residual, slope)``.
+
+    Args:
+        x: the reduced map [B, d, H, W].
+        weight, dilations, stride, hff: as in :func:`spatial_pyramid`.
+        pointwise_weight: [N, K*d/groups], dtype and device of ``x``.
+        groups: divides K*d and N.
+        pyramid_scale, pyramid_shift, pyramid_slope: one number a channel of the concatenated map [K*d].
+        scale, shift, slope: one number an output channel [N].
+        residual: [B, N, H', W'] like the result.
+
+    Returns:
+        [B, N, H', W'] in the format of ``x``.
+
+    Raises:
+        ValueError: a shape, device, dilation or stride is not as above; the message names the argument.
+        TypeError: an argument has the wrong type or dtype.
+    """
+    checks.check_pyramid_pointwise(
+        x, weight, dilations, pointwise_weight, groups, pyramid_scale, pyramid_shift, pyramid_slope,
+        scale, shift, residual, slope, stride,
+    )  # fmt: skip
+    if backends.runs_reference(x.device):
+        return reference.pyramid_pointwise(
+            x, weight, dilations, pointwise_weight, groups, pyramid_scale, pyramid_shift, pyramid_slope,
+            scale, shift, residual, slope, stride, hff,
+        )  # fmt: skip
+    return torch.ops.espkernels.pyramid_pointwise.default(
+        x, weight, list(dilations), pointwise_weight, groups,
+        _vector(pyramid_scale, x), _vector(pyramid_shift, x), _vector(pyramid_slope, x),
+        _vector(scale, x), _vector(shift, x), residual, _vector(slope, x), stride, hff,
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""The specification: every operator of this library in plain torch operations.
+
+Tests compare each kernel with these functions in float64, benchmarks check against them before timing, and they are
+what runs where no kernel can. They are written to be read beside the paper, not to be fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["epilogue", "group_pointwise", "pyramid_pointwise", "spatial_pyramid"]
+
+
+def spatial_pyramid(x: Tensor, weight: Tensor, dilations: Sequence[int], stride: int = 1, hff: bool = True) -> Tensor:
+    """K depthwise 3x3 convolutions of one map, one dilation each, fused hierarchically and concatenated (Fig. 1b, 1c).
+
+    ``x`` [B, d, H, W], ``weight`` [K, d, 3, 3] -> [B, K*d, H', W'], branch-major, with H' = (H - 1) // stride + 1.
+    With ``hff`` (paper section 3.1) output k is the sum of branches 1..k, without it branch k alone.
+    """
+    channels = x.shape[1]
+    outputs: list[Tensor] = []
+    for branch_weight, dilation in zip(weight, dilations, strict=True):
+        branch = F.conv2d(
+            x, branch_weight.unsqueeze(1), stride=stride, padding=dilation, dilation=dilation, groups=channels
+        )
+        outputs.append(outputs[-1] + branch if hff and outputs else branch)
+    return torch.cat(outputs, dim=1)
+
+
+def epilogue(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    slope: Tensor | None = None,
+) -> Tensor:
+    """``prelu(x * scale + shift + residual, slope)`` with one scale, shift and slope a channel; None leaves a step out."""
+    if scale is not None:
+        x = x * scale.view(1, -1, 1, 1)
+    if shift is not None:
+        x = x + shift.view(1, -1, 1, 1)
+    if residual is not None:
+        x = x + residual
+    if slope is not None:
+        x = torch.where(x > 0, x, x * slope.view(1, -1, 1, 1))
+    return x
+
+
+def group_pointwise(
+    x: Tensor,
+    weight: Tensor,
+    groups: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    slope: Tensor | None = None,
+) -> Tensor:
+    """1x1 convolution in ``groups`` groups, then :func:`epilogue`.
+
+    ``x`` [B, M, H, W], ``weight`` [N, M/groups] -> [B, N, H, W]; ``scale``, ``shift``, ``slope`` [N], ``residual`` like
+    the result.
+    """
+    return epilogue(F.conv2d(x, weight[:, :, None, None], groups=groups), scale, shift, residual, slope)
+
+
+def pyramid_pointwise(
+    x: Tensor,
+    weight: Tensor,
+    dilations: Sequence[int],
+    pointwise_weight: Tensor,
+    groups: int,
+    pyramid_scale: Tensor | None = None,
+    pyramid_shift: Tensor | None = None,
+    pyramid_slope: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    slope: Tensor | None = None,
+    stride: int = 1,
+    hff: bool = True,
+) -> Tensor:
+    """:func:`spatial_pyramid`, an affine and PReLU a channel, then :func:`group_pointwise` with its epilogue.
+
+    This is the EESP unit after its reduction (Fig. 1c) with the statistics of both batch norms known.
+    ``pyramid_*`` [K*d] belong to the concatenated map, ``scale``, ``shift``, ``slope`` [N] to the result.
+    """
+    z = epilogue(spatial_pyramid(x, weight, dilations, stride, hff), pyramid_scale, pyramid_shift, None, pyramid_slope)
+    return group_pointwise(z, pointwise_weight, groups, scale, shift, residual, slope)
