@@ -9,6 +9,7 @@ The environment may set CXX, CXXFLAGS, LDFLAGS, MAX_JOBS (how many compilers run
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import importlib.util
 import os
@@ -43,7 +44,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/kernels.cpp",
 ]
 
-# Contraction and the two -fno- flags let loops vectorise and keep NaN, infinity and the order of sums; -ffast-math does not.
+# Contraction and the two -fno- flags help loops, and keep NaN, infinity and the order of sums; -ffast-math does not.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Icsrc"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -209,16 +210,18 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
         if wants_cuda():
             raise PlatformError("ESPKERNELS_BUILD_CUDA=1, but this version has no CUDA sources yet.")
         libraries = [cpu_library()]
-        BUILD.mkdir(parents=True, exist_ok=True)
-        ninja_file = BUILD / "build.ninja"
-        ninja_file.write_text(ninja_text(libraries))
+        text, ninja = ninja_text(libraries), ninja_program()
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        if subprocess.run([ninja_program(), "-f", str(ninja_file), *jobs]).returncode:
-            raise CompileError("the C++ sources did not compile; what the compiler says is above.")
-        for library in libraries:
-            target = Path(self.get_ext_fullpath(f"espkernels.{library.name}"))
-            self.mkpath(str(target.parent))
-            self.copy_file(library.file, str(target))
+        BUILD.mkdir(parents=True, exist_ok=True)
+        with (BUILD / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # 'make test' and 'make bench' at the same time share this folder
+            (BUILD / "build.ninja").write_text(text)
+            if subprocess.run([ninja, "-f", str(BUILD / "build.ninja"), *jobs]).returncode:
+                raise CompileError("the C++ sources did not compile; what the compiler says is above.")
+            for library in libraries:
+                target = Path(self.get_ext_fullpath(f"espkernels.{library.name}"))
+                self.mkpath(str(target.parent))
+                self.copy_file(library.file, str(target))
 
 
 models = ["espkernels.models", *(f"espkernels.models.{name}" for name in find_packages("models"))]

@@ -76,12 +76,12 @@ void check_same_type(const Tensor& a, const Tensor& b) {
                   "expected CPU tensors of one dtype");
 }
 
-// Runs a kernel: weights are prepared here, units of work go to torch's threads, each with enough to do that waking it
-// pays (a thread costs about as much as 100 000 multiply-adds).
+// Runs a kernel: weights are prepared here, or come `prepared` in a pack; units of work go to torch's threads, each
+// with enough to do that waking it pays (a thread costs about as much as 100 000 multiply-adds).
 template <class Problem>
-void launch(const espk::Kernel<Problem>& kernel, const Problem& problem) {
-  void* shared = espk::scratch(espk::Slot::shared, kernel.shared_bytes(problem));
-  kernel.before(problem, shared);
+void launch(const espk::Kernel<Problem>& kernel, const Problem& problem, void* prepared = nullptr) {
+  void* shared = prepared ? prepared : espk::scratch(espk::Slot::shared, kernel.shared_bytes(problem));
+  if (!prepared) kernel.before(problem, shared);
   const int64_t units = kernel.units(problem);
   constexpr int64_t kWorthAThread = 100'000;
   const int64_t threads_worth = problem.multiply_adds() / kWorthAThread + 1;
@@ -91,6 +91,52 @@ void launch(const espk::Kernel<Problem>& kernel, const Problem& problem) {
                                 [&](int64_t begin, int64_t end) { kernel.run(problem, shared, begin, end); });
   }
   if (kernel.after) kernel.after(problem, shared);
+}
+
+// What a pack was made for; it stands in front of the prepared weights and takes one cache line of them.
+struct alignas(64) PackLabel {
+  const espk::Kernels* kernels;  // one table an instruction set, and none of another process
+  int64_t type, layout, bytes, sizes[4];
+
+  bool operator==(const PackLabel&) const = default;
+};
+static_assert(sizeof(PackLabel) == 64);
+
+PackLabel label_of(const espk::GroupPointwise& p, int64_t bytes) {
+  return {&espk::kernels(), int64_t(p.type), int64_t(p.layout), bytes, {p.groups, p.in_channels, p.out_channels, 0}};
+}
+
+PackLabel label_of(const espk::PyramidPointwise& p, int64_t bytes) {
+  return {&espk::kernels(), int64_t(p.type), int64_t(p.layout), bytes,
+          {p.groups, p.branches, p.channels, p.pointwise_channels}};
+}
+
+template <class Problem>
+Tensor pack(const espk::Kernel<Problem>& kernel, const Problem& problem, const Tensor& like) {
+  const int64_t bytes = kernel.shared_bytes(problem);
+  Tensor packed = torch::stable::empty(std::vector<int64_t>{int64_t(sizeof(PackLabel)) + bytes}, ScalarType::Byte,
+                                       std::nullopt, like.device());
+  char* data = static_cast<char*>(packed.mutable_data_ptr());
+  const PackLabel label = label_of(problem, bytes);
+  __builtin_memcpy(data, &label, sizeof label);
+  kernel.before(problem, data + sizeof label);
+  return packed;
+}
+
+// The prepared weights in a pack, or null where it does not fit this call.
+template <class Problem>
+void* prepared_in(const std::optional<Tensor>& packed, const espk::Kernel<Problem>& kernel, const Problem& problem) {
+  if (!packed || !packed->is_cpu() || packed->scalar_type() != ScalarType::Byte || !packed->is_contiguous()) {
+    return nullptr;
+  }
+  const int64_t bytes = kernel.shared_bytes(problem);
+  char* data = static_cast<char*>(packed->data_ptr());
+  if (packed->numel() != int64_t(sizeof(PackLabel)) + bytes || reinterpret_cast<uintptr_t>(data) % 64 != 0) {
+    return nullptr;
+  }
+  PackLabel label;
+  __builtin_memcpy(&label, data, sizeof label);
+  return label == label_of(problem, bytes) ? data + sizeof label : nullptr;
 }
 
 // Everything of a pyramid but its pointers, from the sizes of its input.
@@ -223,7 +269,8 @@ void check_pointwise_weight(const Tensor& weight, int64_t in_channels, int64_t g
 }
 
 Tensor group_pointwise(const Tensor& x, const Tensor& weight, int64_t groups, std::optional<Tensor> scale,
-                       std::optional<Tensor> shift, std::optional<Tensor> residual, std::optional<Tensor> slope) {
+                       std::optional<Tensor> shift, std::optional<Tensor> residual, std::optional<Tensor> slope,
+                       std::optional<Tensor> packed) {
   check_map(x, "x");
   check_same_type(x, weight);
   check_pointwise_weight(weight, x.size(1), groups);
@@ -243,7 +290,8 @@ Tensor group_pointwise(const Tensor& x, const Tensor& weight, int64_t groups, st
   p.weight = dense.const_data_ptr();
   p.out = out.mutable_data_ptr();
   p.epilogue = pointers(epilogue);
-  launch(espk::kernels().group_pointwise, p);
+  const auto& kernel = espk::kernels().group_pointwise;
+  launch(kernel, p, prepared_in(packed, kernel, p));
   return out;
 }
 
@@ -301,7 +349,7 @@ Tensor pyramid_pointwise(const Tensor& x, const Tensor& weight, std::vector<int6
                          const Tensor& pointwise_weight, int64_t groups, std::optional<Tensor> pyramid_scale,
                          std::optional<Tensor> pyramid_shift, std::optional<Tensor> pyramid_slope,
                          std::optional<Tensor> scale, std::optional<Tensor> shift, std::optional<Tensor> residual,
-                         std::optional<Tensor> slope, int64_t stride, bool hff) {
+                         std::optional<Tensor> slope, int64_t stride, bool hff, std::optional<Tensor> packed) {
   check_map(x, "x");
   check_same_type(x, weight);
   check_same_type(x, pointwise_weight);
@@ -324,8 +372,47 @@ Tensor pyramid_pointwise(const Tensor& x, const Tensor& weight, std::vector<int6
   p.pyramid_epilogue = pointers(first);
   p.epilogue = pointers(second);
   p.out = out.mutable_data_ptr();
-  launch(espk::kernels().pyramid_pointwise, p);
+  const auto& kernel = espk::kernels().pyramid_pointwise;
+  launch(kernel, p, prepared_in(packed, kernel, p));
   return out;
+}
+
+Layout named_layout(bool channels_last) { return channels_last ? Layout::channels_last : Layout::contiguous; }
+
+Tensor pack_group_pointwise(const Tensor& weight, int64_t groups, bool channels_last) {
+  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && groups >= 1, "weight: expected a CPU tensor [N, M/groups]");
+  check_pointwise_weight(weight, weight.size(1) * groups, groups);
+  espk::GroupPointwise p{};
+  p.type = type_of(weight);
+  p.layout = named_layout(channels_last);
+  p.in_channels = weight.size(1) * groups;
+  p.out_channels = weight.size(0);
+  p.groups = groups;
+  const Tensor dense = dense_weight(weight);
+  p.weight = dense.const_data_ptr();
+  return pack(espk::kernels().group_pointwise, p, weight);
+}
+
+Tensor pack_pyramid_pointwise(const Tensor& weight, const Tensor& pointwise_weight, int64_t groups,
+                              std::optional<Tensor> pyramid_scale, std::optional<Tensor> pyramid_shift,
+                              std::optional<Tensor> pyramid_slope, bool channels_last) {
+  check_same_type(weight, pointwise_weight);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) >= 1 && weight.size(0) <= espk::kMaxBranches,
+                  "weight: expected [K, d, 3, 3]");
+  espk::PyramidPointwise p{};
+  const std::vector<int64_t> dilations(static_cast<size_t>(weight.size(0)), 1);
+  describe(p, weight, named_layout(channels_last), {1, weight.size(1), 1, 1}, dilations, 1, true);
+  check_branch_weight(weight, p);
+  check_pointwise_weight(pointwise_weight, p.out_channels(), groups);
+  p.groups = groups;
+  p.pointwise_channels = pointwise_weight.size(0);
+  const Tensor branches = dense_weight(weight), dense = dense_weight(pointwise_weight);
+  const EpilogueTensors epilogue = dense_epilogue(weight, p.layout, {1, p.out_channels(), 1, 1}, pyramid_scale,
+                                                  pyramid_shift, std::nullopt, pyramid_slope);
+  p.weight = branches.const_data_ptr();
+  p.pointwise_weight = dense.const_data_ptr();
+  p.pyramid_epilogue = pointers(epilogue);
+  return pack(espk::kernels().pyramid_pointwise, p, weight);
 }
 
 }  // namespace
@@ -338,4 +425,6 @@ STABLE_TORCH_LIBRARY_IMPL(espkernels, CPU, m) {
   m.impl("group_pointwise_backward_input", TORCH_BOX(&group_pointwise_backward_input));
   m.impl("group_pointwise_backward_weight", TORCH_BOX(&group_pointwise_backward_weight));
   m.impl("pyramid_pointwise", TORCH_BOX(&pyramid_pointwise));
+  m.impl("pack_group_pointwise", TORCH_BOX(&pack_group_pointwise));
+  m.impl("pack_pyramid_pointwise", TORCH_BOX(&pack_pyramid_pointwise));
 }

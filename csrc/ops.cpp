@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(espkernels, m) {
   // x [B, M, H, W], weight [N, M/groups], scale, shift, slope [N], residual [B, N, H, W] -> [B, N, H, W]
   m.def(
       "group_pointwise(Tensor x, Tensor weight, int groups, Tensor? scale, Tensor? shift, Tensor? residual, "
-      "Tensor? slope) -> Tensor");
+      "Tensor? slope, Tensor? packed=None) -> Tensor");
   // grad [B, N, H, W], weight [N, M/groups] -> [B, M, H, W]
   m.def("group_pointwise_backward_input(Tensor grad, Tensor weight, int groups) -> Tensor");
   // grad [B, N, H, W], x [B, M, H, W] -> [N, M/groups]
@@ -27,5 +27,12 @@ STABLE_TORCH_LIBRARY(espkernels, m) {
   m.def(
       "pyramid_pointwise(Tensor x, Tensor weight, int[] dilations, Tensor pointwise_weight, int groups, "
       "Tensor? pyramid_scale, Tensor? pyramid_shift, Tensor? pyramid_slope, Tensor? scale, Tensor? shift, "
-      "Tensor? residual, Tensor? slope, int stride, bool hff) -> Tensor");
+      "Tensor? residual, Tensor? slope, int stride, bool hff, Tensor? packed=None) -> Tensor");
+
+  // The weights of one call in the order in which the kernels of this machine read them, as bytes for `packed`. A pack
+  // that was made for another layout, dtype, size or instruction set is not used: the call packs for itself.
+  m.def("pack_group_pointwise(Tensor weight, int groups, bool channels_last) -> Tensor");
+  m.def(
+      "pack_pyramid_pointwise(Tensor weight, Tensor pointwise_weight, int groups, Tensor? pyramid_scale, "
+      "Tensor? pyramid_shift, Tensor? pyramid_slope, bool channels_last) -> Tensor");
 }

@@ -1,4 +1,4 @@
-"""What a bug report or a benchmark must say about the machine and the build: versions, instructions, backends, threads."""
+"""What a bug report or a benchmark must say: versions, machine, build, instruction sets, backends, threads."""
 
 from __future__ import annotations
 

@@ -147,6 +147,15 @@ def _hooked(*modules: nn.Module) -> bool:
     )
 
 
+def _laid_out(weight: Tensor) -> Tensor:
+    """``weight`` [N, M, h, w] with its dimensions in the order of memory, so that reshaping it copies nothing.
+
+    The gradient then comes back in the weight's own strides, also those of dimensions of size 1: distributed training
+    compares strides one by one.
+    """
+    return weight.permute(0, 2, 3, 1) if weight.stride(1) == 1 and weight.stride(3) == weight.shape[1] else weight
+
+
 class EESP(nn.Module):
     """Extremely efficient spatial pyramid of depthwise dilated separable convolutions (paper section 3.1, Fig. 1c).
 
@@ -164,8 +173,9 @@ class EESP(nn.Module):
     (Table 6), ``dilated=False`` makes every dilation 1 (Table 5); neither changes parameters or keys.
 
     A hook on any submodule runs: a convolution that carries one (or whose container does) is called as a module instead
-    of through the operators. Raises ValueError for a ``stride`` other than 1 and 2, a ``k`` outside 1 to 8, channels
-    that ``k`` does not divide, and an unknown ``down_method``.
+    of through the operators. Raises ValueError for a ``stride`` other than 1 and 2, a ``k`` outside 1 to 8,
+    ``in_channels`` that ``k`` does not divide, ``out_channels`` that ``k`` squared does not divide, and an unknown
+    ``down_method``.
     """
 
     def __init__(
@@ -187,9 +197,13 @@ class EESP(nn.Module):
             raise ValueError(f"stride: got {stride}, expected 1 or 2")
         if down_method not in ("esp", "avg"):
             raise ValueError(f"down_method: got {down_method!r}, expected 'esp' or 'avg'")
-        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels < 1 or channels % k:
-                raise ValueError(f"{name}: got {channels}, expected a positive multiple of k = {k}")
+        if in_channels < 1 or in_channels % k:
+            raise ValueError(f"in_channels: got {in_channels}, expected a positive multiple of k = {k}")
+        if out_channels < 1 or out_channels % k**2:
+            raise ValueError(
+                f"out_channels: got {out_channels}, expected a positive multiple of k * k = {k**2}: "
+                f"each of k branches has out_channels / k channels, which come from a convolution in k groups"
+            )
         self.stride = stride
         self.dilations = branch_dilations(k, r_lim, dilated)
         self.down_method = down_method
@@ -204,7 +218,7 @@ class EESP(nn.Module):
 
     def pyramid_weight(self) -> Tensor:
         """The weights of the K branches as one tensor [K, d, 3, 3]; gradients reach the branches through it."""
-        weight = torch.cat([cast(CDilated, branch).conv.weight for branch in self.spp_dw])
+        weight = torch.cat([_laid_out(cast(CDilated, branch).conv.weight) for branch in self.spp_dw])
         return weight.reshape(len(self.dilations), -1, 3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -220,7 +234,7 @@ class EESP(nn.Module):
         unit = self.proj_1x1
         if _hooked(unit, unit.conv):
             return unit(x)
-        return unit.act(unit.bn(ops.group_pointwise(x, unit.conv.weight.flatten(1), unit.conv.groups)))
+        return unit.act(unit.bn(ops.group_pointwise(x, _laid_out(unit.conv.weight).flatten(1), unit.conv.groups)))
 
     def _pyramid(self, reduced: Tensor) -> Tensor:
         branches = [cast(CDilated, branch) for branch in self.spp_dw]
@@ -236,7 +250,7 @@ class EESP(nn.Module):
         unit = self.conv_1x1_exp
         if _hooked(unit, unit.conv):
             return unit(z)
-        return unit.bn(ops.group_pointwise(z, unit.conv.weight.flatten(1), unit.conv.groups))
+        return unit.bn(ops.group_pointwise(z, _laid_out(unit.conv.weight).flatten(1), unit.conv.groups))
 
     def extra_repr(self) -> str:
         text = f"stride={self.stride}, dilations={self.dilations}, down_method={self.down_method!r}"
@@ -274,10 +288,10 @@ class DownSampler(nn.Module):
         super().__init__()
         if not 1 <= k <= 8:
             raise ValueError(f"k: got {k}, expected from 1 to 8 branches")
-        if out_channels <= in_channels or (out_channels - in_channels) % k:
+        if out_channels <= in_channels or (out_channels - in_channels) % k**2:
             raise ValueError(
                 f"out_channels: got {out_channels} with in_channels = {in_channels}, "
-                f"expected in_channels plus a positive multiple of k = {k}"
+                f"expected in_channels plus a positive multiple of k * k = {k**2}"
             )
         self.eesp = self.eesp_type(
             in_channels, out_channels - in_channels, 2, k, r_lim, "avg", hff=hff, dilated=dilated

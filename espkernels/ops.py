@@ -17,7 +17,13 @@ from espkernels import backends, checks, reference
 if backends.library is not None:
     import espkernels.registration  # noqa: F401  fakes, gradients and autocast of the operators in the library
 
-__all__ = ["group_pointwise", "pyramid_pointwise", "spatial_pyramid"]
+__all__ = [
+    "group_pointwise",
+    "pack_group_pointwise",
+    "pack_pyramid_pointwise",
+    "pyramid_pointwise",
+    "spatial_pyramid",
+]
 
 
 def _vector(vector: Tensor | None, x: Tensor) -> Tensor | None:
@@ -58,6 +64,7 @@ def group_pointwise(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     slope: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """1x1 convolution in groups, then ``prelu(y * scale + shift + residual, slope)``; None leaves a step out.
 
@@ -67,6 +74,7 @@ def group_pointwise(
         groups: divides M and N.
         scale, shift, slope: one number an output channel [N], in the dtype of ``x`` or float32.
         residual: [B, N, H, W] like the result.
+        packed: this weight from :func:`pack_group_pointwise`, which saves packing it in the call.
 
     Returns:
         [B, N, H, W] in the format of ``x``.
@@ -79,8 +87,20 @@ def group_pointwise(
     if backends.runs_reference(x.device):
         return reference.group_pointwise(x, weight, groups, scale, shift, residual, slope)
     return torch.ops.espkernels.group_pointwise.default(
-        x, weight, groups, _vector(scale, x), _vector(shift, x), residual, _vector(slope, x)
+        x, weight, groups, _vector(scale, x), _vector(shift, x), residual, _vector(slope, x), packed
     )
+
+
+def pack_group_pointwise(weight: Tensor, groups: int, channels_last: bool) -> Tensor | None:
+    """The ``weight`` of :func:`group_pointwise` in the order in which the kernels of this machine read it.
+
+    Bytes for ``packed``, made from the values that the weight has now; for maps in channels_last or contiguous. A pack
+    that does not fit its call (other layout, dtype, sizes or instruction set) is ignored. None where the weight's
+    device has no kernels.
+    """
+    if backends.runs_reference(weight.device):
+        return None
+    return torch.ops.espkernels.pack_group_pointwise.default(weight, groups, channels_last)
 
 
 def pyramid_pointwise(
@@ -98,6 +118,7 @@ def pyramid_pointwise(
     slope: Tensor | None = None,
     stride: int = 1,
     hff: bool = True,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """The EESP unit after its reduction in one pass (paper Fig. 1c); the concatenated map never reaches memory.
 
@@ -112,6 +133,7 @@ def pyramid_pointwise(
         pyramid_scale, pyramid_shift, pyramid_slope: one number a channel of the concatenated map [K*d].
         scale, shift, slope: one number an output channel [N].
         residual: [B, N, H', W'] like the result.
+        packed: these weights and pyramid vectors from :func:`pack_pyramid_pointwise`.
 
     Returns:
         [B, N, H', W'] in the format of ``x``.
@@ -132,5 +154,23 @@ def pyramid_pointwise(
     return torch.ops.espkernels.pyramid_pointwise.default(
         x, weight, list(dilations), pointwise_weight, groups,
         _vector(pyramid_scale, x), _vector(pyramid_shift, x), _vector(pyramid_slope, x),
-        _vector(scale, x), _vector(shift, x), residual, _vector(slope, x), stride, hff,
+        _vector(scale, x), _vector(shift, x), residual, _vector(slope, x), stride, hff, packed,
+    )  # fmt: skip
+
+
+def pack_pyramid_pointwise(
+    weight: Tensor,
+    pointwise_weight: Tensor,
+    groups: int,
+    pyramid_scale: Tensor | None,
+    pyramid_shift: Tensor | None,
+    pyramid_slope: Tensor | None,
+    channels_last: bool,
+) -> Tensor | None:
+    """Weights and pyramid vectors of :func:`pyramid_pointwise` as bytes; see :func:`pack_group_pointwise`."""
+    if backends.runs_reference(weight.device):
+        return None
+    return torch.ops.espkernels.pack_pyramid_pointwise.default(
+        weight, pointwise_weight, groups,
+        _vector(pyramid_scale, weight), _vector(pyramid_shift, weight), _vector(pyramid_slope, weight), channels_last,
     )  # fmt: skip

@@ -25,7 +25,7 @@ Function = Callable[..., Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Keyword arguments of ``operator``: ``tensors`` in float64 with whole numbers (or powers of two), and ``options``."""
+    """Arguments of ``operator``: ``tensors`` in float64, with whole numbers or powers of two, and ``options``."""
 
     operator: str
     tensors: dict[str, Tensor]
@@ -38,7 +38,9 @@ class Problem:
         requires_grad: bool = False,
     ) -> dict[str, Tensor]:
         """The tensors as leaves in ``dtype``, the maps among them in ``layout``."""
-        return {name: _cast(tensor, dtype, layout).requires_grad_(requires_grad) for name, tensor in self.tensors.items()}
+        return {
+            name: _cast(tensor, dtype, layout).requires_grad_(requires_grad) for name, tensor in self.tensors.items()
+        }
 
     def grad_output(self, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
         """A gradient for the result, the same one each time."""
@@ -60,7 +62,8 @@ class Problem:
 
     @property
     def _reference(self) -> Function:
-        return getattr(reference, self.operator)
+        function: Function = getattr(reference, self.operator)
+        return function
 
     def is_exact(self, dtype: torch.dtype) -> bool:
         """Whether a right result in ``dtype`` is the exact one rounded once.
@@ -72,7 +75,7 @@ class Problem:
     def difference(
         self, function: Function, dtype: torch.dtype, layout: torch.memory_format, gradients: bool
     ) -> str | None:
-        """What is wrong with the result of ``function`` (or, with ``gradients``, also with those); None where nothing is.
+        """What is wrong with the result of ``function`` and, with ``gradients``, with those; None where nothing is.
 
         Values that need not be exact may be off by four roundings of ``dtype`` in the root mean square.
         """
@@ -110,7 +113,9 @@ def _difference(result: Tensor, expected: Tensor, dtype: torch.dtype, tolerance:
         )
     error = ((result.double() - expected).norm() / expected.norm()).item()
     # Written so that a NaN is a difference.
-    return None if error <= tolerance else f"off by {error:.2g} in the root mean square, expected at most {tolerance:.2g}"
+    return (
+        None if error <= tolerance else f"off by {error:.2g} in the root mean square, expected at most {tolerance:.2g}"
+    )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:

@@ -65,6 +65,7 @@ def _(
     shift: Tensor | None,
     residual: Tensor | None,
     slope: Tensor | None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     return _empty_map(x, weight.shape[0], x.shape[2], x.shape[3])
 
@@ -84,7 +85,7 @@ def _(
     x: Tensor, weight: Tensor, dilations: list[int], pointwise_weight: Tensor, groups: int,
     pyramid_scale: Tensor | None, pyramid_shift: Tensor | None, pyramid_slope: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, slope: Tensor | None,
-    stride: int, hff: bool,
+    stride: int, hff: bool, packed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return _empty_map(x, pointwise_weight.shape[0], _out_size(x.shape[2], stride), _out_size(x.shape[3], stride))
 
@@ -190,13 +191,13 @@ def _epilogue_backward(
 
 
 def _save_group_pointwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.groups, *epilogue = inputs
+    x, weight, ctx.groups, *epilogue, _ = inputs
     ctx.save_for_backward(x, weight, *epilogue)
 
 
 def _group_pointwise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, shift, residual, slope = ctx.saved_tensors
-    needs_x, needs_weight, _, *needs_epilogue = ctx.needs_input_grad
+    needs_x, needs_weight, _, *needs_epilogue, _ = ctx.needs_input_grad
     grads: tuple[Tensor | None, ...] = (grad, None, None, None, None)
     if any(t is not None for t in (scale, shift, residual, slope)):
         value = _plain_pointwise(x, weight, ctx.groups)
@@ -205,11 +206,11 @@ def _group_pointwise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
     grad_value, grad_scale, grad_shift, grad_residual, grad_slope = grads
     grad_x = _ops.group_pointwise_backward_input(grad_value, weight, ctx.groups) if needs_x else None
     grad_weight = _ops.group_pointwise_backward_weight(grad_value, x, ctx.groups) if needs_weight else None
-    return grad_x, grad_weight, None, grad_scale, grad_shift, grad_residual, grad_slope
+    return grad_x, grad_weight, None, grad_scale, grad_shift, grad_residual, grad_slope, None
 
 
 def _save_pyramid_pointwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.dilations, pointwise_weight, ctx.groups, *vectors, ctx.stride, ctx.hff = inputs
+    x, weight, ctx.dilations, pointwise_weight, ctx.groups, *vectors, ctx.stride, ctx.hff, _ = inputs
     ctx.save_for_backward(x, weight, pointwise_weight, *vectors)
 
 
@@ -245,7 +246,7 @@ def _pyramid_pointwise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, 
             )
         if needs_weight:
             grad_weight = _ops.spatial_pyramid_backward_weight(grad_concatenated, x, *options)
-    return grad_x, grad_weight, None, grad_pointwise, None, *grads_pyramid, *grads_epilogue, None, None
+    return grad_x, grad_weight, None, grad_pointwise, None, *grads_pyramid, *grads_epilogue, None, None, None
 
 
 for _name, _backward, _save in (

@@ -77,16 +77,13 @@ void sweep_blocks(const Sweep<C>& given) {
             for (int i = 0; i < X; ++i) store<N>(out + r * s.out_row + i * s.out_column, result[r][i]);
           }
         } else {
-          C spilled[R * X * N];
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) {
+            if (y + r >= s.rows) break;
 #pragma GCC unroll 16
-            for (int i = 0; i < X; ++i) store<N>(spilled + (r * X + i) * N, result[r][i]);
-          }
-          for (int64_t r = 0; r < least(R, s.rows - y); ++r) {
-            for (int64_t i = 0; i < least(X, s.columns - x); ++i) {
-              store_first<N>(out + r * s.out_row + i * s.out_column, load<N>(spilled + (r * X + i) * N),
-                             s.valid - (x + i) * s.valid_step);
+            for (int i = 0; i < X; ++i) {
+              if (x + i >= s.columns) break;
+              store_first<N>(out + r * s.out_row + i * s.out_column, result[r][i], s.valid - (x + i) * s.valid_step);
             }
           }
         }

@@ -83,25 +83,27 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
   const int64_t step = least(strips.rows, least(few, fitting));
   const int64_t pitch = pixels ? p.out_channels() : round_up(step * p.out_width, kLanes<C>);
 
+  // The tiles of all blocks of channels lie behind one another; the last block may be narrower.
+  const PyramidStrip<C> strip(p, strips.rows, pixels ? least(lanes, p.channels) : p.out_width, step);
+  const int64_t last_channels = pixels ? p.channels - (maps - 1) * lanes : p.out_width;
+  const PyramidStrip<C> last_strip(p, strips.rows, last_channels, step);
+  C* tiles = strip.zeroed_tiles(maps);
+  const bool moving = strips.count > 1;
+
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t image = unit / strips.count, first = unit % strips.count * strips.rows;
     const int64_t rows = least(strips.rows, p.out_height - first);
     if (rows <= 0) continue;
 
-    // The tiles of all blocks of channels lie behind one another; the last block may be narrower.
-    const PyramidStrip<C> strip(p, strips.rows, pixels ? least(lanes, p.channels) : p.out_width, step);
-    const int64_t last_channels = pixels ? p.channels - (maps - 1) * lanes : 1;
-    const PyramidStrip<C> last_strip(p, strips.rows, pixels ? last_channels : p.out_width, step);
-    const int64_t tile_bytes = maps * strip.tile.size() * static_cast<int64_t>(sizeof(C));
-    C* tiles = static_cast<C*>(scratch(Slot::tile, tile_bytes));
     const T* x = static_cast<const T*>(p.x) + image * p.channels * p.height * p.width;
     for (int64_t map = 0; map < maps; ++map) {
       const PyramidStrip<C>& s = map + 1 < maps ? strip : last_strip;
       C* tile = tiles + map * strip.tile.size();
       if (pixels) {
-        fill_pixels(s.tile, tile, x + map * lanes, first * p.stride, p.height, p.width, p.channels, s.valid);
+        fill_pixels(s.tile, tile, x + map * lanes, first * p.stride, p.height, p.width, moving,
+                    p.channels, s.valid);
       } else {
-        fill_plane(s.tile, tile, x + map * p.height * p.width, first * p.stride, p.height, p.width);
+        fill_plane(s.tile, tile, x + map * p.height * p.width, first * p.stride, p.height, p.width, moving);
       }
     }
 

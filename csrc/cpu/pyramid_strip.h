@@ -38,8 +38,11 @@ struct PyramidStrip {
     }
   }
 
-  C* scratch_tile() const {
-    return static_cast<C*>(scratch(Slot::tile, tile.size() * static_cast<int64_t>(sizeof(C))));
+  // Memory for `count` tiles, all zero.
+  C* zeroed_tiles(int64_t count = 1) const {
+    C* tiles = static_cast<C*>(scratch(Slot::tile, count * tile.size() * static_cast<int64_t>(sizeof(C))));
+    fill_zero(tiles, count * tile.size());
+    return tiles;
   }
 
   // All but where the results go (planes: out_column is set already).

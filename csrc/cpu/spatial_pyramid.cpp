@@ -15,14 +15,14 @@ void run_planes(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
   const Strips strips = pyramid_strips<C>(p);
   const PyramidStrip<C> strip(p, strips.rows, p.out_width);
   const int64_t out_plane = p.out_height * p.out_width;
+  C* tile = strip.zeroed_tiles();
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t plane = unit / strips.count, first = unit % strips.count * strips.rows;
     const int64_t image = plane / p.channels, channel = plane % p.channels;
     const int64_t rows = least(strips.rows, p.out_height - first);
     if (rows <= 0) continue;
-    C* tile = strip.scratch_tile();
     fill_plane(strip.tile, tile, static_cast<const T*>(p.x) + plane * p.height * p.width, first * p.stride, p.height,
-               p.width);
+               p.width, strips.count > 1);
     Sweep<C> sweep = strip.sweep(tile, rows, weights.of_channel(channel));
     T* out = static_cast<T*>(p.out) + (image * p.out_channels() + channel) * out_plane + first * p.out_width;
     const int64_t branch = p.channels * out_plane;
@@ -50,15 +50,21 @@ void run_pixels(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
   const Strips strips = pyramid_strips<C>(p);
   const int64_t blocks = ceil_div(p.channels, kLanes<C>);
   const int64_t pixel = p.out_channels();
+  C* tile = nullptr;
+  int tile_lanes = 0;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t block = unit % blocks, image = unit / blocks / strips.count;
     const int64_t first = unit / blocks % strips.count * strips.rows, rows = least(strips.rows, p.out_height - first);
     if (rows <= 0) continue;
     const int64_t first_channel = block * kLanes<C>, channels = least(kLanes<C>, p.channels - first_channel);
     const PyramidStrip<C> strip(p, strips.rows, channels);
-    C* tile = strip.scratch_tile();
+    if (strip.lanes != tile_lanes) {
+      tile = strip.zeroed_tiles();
+      tile_lanes = strip.lanes;
+    }
     const T* x = static_cast<const T*>(p.x) + image * p.height * p.width * p.channels + first_channel;
-    fill_pixels(strip.tile, tile, x, first * p.stride, p.height, p.width, p.channels, channels);
+    fill_pixels(strip.tile, tile, x, first * p.stride, p.height, p.width, strips.count > 1, p.channels,
+                channels);
     Sweep<C> sweep = strip.sweep(tile, rows, weights.of_block(block));
     T* out = static_cast<T*>(p.out) + (image * p.out_height + first) * p.out_width * pixel + first_channel;
     if constexpr (std::is_same_v<T, C>) {

@@ -68,6 +68,8 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
   const Strips strips = strips_of<C>(p);
   const int64_t s = p.stride, map_count = maps<C>(p);
   const int64_t class_columns = class_size(p, p.width, 0);
+  C* tiles = nullptr;
+  int tile_lanes = 0;
   for (int64_t unit = begin; unit < end; ++unit) {
     // channels_last works through the blocks of one strip before the next, planes through the strips of one plane.
     const int64_t image = unit / (map_count * strips.count), in_image = unit % (map_count * strips.count);
@@ -80,16 +82,21 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
     const BlockShape shape = choose_block(pixels, strips.rows, vectors);
     const Tile tile(1, pixels ? lanes : 1, gradient_reach(p, p.height), gradient_reach(p, p.width),
                     round_up(strips.rows, shape.rows), round_up(vectors, shape.columns) * (pixels ? 1 : lanes));
-    C* tiles = static_cast<C*>(scratch(Slot::tile, p.branches * tile.size() * static_cast<int64_t>(sizeof(C))));
+    if (lanes != tile_lanes) {
+      tiles = static_cast<C*>(scratch(Slot::tile, p.branches * tile.size() * static_cast<int64_t>(sizeof(C))));
+      fill_zero(tiles, p.branches * tile.size());
+      tile_lanes = lanes;
+    }
     const int64_t out_plane = p.out_height * p.out_width;
     for (int64_t k = 0; k < p.branches; ++k) {
       const T* grad = static_cast<const T*>(p.grad) + image * p.out_channels() * out_plane;
       const int64_t channel = k * p.channels + first_channel;
       if (pixels) {
-        fill_pixels(tile, tiles + k * tile.size(), grad + channel, first, p.out_height, p.out_width, p.out_channels(),
-                    channels);
+        fill_pixels(tile, tiles + k * tile.size(), grad + channel, first, p.out_height, p.out_width,
+                    strips.count > 1, p.out_channels(), channels);
       } else {
-        fill_plane(tile, tiles + k * tile.size(), grad + channel * out_plane, first, p.out_height, p.out_width);
+        fill_plane(tile, tiles + k * tile.size(), grad + channel * out_plane, first, p.out_height, p.out_width,
+                   strips.count > 1);
       }
     }
     if (p.hff) sum_suffixes(tiles, p.branches, tile.size());

@@ -77,6 +77,8 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
   const bool pixels = p.layout == Layout::channels_last;
   const Strips strips = pyramid_strips<C>(p);
   const int64_t maps = pyramid_maps<C>(p), out_plane = p.out_height * p.out_width;
+  C* tile = nullptr;
+  int tile_lanes = 0;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t image = unit / (maps * strips.count), in_image = unit % (maps * strips.count);
     const int64_t map = in_image % maps, first = in_image / maps * strips.rows;
@@ -87,11 +89,15 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
     C* sums = static_cast<C*>(scratch(Slot::map, vectors * kLanes<C> * static_cast<int64_t>(sizeof(C))));
     fill_zero(sums, vectors * kLanes<C>);
     const PyramidStrip<C> strip(p, strips.rows, pixels ? channels : p.out_width);
-    C* tile = strip.scratch_tile();
+    if (strip.lanes != tile_lanes) {
+      tile = strip.zeroed_tiles();
+      tile_lanes = strip.lanes;
+    }
     const T* x = static_cast<const T*>(p.x) + image * p.channels * p.height * p.width;
     const T* grad = static_cast<const T*>(p.grad) + image * p.out_channels() * out_plane;
     if (pixels) {
-      fill_pixels(strip.tile, tile, x + first_channel, first * p.stride, p.height, p.width, p.channels, channels);
+      fill_pixels(strip.tile, tile, x + first_channel, first * p.stride, p.height, p.width, strips.count > 1, p.channels,
+                  channels);
       add_strip(strip, sums, tile, rows, [&](int64_t k, int64_t y, C* to) {
         with_lanes<C>(strip.lanes, [&](auto lanes) {
           constexpr int N = decltype(lanes)::value;
@@ -102,7 +108,8 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
         });
       });
     } else {
-      fill_plane(strip.tile, tile, x + map * p.height * p.width, first * p.stride, p.height, p.width);
+      fill_plane(strip.tile, tile, x + map * p.height * p.width, first * p.stride, p.height, p.width,
+                 strips.count > 1);
       add_strip(strip, sums, tile, rows, [&](int64_t k, int64_t y, C* to) {
         copy_in(to, grad + (k * p.channels + map) * out_plane + (first + y) * p.out_width, p.out_width);
         fill_zero(to + p.out_width, strip.columns * strip.lanes - p.out_width);

@@ -6,6 +6,8 @@
 // neighbours for every tap.
 #pragma once
 
+#include <utility>
+
 #include "vector.h"
 
 namespace espk::ESPK_ISA {
@@ -57,73 +59,79 @@ inline void copy_out(T* to, const Compute<T>* from, int64_t n) {
   if (i < n) store_first<N>(to + i, load_first<N>(from + i, n - i), n - i);
 }
 
-// Calls copy(position, column) for every column of the map that the tile has room for, and zero(position, count) for
-// every run of positions outside of the map; both cover the whole row.
-template <class Copy, class Zero>
-inline void for_row(const Tile& tile, int64_t width, Copy&& copy, Zero&& zero) {
-  for (int64_t phase = 0; phase < tile.stride; ++phase) {
-    // Columns phase + position * stride - border_columns: the first inside the map, and the first behind it.
-    const int64_t before = tile.border_columns / tile.stride;
-    const int64_t behind = least(tile.positions, before + (width > phase ? ceil_div(width - phase, tile.stride) : 0));
-    const int64_t start = phase * tile.positions;
-    zero(start, before);
-    copy(start + before, phase, behind - before);
-    zero(start + behind, tile.positions - behind);
+// Every other number of 2 * N: the columns of one phase of stride 2.
+template <int N, class T, std::size_t... I>
+inline Vector<Compute<T>, N> load_every_other(const T* p, std::index_sequence<I...>) {
+  return __builtin_shufflevector(load<N>(p), load<N>(p + N), (2 * I)...);
+}
+
+// `count` numbers `step` apart.
+template <class T>
+inline void gather_in(Compute<T>* to, const T* from, int64_t count, int64_t step) {
+  constexpr int N = kLanes<Compute<T>>;
+  int64_t i = 0;
+  if (step == 1) return copy_in(to, from, count);
+  if (step == 2) {
+    // The last vector ends at the last number wanted, so that nothing behind it is read.
+    for (; i + N < count; i += N) store<N>(to + i, load_every_other<N>(from + 2 * i, std::make_index_sequence<N>{}));
+  }
+  for (; i < count; ++i) to[i] = load_one(from + i * step);
+}
+
+// Calls copy(position, column, count) for the columns of each phase that the tile has room for.
+template <class Copy>
+inline void for_phases(const Tile& tile, int64_t width, Copy&& copy) {
+  const int64_t before = tile.border_columns / tile.stride;
+  for (int64_t phase = 0; phase < tile.stride && phase < width; ++phase) {
+    const int64_t count = least(tile.positions - before, ceil_div(width - phase, tile.stride));
+    copy(phase * tile.positions + before, phase, count);
   }
 }
+
+// The two functions below write the map's rows and columns; the caller zeroes a tile when its memory or its sizes change,
+// and the columns beside the map stay zero from fill to fill. So do the rows above and below it where the tile always
+// starts at the same row; `moving` says that it does not, and zeroes those rows.
 
 // Rows first_row .. of the plane `from` [height][width] into a tile of one lane.
 template <class T>
 inline void fill_plane(const Tile& tile, Compute<T>* to, const T* from, int64_t first_row, int64_t height,
-                       int64_t width) {
+                       int64_t width, bool moving) {
   for (int64_t r = 0; r < tile.rows; ++r, to += tile.row_pitch()) {
     const int64_t y = first_row - tile.border_rows + r;
     if (y < 0 || y >= height) {
-      fill_zero(to, tile.row_pitch());
+      if (moving) fill_zero(to, tile.row_pitch());
       continue;
     }
-    const T* row = from + y * width;
-    for_row(
-        tile, width,
-        [&](int64_t position, int64_t column, int64_t count) {
-          if (tile.stride == 1) {
-            copy_in(to + position, row + column, count);
-          } else {
-            for (int64_t i = 0; i < count; ++i) to[position + i] = load_one(row + column + i * tile.stride);
-          }
-        },
-        [&](int64_t position, int64_t count) { fill_zero(to + position, count); });
+    for_phases(tile, width, [&](int64_t position, int64_t column, int64_t count) {
+      gather_in(to + position, from + y * width + column, count, tile.stride);
+    });
   }
 }
 
 // Rows first_row .. of `channels` channels of a map whose pixels lie `pixel` elements apart, tile.lanes a position.
 template <class T>
 inline void fill_pixels(const Tile& tile, Compute<T>* to, const T* from, int64_t first_row, int64_t height,
-                        int64_t width, int64_t pixel, int64_t channels) {
+                        int64_t width, bool moving, int64_t pixel, int64_t channels) {
   with_lanes<Compute<T>>(tile.lanes, [&](auto lanes) {
     constexpr int N = decltype(lanes)::value;
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t y = first_row - tile.border_rows + r;
       Compute<T>* out = to + r * tile.row_pitch();
       if (y < 0 || y >= height) {
-        fill_zero(out, tile.row_pitch());
+        if (moving) fill_zero(out, tile.row_pitch());
         continue;
       }
-      for_row(
-          tile, width,
-          [&](int64_t position, int64_t column, int64_t count) {
-            const T* p = from + (y * width + column) * pixel;
-            if (channels == N) {
-              for (int64_t i = 0; i < count; ++i) {
-                store<N>(out + (position + i) * N, load<N>(p + i * tile.stride * pixel));
-              }
-            } else {
-              for (int64_t i = 0; i < count; ++i) {
-                store<N>(out + (position + i) * N, load_first<N>(p + i * tile.stride * pixel, channels));
-              }
-            }
-          },
-          [&](int64_t position, int64_t count) { fill_zero(out + position * N, count * N); });
+      for_phases(tile, width, [&](int64_t position, int64_t column, int64_t count) {
+        const T* p = from + (y * width + column) * pixel;
+        const int64_t step = tile.stride * pixel;
+        if (channels == N) {
+          for (int64_t i = 0; i < count; ++i) store<N>(out + (position + i) * N, load<N>(p + i * step));
+        } else {
+          for (int64_t i = 0; i < count; ++i) {
+            store<N>(out + (position + i) * N, load_first<N>(p + i * step, channels));
+          }
+        }
+      });
     }
   });
 }

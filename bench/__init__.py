@@ -1,0 +1,1 @@
+"""Comparisons with eager torch and torch.compile on the real layer shapes; ``python -m espkernels bench`` runs them."""

@@ -1,0 +1,86 @@
+"""One row group of the benchmark: the providers of one problem, checked, then timed in turn."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from bench.floor import Floor
+from bench.interleave import Run, Samples, interleave
+
+__all__ = ["LAYOUTS", "Comparison", "Outcome", "Provider", "WrongResult", "measure"]
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class WrongResult(AssertionError):
+    """A provider's result differs from the float64 reference; it is not timed."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation on inputs of one layout."""
+
+    implementation: str
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{self.implementation}-{self.layout}"
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What is compared and how it is built.
+
+    ``build`` returns what is timed for a provider after checking its result; it raises :class:`WrongResult`. ``floor``
+    is the least that the problem must move and compute. ``memory`` gives the bytes a provider needs, where known.
+    """
+
+    operator: str
+    case: str
+    dtype: str
+    mode: str
+    threads: int
+    providers: tuple[Provider, ...]
+    build: Callable[[Provider], Run]
+    floor: Callable[[], Floor]
+    memory: Callable[[Provider], int | None] = field(default=lambda provider: None)
+
+    def __str__(self) -> str:
+        plural = "s" if self.threads != 1 else ""
+        return f"{self.operator} {self.case} {self.mode} {self.dtype} {self.threads} thread{plural}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The samples of the providers that are right, and what is wrong with the others."""
+
+    samples: Samples
+    refused: dict[str, Exception]
+    floor: Floor
+    memory: dict[str, int | None]
+
+
+@functools.lru_cache(maxsize=1)
+def measure(comparison: Comparison) -> Outcome:
+    """Builds and checks every provider, then times them in turn. The last outcome is kept for the other providers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(comparison.threads)
+    torch.compiler.reset()
+    runs: dict[str, Run] = {}
+    refused: dict[str, Exception] = {}
+    memory: dict[str, int | None] = {}
+    try:
+        floor = comparison.floor()
+        for provider in comparison.providers:
+            try:
+                runs[str(provider)] = comparison.build(provider)
+                memory[str(provider)] = comparison.memory(provider)
+            except Exception as error:  # each provider's own test raises it; the others are still compared
+                refused[str(provider)] = error
+        return Outcome(interleave(runs), refused, floor, memory)
+    finally:
+        torch.set_num_threads(threads)

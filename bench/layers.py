@@ -1,0 +1,168 @@
+"""EESP units and whole networks: as plain torch layers, replaced by this library, and frozen for inference."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.cases import Case
+from bench.comparison import LAYOUTS, Provider, WrongResult
+from bench.floor import Floor
+from bench.interleave import Run
+from espkernels import models
+from espkernels.freeze import freeze
+from espkernels.models import plain
+from espkernels.replace import replace
+
+__all__ = ["Task", "network", "unit", "variant"]
+
+
+def unit(case: Case) -> nn.Module:
+    """The plain EESP unit of ``case``, in a container, since a module cannot replace itself."""
+    # Every row of the table comes from a limit; 3 + 2 * dilation is the size of the largest branch.
+    limit = 1 + 2 * max(case.dilations)
+    method = "avg" if case.stride == 2 else "esp"
+    made = plain.EESP(case.in_channels, case.out_channels, case.stride, case.k, limit, method)
+    assert made.dilations == case.dilations, f"{case}: {made.dilations}"
+    return _lively(nn.Sequential(made))
+
+
+def network(scale: float) -> nn.Module:
+    """The plain classification network, without dropout so that two runs agree."""
+    return _lively(models.espnetv2(scale, plain=True, dropout=0.0))
+
+
+def _lively(model: nn.Module) -> nn.Module:
+    """Gives the batch norms statistics and weights that a trained network could have: 0 and 1 would hide mistakes."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.running_var):
+                assert tensor is not None
+                nn.init.uniform_(tensor, 0.7, 1.4)
+            for tensor in (module.bias, module.running_mean):
+                assert tensor is not None
+                nn.init.normal_(tensor, std=0.1)
+    return model.eval()
+
+
+def variant(model: nn.Module, implementation: str) -> nn.Module:
+    """A copy of the plain ``model`` as ``implementation``: "eager", "compile", "replaced" or "frozen"."""
+    model = copy.deepcopy(model)
+    if implementation == "replaced":
+        replace(model)
+    elif implementation == "frozen":
+        model = freeze(model)
+    elif implementation == "compile":
+        model.compile(dynamic=False)
+    return model
+
+
+class Task:
+    """One model on one input, "forward" in evaluation or "training": forward, loss and backward.
+
+    Each result is compared with float64. Rounding through many layers has no sharp bound, so plain torch in the same
+    dtype is the measure: eight times its own error is allowed.
+    """
+
+    def __init__(self, make: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch.dtype, mode: str) -> None:
+        self.make, self.shape, self.dtype, self.mode = make, shape, dtype, mode
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The plain model in float32."""
+        return self.make().train(self.mode == "training")
+
+    @functools.cached_property
+    def input(self) -> Tensor:
+        """The input in float32."""
+        return torch.randn(self.shape, generator=torch.Generator().manual_seed(2))
+
+    @functools.cached_property
+    def _exact(self) -> list[Tensor]:
+        return self._results(copy.deepcopy(self.model).double(), self.input.double())
+
+    @functools.cached_property
+    def _allowed(self) -> float:
+        eager = self._results(*self._cast("eager", torch.contiguous_format))
+        return 8 * max(_error(eager, self._exact), torch.finfo(self.dtype).eps)
+
+    def _cast(self, implementation: str, layout: torch.memory_format) -> tuple[nn.Module, Tensor]:
+        model = copy.deepcopy(self.model).to(self.dtype)
+        # A person who wants channels_last converts both, so that no convolution has to.
+        model = variant(model.to(memory_format=layout), implementation)  # type: ignore[call-overload]
+        return model, self.input.to(self.dtype).contiguous(memory_format=layout)
+
+    def _results(self, model: nn.Module, x: Tensor) -> list[Tensor]:
+        if self.mode == "forward":
+            with torch.no_grad():
+                return [model(x)]
+        model.zero_grad(set_to_none=True)
+        output = model(x)
+        _loss(output).backward()
+        return [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    def build(self, provider: Provider) -> Run:
+        """Checks the provider's result, and returns what is timed."""
+        run, error = self._prepare(provider)
+        if not error <= self._allowed:
+            raise WrongResult(
+                f"{provider}: off by {error:.2g} in the root mean square, expected at most {self._allowed:.2g}"
+            )
+        return run
+
+    def _prepare(self, provider: Provider) -> tuple[Run, float]:
+        model, x = self._cast(provider.implementation, LAYOUTS[provider.layout])
+        error = _error(self._results(model, x), self._exact)
+        return Run(self.step(model, x)), error
+
+    def run(self, provider: Provider) -> Callable[[], object]:
+        """One unchecked step of the provider, for a process that only looks at memory."""
+        return self.step(*self._cast(provider.implementation, LAYOUTS[provider.layout]))
+
+    def step(self, model: nn.Module, x: Tensor) -> Callable[[], object]:
+        """One inference, or one training step up to the gradients."""
+        if self.mode == "forward":
+            return torch.no_grad()(functools.partial(model, x))
+
+        def train() -> None:
+            model.zero_grad(set_to_none=True)
+            _loss(model(x)).backward()
+
+        return train
+
+    def floor(self) -> Floor:
+        """Parameters and input read once, the output written once; training three times the multiply-adds."""
+        counted = models.count(self.make(), (self.shape[2], self.shape[3]), in_channels=self.shape[1])
+        macs = counted.macs * self.shape[0] * (1 if self.mode == "forward" else 3)
+        values = counted.parameters * (1 if self.mode == "forward" else 2) + self.input.numel()
+        return Floor(values * self.dtype.itemsize, 2 * macs)
+
+
+def _loss(output: Tensor) -> Tensor:
+    if output.dim() == 2:
+        labels = torch.arange(output.shape[0]) % output.shape[1]
+        return F.cross_entropy(output.float() if output.dtype != torch.float64 else output, labels)
+    return output.square().mean()
+
+
+def _error(results: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest of the relative errors of the output and of all gradients together."""
+
+    def relative(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:
+        error = size = 0.0
+        for result, right in pairs:
+            error += (result.double() - right).square().sum().item()
+            size += right.square().sum().item()
+        return (error / size) ** 0.5 if size else 0.0
+
+    if len(results) != len(exact):
+        return float("inf")
+    errors = [relative(iter([(results[0], exact[0])])), relative(zip(results[1:], exact[1:], strict=True))]
+    # max() would lose a NaN that comes second.
+    return sum(errors) if any(error != error for error in errors) else max(errors)

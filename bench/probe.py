@@ -1,0 +1,69 @@
+"""This machine's ceilings, measured: what no kernel here can be faster than.
+
+The multiply-add rate is that of a large float32 matrix product in torch (MKL or OpenBLAS sgemm); the bandwidth that of
+``copy_`` between two buffers, once for each size, because a small map stays in a cache that a large one does not fit.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from bench.floor import Floor
+from bench.interleave import Run
+
+__all__ = ["Ceilings", "probe"]
+
+# Bytes of both buffers together: in the second-level cache, in the third or beside it, in memory.
+SIZES = (2**19, 2**21, 2**24, 2**28)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates with ``threads`` threads: FLOP/s in float32, and bytes/s (read and written) by bytes touched."""
+
+    threads: int
+    flops: float
+    bandwidth: dict[int, float]
+
+    def least_seconds(self, floor: Floor) -> float:
+        """The time that the slower of the two ceilings allows for ``floor``."""
+        fitting = [rate for size, rate in self.bandwidth.items() if size >= floor.bytes]
+        rate = fitting[0] if fitting else self.bandwidth[max(self.bandwidth)]
+        return max(floor.bytes / rate, floor.flops / self.flops)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@functools.cache
+def probe(threads: int) -> Ceilings:
+    """The ceilings with ``threads`` threads; about a second, once a process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        n = 1024
+        a, b, product = torch.rand(n, n), torch.rand(n, n), torch.empty(n, n)
+        flops = 2 * n**3 / _best(Run(lambda: torch.mm(a, b, out=product)))
+        bandwidth = {}
+        for size in SIZES:
+            source, target = torch.zeros(size // 8), torch.zeros(size // 8)
+            bandwidth[size] = size / _best(Run(functools.partial(target.copy_, source)))
+        return Ceilings(threads, flops, bandwidth)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _best(run: Run, seconds: float = 0.15) -> float:
+    """The shortest seconds a call: a ceiling is what the machine does when nothing disturbs it."""
+    run.time(1)
+    calls = max(1, int(5e-3 / run.time(1)))
+    best, spent = float("inf"), 0.0
+    while spent < seconds:
+        elapsed = run.time(calls)
+        best, spent = min(best, elapsed / calls), spent + elapsed
+    return best

@@ -1,0 +1,152 @@
+"""``python -m espkernels segment``: photographs to coloured overlays, with what is in them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from espkernels import backends
+from espkernels.models import classes, load
+from espkernels.models import segment as segmenting
+
+ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+CLASS_SETS = {"cityscapes": classes.CITYSCAPES, "voc": classes.VOC}
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", type=Path, metavar="IMAGE", help="a photograph, or a folder of photographs")
+    parser.add_argument("--weights", type=Path, required=True, help="a segmentation checkpoint, .pth or .safetensors")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="the picture to write; a folder when IMAGE is one"
+    )
+    parser.add_argument(
+        "--classes",
+        choices=["auto", *CLASS_SETS],
+        default="auto",
+        help="names and colours of the classes; auto goes by their number",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="what the network sees; default: from the checkpoint's name, else 512 1024 (Cityscapes) or 384 384",
+    )
+    parser.add_argument(
+        "--scale", type=_scale, default=None, metavar="S|auto", help="the network's width; auto reads the checkpoint's"
+    )
+    parser.add_argument("--backend", choices=backends.NAMES, help="the kernels to run; default: the device's own")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+
+
+def _scale(text: str) -> float | None:
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected auto or a number such as 2.0") from error
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when every image was segmented, 1 when one was not, 2 when nothing could begin."""
+    try:
+        jobs = _jobs(args.images, args.output)
+        if args.threads is not None:
+            if args.threads < 1:
+                raise ValueError(f"--threads: got {args.threads}, expected at least 1")
+            torch.set_num_threads(args.threads)
+        model = load.from_official(args.weights, scale=args.scale)
+        count = _outputs(model, args.weights)
+        class_set = _class_set(args.classes, count)
+        size = _size(args.size, args.weights, count)
+        with backends.use_backend(args.backend) if args.backend else nullcontext():
+            failed = _segment_all(model, jobs, size, class_set)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f"segment: {error}", file=sys.stderr)
+        return 2
+    return 1 if failed else 0
+
+
+def _outputs(model: nn.Module, weights: Path) -> int:
+    count = getattr(model, "num_classes", None)
+    if not hasattr(model, "base_net") or not isinstance(count, int):
+        raise ValueError(f"--weights: {weights} is a checkpoint for classification, expected one for segmentation")
+    return count
+
+
+def _class_set(name: str, count: int) -> classes.ClassSet:
+    chosen = classes.of_count(count) if name == "auto" or count == 19 else CLASS_SETS[name]
+    if len(chosen) != count or (name == "voc" and count == 19):
+        raise ValueError(f"--classes {name}: it has {len(chosen)} classes, the checkpoint {count}")
+    return chosen
+
+
+def _size(given: list[int] | None, weights: Path, count: int) -> tuple[int, int]:
+    if given is not None:
+        if min(given) < 1:
+            raise ValueError(f"--size: got {given[0]} {given[1]}, expected a height and a width of at least 1")
+        return given[0], given[1]
+    # Official names end in width x height: espnetv2_s_2.0_city_1024x512.pth.
+    named = re.search(r"(\d+)x(\d+)$", weights.stem)
+    if named:
+        return int(named[2]), int(named[1])
+    return (512, 1024) if count in (19, 20) else (384, 384)
+
+
+def _jobs(source: Path, output: Path) -> list[tuple[Path, Path]]:
+    """Every image with the file its overlay goes to."""
+    if not source.exists():
+        raise ValueError(f"IMAGE: there is no {source}")
+    if not source.is_dir():
+        if output.is_dir():
+            output = output / f"{source.stem}.png"
+        if output.suffix.lower() not in ENDINGS:
+            raise ValueError(f"--output: {output} has no ending of an image format, such as .png")
+        if output.resolve() == source.resolve():
+            raise ValueError(f"--output: {output} is the photograph itself")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return [(source, output)]
+    if output.resolve() == source.resolve():
+        raise ValueError("--output: it is the folder of the photographs; name another")
+    images = sorted(path for path in source.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
+    if not images:
+        raise ValueError(f"IMAGE: the folder {source} holds no images ({', '.join(ENDINGS)})")
+    output.mkdir(parents=True, exist_ok=True)
+    stems = [path.stem for path in images]
+    return [(path, output / f"{path.stem if stems.count(path.stem) == 1 else path.name}.png") for path in images]
+
+
+def _segment_all(
+    model: nn.Module, jobs: list[tuple[Path, Path]], size: tuple[int, int], class_set: classes.ClassSet
+) -> int:
+    """Segment each image and say what is in it; returns the number of those that failed."""
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("the progress bar needs tqdm: pip install 'espkernels[images]'") from error
+    failed = 0
+    for source, target in tqdm(jobs, desc="segment", unit="image", disable=len(jobs) == 1):
+        try:
+            photo = segmenting.read_image(source)
+        except ValueError as error:
+            tqdm.write(f"segment: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        result = segmenting.segment(model, photo, size, class_set)
+        segmenting.save(segmenting.overlay(photo, result), target)
+        tqdm.write(_summary(source, target, size, result))
+    return failed
+
+
+def _summary(source: Path, target: Path, size: tuple[int, int], result: segmenting.Segmentation) -> str:
+    lines = [f"{source} -> {target} ({size[1]}x{size[0]} in {1000 * result.seconds:.0f} ms)"]
+    for name, share in result.shares.items():
+        lines.append(f"  {name:<14}" + (f"{100 * share:6.1f} %" if share >= 0.0005 else " < 0.1 %"))
+    return "\n".join(lines)

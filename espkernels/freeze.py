@@ -1,0 +1,254 @@
+"""An inference copy of a model: batch norms folded, weights packed, each EESP unit in two kernels.
+
+Layers and their traffic, in maps of N channels (design: eager about 20 a unit): the reduction reads one map, the rest of
+the unit reads the residual and writes one; 3 and a bit in all, the concatenated map never reaches memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espkernels import nn as layers
+from espkernels import ops
+from espkernels.replace import replace
+
+__all__ = ["FrozenConvolution", "FrozenDownSampler", "FrozenEESP", "freeze"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def freeze(model: M) -> M:
+    """A copy of ``model`` for inference, on this library's kernels; the model itself is not touched.
+
+    The copy is in eval mode. EESP units and down-samplers, ours or anybody's that :func:`espkernels.replace`
+    recognises, become single modules; convolutions followed by a batch norm (and PReLU) become one convolution; what is
+    not recognised stays as it is. Maps between frozen layers are channels_last, whatever format the input has.
+
+    Gradients flow to the inputs of a frozen model, its folded weights are buffers. A batch norm without running
+    statistics cannot be folded, and its layer stays as it was.
+    """
+    frozen = copy.deepcopy(model).eval()
+    root = nn.ModuleList([frozen])  # a parent for a model that is itself a layer
+    replace(root)
+    _freeze_children(root)
+    return root[0]  # type: ignore[return-value]
+
+
+def _freeze_children(parent: nn.Module) -> None:
+    for name, child in parent.named_children():
+        frozen = _frozen(child)
+        if frozen is None:
+            _freeze_children(child)
+        else:
+            parent._modules[name] = frozen.eval()
+
+
+def _frozen(module: nn.Module) -> nn.Module | None:
+    """The frozen form of a layer, or None where it has none."""
+    if not all(norm.running_mean is not None for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)):
+        return None
+    if isinstance(module, layers.EESP):
+        return FrozenEESP(module)
+    if isinstance(module, layers.DownSampler):
+        return FrozenDownSampler(module)
+    if isinstance(module, (layers.CBR, layers.CB)):
+        return FrozenConvolution(module.conv, module.bn, getattr(module, "act", None))
+    if type(module) is nn.Sequential:
+        kinds = tuple(type(part) for part in module)
+        if kinds in ((nn.Conv2d, nn.BatchNorm2d, nn.PReLU), (nn.Conv2d, nn.BatchNorm2d)):
+            return FrozenConvolution(*module)
+    return None
+
+
+def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Scale and shift a channel of a batch norm with its running statistics, in float64."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.detach().double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    return scale, shift
+
+
+def _slope(act: nn.PReLU, channels: int) -> Tensor:
+    return act.weight.detach().double().expand(channels).contiguous()
+
+
+def _vector_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Frozen(nn.Module):
+    """Folded weights as buffers, and packs of them that follow every change of the buffers."""
+
+    def _register(self, weights: dict[str, Tensor], vectors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        for name, weight in weights.items():
+            self.register_buffer(name, weight.to(dtype).contiguous())
+        for name, vector in vectors.items():
+            self.register_buffer(name, vector.to(_vector_dtype(dtype)).contiguous())
+        self._pack()
+        self.register_load_state_dict_post_hook(lambda module, keys: module._pack())
+
+    def _pack(self) -> None:
+        """Makes the packs anew; nothing to do for a module that has none."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        self._pack()
+        return result
+
+
+class FrozenConvolution(_Frozen):
+    """Convolution, batch norm and PReLU as one convolution: [B, M, H, W] -> [B, N, H', W'] in channels_last."""
+
+    weight: Tensor
+    shift: Tensor
+    slope: Tensor | None
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, act: nn.PReLU | None = None) -> None:
+        super().__init__()
+        scale, shift = _affine(norm)
+        weight = conv.weight.detach().double() * scale.view(-1, 1, 1, 1)
+        if conv.bias is not None:
+            shift = shift + conv.bias.detach().double() * scale
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.pointwise = (
+            tuple(conv.kernel_size) == (1, 1) and tuple(conv.stride) == (1, 1) and conv.padding in ((0, 0), 0, "valid")
+        )
+        vectors = {"shift": shift}
+        if act is None:
+            self.slope = None
+        else:
+            vectors["slope"] = _slope(act, conv.out_channels)
+        self._register({"weight": weight.flatten(1) if self.pointwise else weight}, vectors, conv.weight.dtype)
+
+    def _pack(self) -> None:
+        self.packed = ops.pack_group_pointwise(self.weight, self.groups, True) if self.pointwise else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self.pointwise:
+            return ops.group_pointwise(
+                x, self.weight, self.groups, None, self.shift, None, self.slope, packed=self.packed
+            )
+        shift = self.shift.to(x.dtype)
+        x = F.conv2d(x, self.weight, shift, self.stride, self.padding, self.dilation, self.groups)
+        return x if self.slope is None else F.prelu(x, self.slope.to(x.dtype))
+
+
+class FrozenEESP(_Frozen):
+    """An EESP unit in two kernels: the reduction, and all of the rest (paper Fig. 1c).
+
+    [B, M, H, W] -> [B, N, H', W'] in channels_last. ``residual`` and ``slope`` of the call replace the unit's own:
+    the down-sampler adds its shortcut and ends with its own PReLU.
+    """
+
+    reduce_weight: Tensor
+    reduce_shift: Tensor
+    reduce_slope: Tensor
+    weight: Tensor
+    pyramid_scale: Tensor
+    pyramid_shift: Tensor
+    pyramid_slope: Tensor
+    expand_weight: Tensor
+    shift: Tensor
+    slope: Tensor | None
+
+    def __init__(self, unit: layers.EESP) -> None:
+        super().__init__()
+        self.dilations, self.stride, self.hff = tuple(unit.dilations), unit.stride, unit.hff
+        self.reduce_groups, self.groups = unit.proj_1x1.conv.groups, unit.conv_1x1_exp.conv.groups
+        reduce_scale, reduce_shift = _affine(unit.proj_1x1.bn)
+        pyramid_scale, pyramid_shift = _affine(unit.br_after_cat.bn)
+        expand_scale, shift = _affine(unit.conv_1x1_exp.bn)
+        reduce_weight = unit.proj_1x1.conv.weight.detach()
+        vectors = {
+            "reduce_shift": reduce_shift,
+            "reduce_slope": _slope(unit.proj_1x1.act, reduce_weight.shape[0]),
+            "pyramid_scale": pyramid_scale,
+            "pyramid_shift": pyramid_shift,
+            "pyramid_slope": _slope(unit.br_after_cat.act, pyramid_scale.shape[0]),
+            "shift": shift,
+        }
+        if unit.stride == 2 and unit.down_method == "avg":
+            self.slope = None
+        else:
+            vectors["slope"] = _slope(unit.module_act, shift.shape[0])
+        weights = {
+            "reduce_weight": reduce_weight.flatten(1).double() * reduce_scale.view(-1, 1),
+            "weight": unit.pyramid_weight().detach().double(),
+            "expand_weight": unit.conv_1x1_exp.conv.weight.detach().flatten(1).double() * expand_scale.view(-1, 1),
+        }
+        self._register(weights, vectors, reduce_weight.dtype)
+
+    def _pack(self) -> None:
+        self.packed_reduce = ops.pack_group_pointwise(self.reduce_weight, self.reduce_groups, True)
+        self.packed = ops.pack_pyramid_pointwise(
+            self.weight, self.expand_weight, self.groups,
+            self.pyramid_scale, self.pyramid_shift, self.pyramid_slope, True,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        same_shape = self.stride == 1 and x.shape[1] == self.expand_weight.shape[0]
+        return self.expand(x, x if same_shape and self.slope is not None else None, self.slope)
+
+    def expand(self, x: Tensor, residual: Tensor | None, slope: Tensor | None) -> Tensor:
+        reduced = ops.group_pointwise(
+            x, self.reduce_weight, self.reduce_groups, None, self.reduce_shift, None, self.reduce_slope,
+            packed=self.packed_reduce,
+        )  # fmt: skip
+        return ops.pyramid_pointwise(
+            reduced, self.weight, self.dilations, self.expand_weight, self.groups,
+            self.pyramid_scale, self.pyramid_shift, self.pyramid_slope, None, self.shift, residual, slope,
+            self.stride, self.hff, packed=self.packed,
+        )  # fmt: skip
+
+
+class FrozenDownSampler(_Frozen):
+    """The strided unit with its shortcut from the image (paper section 3.2, Fig. 2): [B, M, H, W] -> [B, N, H', W'].
+
+    PReLU acts a channel, so the pooled half and the strided half are finished apart, each in the epilogue of its last
+    kernel: the shortcut is split the same way.
+    """
+
+    slope: Tensor
+    shortcut_weight: Tensor
+    shortcut_shift: Tensor
+
+    def __init__(self, unit: layers.DownSampler) -> None:
+        super().__init__()
+        self.eesp = FrozenEESP(unit.eesp)
+        self.pool = unit.avg
+        self.pooled_channels = unit.eesp.proj_1x1.conv.in_channels
+        channels = self.pooled_channels + self.eesp.expand_weight.shape[0]
+        vectors = {"slope": _slope(unit.act, channels)}
+        weights: dict[str, Tensor] = {}
+        if hasattr(unit, "inp_reinf"):
+            first, second = cast(layers.CBR, unit.inp_reinf[0]), cast(layers.CB, unit.inp_reinf[1])
+            self.image_convolution = FrozenConvolution(first.conv, first.bn, first.act)
+            scale, shift = _affine(second.bn)
+            weights["shortcut_weight"] = second.conv.weight.detach().flatten(1).double() * scale.view(-1, 1)
+            vectors["shortcut_shift"] = shift
+        self._register(weights, vectors, unit.act.weight.dtype)
+
+    def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        pooled = self.pool(x)
+        m = self.pooled_channels
+        if image is None:
+            first = F.prelu(pooled, self.slope[:m].to(x.dtype))
+            return torch.cat([first, self.eesp.expand(x, None, self.slope[m:])], 1)
+        image = self.image_convolution(layers.pooled_image(image, (pooled.shape[2], pooled.shape[3])))
+        weight, shift = self.shortcut_weight, self.shortcut_shift
+        first = ops.group_pointwise(image, weight[:m], 1, None, shift[:m], pooled, self.slope[:m])
+        shortcut = ops.group_pointwise(image, weight[m:], 1, None, shift[m:])
+        return torch.cat([first, self.eesp.expand(x, shortcut, self.slope[m:])], 1)

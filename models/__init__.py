@@ -1,0 +1,20 @@
+"""The networks of the paper, their official weights, and what they cost."""
+
+from __future__ import annotations
+
+from espkernels.models.count import Count, count
+from espkernels.models.espnetv2 import ESPNetv2, espnetv2
+from espkernels.models.load import LoadReport, from_official, load_official
+from espkernels.models.segmentation import ESPNetv2Segmentation, espnetv2_segmentation
+
+__all__ = [
+    "Count",
+    "ESPNetv2",
+    "ESPNetv2Segmentation",
+    "LoadReport",
+    "count",
+    "espnetv2",
+    "espnetv2_segmentation",
+    "from_official",
+    "load_official",
+]

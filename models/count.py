@@ -1,0 +1,158 @@
+"""Parameters and multiply-adds in the paper's convention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from espkernels.backends import use_backend
+
+__all__ = ["Count", "count"]
+
+
+@dataclass(frozen=True)
+class Count:
+    """What :func:`count` found; ``by_module`` holds the same for every named module, its inner modules included."""
+
+    parameters: int
+    macs: int
+    by_module: dict[str, Count] = field(default_factory=dict, repr=False)
+
+
+def _convolution(out: Tensor, x: Tensor, weight: Tensor, *args: Any, **_: Any) -> int:
+    transposed = len(args) > 4 and args[4]
+    return (x if transposed else out).numel() * weight[0].numel()
+
+
+def _spatial_pyramid(out: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return out.numel() * weight.shape[-2] * weight.shape[-1]
+
+
+def _group_pointwise(out: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return out.numel() * weight[0].numel()
+
+
+def _pyramid_pointwise(
+    out: Tensor, x: Tensor, weight: Tensor, dilations: Any, pointwise_weight: Tensor, *_: Any, **__: Any
+) -> int:
+    pixels = out.numel() // out.shape[1] if out.numel() else 0
+    return pixels * (weight.numel() + pointwise_weight.numel())
+
+
+# Multiply-adds of one call, from its result and arguments. The project's own operators are listed too: a frozen
+# network may call them without the functions that know the reference.
+_MACS: dict[str, Callable[..., int]] = {
+    "aten::convolution": _convolution,
+    "aten::convolution_overrideable": _convolution,
+    "espkernels::spatial_pyramid": _spatial_pyramid,
+    "espkernels::group_pointwise": _group_pointwise,
+    "espkernels::pyramid_pointwise": _pyramid_pointwise,
+}
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the multiply-adds of the convolutions that run, for every module that is running at the time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.running: list[str] = []
+        self.macs: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = _MACS.get(func._schema.name)
+        if formula is not None:
+            macs = formula(out, *args, **(kwargs or {}))
+            for name in {"", *self.running}:
+                self.macs[name] = self.macs.get(name, 0) + macs
+        return out
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Know which modules of ``model`` are running.
+
+        The hooks are global ones, because layers of this library step out of their fused path for hooks of their own.
+        """
+        names = {id(module): name for name, module in model.named_modules() if name}
+
+        def enter(module: nn.Module, *_: Any) -> None:
+            if id(module) in names:
+                self.running.append(names[id(module)])
+
+        def leave(module: nn.Module, *_: Any) -> None:
+            if id(module) in names:
+                self.running.pop()
+
+        before = register_module_forward_pre_hook(enter)
+        after = register_module_forward_hook(leave)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    for module, _ in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+def count(model: nn.Module, size: tuple[int, int], *, in_channels: int | None = None) -> Count:
+    """Parameters of ``model`` and multiply-adds of one image of ``size`` (height, width), as the paper counts them.
+
+    ``macs`` are those of convolutions alone: linear layers, batch norms, activations, pooling, resizing and biases
+    are left out (Table 2 and Figs. 3, 7 of the paper). ``parameters`` are all of them, also those that no forward
+    pass uses and those set not to train. Layers count for what they execute, fused operators as the convolutions they
+    stand for.
+
+    The forward runs on the meta device: nothing is computed, no map is allocated whatever the size, and the model is
+    left as it was. Tensors that it holds outside its parameters and buffers would stay where they are, and be refused.
+    ``in_channels`` is that of the model's first convolution unless given.
+
+    Raises ValueError for a size that is not two positive integers.
+    """
+    if len(size) != 2 or any(side < 1 for side in size):
+        raise ValueError(f"size: got {tuple(size)}, expected (height, width), both at least 1")
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if in_channels is None:
+        in_channels = _first_channels(model)
+    dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.get_default_dtype())
+    image = torch.empty(1, in_channels, *size, dtype=dtype, device="meta")
+
+    counter = _Counter()
+    with torch.no_grad(), use_backend("reference"), _evaluating(model), counter.watching(model), counter:
+        torch.func.functional_call(model, {name: t.to("meta") for name, t in state.items()}, (image,))
+
+    return Count(
+        _parameters(model),
+        counter.macs.get("", 0),
+        {name: Count(_parameters(m), counter.macs.get(name, 0)) for name, m in model.named_modules() if name},
+    )
+
+
+def _first_channels(model: nn.Module) -> int:
+    """Input channels of the first module that holds the weight of a convolution, as a buffer where it is frozen."""
+    for module in model.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.dim() == 4:
+                return tensor.shape[1]
+    return 3
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(math.prod(p.shape) for p in module.parameters())

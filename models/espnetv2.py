@@ -1,0 +1,186 @@
+"""ESPNetv2 for classification (paper section 3.3, Table 2)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espkernels import nn as fused
+from espkernels.models import plain as plain_layers
+
+__all__ = ["ESPNetv2", "Encoder", "Switches", "espnetv2", "widths"]
+
+GROUPS = 4
+# Receptive-field limits (section 3.2): smaller maps, smaller branches.
+LIMIT_DOWN = {2: 13, 3: 11, 4: 9, 5: 7}
+LIMIT = {3: 9, 4: 7, 5: 5}
+# EESP units after the strided one.
+REPEATS = {3: 3, 4: 7, 5: 3}
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What the paper's ablations turn off (Tables 5 and 6), and which layers a network is built from.
+
+    ``plain`` takes the layers of :mod:`espkernels.models.plain`, in which no operator of this library runs.
+    """
+
+    hff: bool = True
+    long_range_shortcut: bool = True
+    dilated: bool = True
+    plain: bool = False
+
+    @property
+    def layers(self) -> ModuleType:
+        return plain_layers if self.plain else fused
+
+
+def widths(scale: float) -> tuple[int, int, int, int, int, int]:
+    """Channels of levels 1 to 5 and of the last convolution for a width ``scale``: the rule behind Table 2.
+
+    The paper's scales are 0.5, 1, 1.25, 1.5, 1.75, 2 and, in Fig. 3, 3; any other above 0 follows the same rule.
+    """
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale: got {scale}, expected a number above 0")
+    base = math.ceil(32 * scale / GROUPS) * GROUPS
+    return min(base, 32), 2 * base, 4 * base, 8 * base, 16 * base, 1024 if scale <= 1.5 else 1280
+
+
+class Encoder(nn.Module):
+    """Levels 1 to 4: what classification, segmentation and detection share.
+
+    ``forward``: image [B, in_channels, H, W], any H and W -> the maps of the four levels, with 1/2, 1/4, 1/8 and 1/16
+    of its height and width (rounded up).
+    """
+
+    def __init__(self, scale: float, in_channels: int = 3, switches: Switches | None = None) -> None:
+        super().__init__()
+        if in_channels < 1:
+            raise ValueError(f"in_channels: got {in_channels}, expected at least 1")
+        self.scale = scale
+        self.in_channels = in_channels
+        self.switches = switches or Switches()
+        width = dict(enumerate(widths(scale)[:5], start=1))
+        self.level1 = fused.CBR(in_channels, width[1], 3, 2)
+        self.level2_0 = self._down_sampler(2, width)
+        self.level3_0 = self._down_sampler(3, width)
+        self.level3 = nn.ModuleList(self._units(3, width))
+        self.level4_0 = self._down_sampler(4, width)
+        self.level4 = nn.ModuleList(self._units(4, width))
+
+    def _down_sampler(self, level: int, width: dict[int, int]) -> nn.Module:
+        return self.switches.layers.DownSampler(
+            width[level - 1],
+            width[level],
+            k=GROUPS,
+            r_lim=LIMIT_DOWN[level],
+            reinf=self.switches.long_range_shortcut,
+            hff=self.switches.hff,
+            dilated=self.switches.dilated,
+            image_channels=self.in_channels,
+        )
+
+    def _units(self, level: int, width: dict[int, int]) -> list[nn.Module]:
+        return [
+            self.switches.layers.EESP(
+                width[level],
+                width[level],
+                k=GROUPS,
+                r_lim=LIMIT[level],
+                hff=self.switches.hff,
+                dilated=self.switches.dilated,
+            )
+            for _ in range(REPEATS[level])
+        ]
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """The maps of levels 1 to 4."""
+        maps = [self.level1(image)]
+        shortcut = image if self.switches.long_range_shortcut else None
+        for down_sampler, units in ((self.level2_0, ()), (self.level3_0, self.level3), (self.level4_0, self.level4)):
+            x = maps[-1]
+            if shortcut is not None:
+                # Pooled on from the level before, so that every level of the image pyramid is computed once.
+                shortcut = fused.pooled_image(shortcut, ((x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2))
+            x = down_sampler(x, shortcut)
+            for unit in units:
+                x = unit(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return self.encode(image)
+
+
+class ESPNetv2(Encoder):
+    """The classification network; :func:`espnetv2` describes it.
+
+    ``forward``: image [B, in_channels, H, W] -> logits [B, num_classes].
+    """
+
+    def __init__(
+        self,
+        scale: float,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        switches: Switches | None = None,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__(scale, in_channels, switches)
+        if num_classes < 1:
+            raise ValueError(f"num_classes: got {num_classes}, expected at least 1")
+        *levels, last = widths(scale)
+        width = dict(enumerate(levels, start=1))
+        self.num_classes = num_classes
+        self.dropout = dropout
+        self.level5_0 = self._down_sampler(5, width)
+        self.level5 = nn.ModuleList(
+            [
+                *self._units(5, width),
+                fused.CBR(width[5], width[5], 3, groups=width[5]),
+                fused.CBR(width[5], last, 1, groups=GROUPS),
+            ]
+        )
+        self.classifier = nn.Linear(last, num_classes)
+        fused.init_parameters(self)
+
+    def forward(self, image: Tensor) -> Tensor:  # type: ignore[override]
+        # The official network builds the shortcut of level 5 and feeds it no image: its weights stay unused.
+        x = self.level5_0(self.encode(image)[-1])
+        for unit in self.level5:
+            x = unit(x)
+        x = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return self.classifier(F.dropout(x, self.dropout, self.training))
+
+
+def espnetv2(
+    scale: float,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    *,
+    plain: bool = False,
+    hff: bool = True,
+    long_range_shortcut: bool = True,
+    dilated: bool = True,
+    dropout: float = 0.2,
+) -> ESPNetv2:
+    """ESPNetv2 for classification at width ``scale``: 0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0 or any other above 0.
+
+    Parameters, multiply-adds and state_dict keys (487) are those of the official network, with the parameters that it
+    never uses: the last PReLU of each strided EESP and the shortcut of level 5.
+
+    With other than 3 ``in_channels`` the first convolution and the first one of every shortcut, which reduces the
+    pooled image to 3 channels, take that many; the rest is the same.
+
+    ``hff``, ``long_range_shortcut`` and ``dilated`` turn off hierarchical feature fusion, the shortcut from the image
+    (parameters of level 5 included) and dilation, as in Tables 5 and 6. ``plain`` builds from plain torch layers with
+    the same parameters. ``dropout`` comes before the classifier.
+
+    Raises ValueError for a scale, class or channel count that is not positive.
+    """
+    switches = Switches(hff, long_range_shortcut, dilated, plain)
+    return ESPNetv2(scale, num_classes, in_channels, switches, dropout)

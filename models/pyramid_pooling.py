@@ -1,0 +1,110 @@
+"""The two blocks of the decoder: efficient pyramid pooling and the weighting of a skip connection.
+
+Module names are those of the official checkpoints (``cbr.{0,1,2}``, ``br.{0,1}``, ``merge_layer.{0,2,3}``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["BR", "CBR", "SCALES", "EfficientPyramidPooling", "SkipWeighting"]
+
+SCALES = (2.0, 1.5, 1.0, 0.5, 0.1)
+SMALLEST = 5
+
+
+class CBR(nn.Module):
+    """Convolution, batch norm, PReLU; the padding keeps the size. [B, M, H, W] -> [B, N, H, W]."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, groups: int = 1) -> None:
+        super().__init__()
+        self.cbr = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.PReLU(out_channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cbr(x)
+
+
+class BR(nn.Module):
+    """Batch norm, PReLU; shape unchanged."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.br = nn.Sequential(nn.BatchNorm2d(channels), nn.PReLU(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.br(x)
+
+
+class EfficientPyramidPooling(nn.Module):
+    """Depthwise convolutions of one projected map at several sizes, merged again (EPP).
+
+    [B, M, H, W] -> [B, N, H, W]. The map is projected to ``projection`` channels, resized to each of ``scales`` (never
+    below 5 pixels a side), convolved depthwise 3x3, resized back, and the results are concatenated, shuffled and
+    merged. Scales run from large to small whatever their order in the argument. The last block of a decoder sets
+    ``last=True``: its merging convolution has a bias and nothing follows it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        projection: int,
+        out_channels: int,
+        scales: Sequence[float] = SCALES,
+        last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.scales = tuple(sorted(scales, reverse=True))
+        self.projection_layer = CBR(in_channels, projection, 1)
+        self.stages = nn.ModuleList(
+            nn.Conv2d(projection, projection, 3, padding=1, groups=projection, bias=False) for _ in self.scales
+        )
+        self.merge_layer = nn.Sequential(
+            BR(projection * len(self.scales)),
+            nn.ChannelShuffle(len(self.scales)),
+            CBR(projection * len(self.scales), projection, 3, groups=projection),
+            nn.Conv2d(projection, out_channels, 1, bias=last),
+        )
+        self.br = None if last else BR(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.projection_layer(x)
+        height, width = x.shape[-2:]
+        maps = []
+        for scale, stage in zip(self.scales, self.stages, strict=True):
+            target = max(math.ceil(height * scale), SMALLEST), max(math.ceil(width * scale), SMALLEST)
+            if scale > 1:
+                map_ = stage(F.interpolate(x, target, mode="bilinear", align_corners=True))
+                maps.append(F.adaptive_avg_pool2d(map_, (height, width)))
+            elif scale < 1:
+                map_ = stage(F.adaptive_avg_pool2d(x, target))
+                maps.append(F.interpolate(map_, (height, width), mode="bilinear", align_corners=True))
+            else:
+                maps.append(stage(x))
+        out = self.merge_layer(torch.cat(maps, dim=1))
+        return out if self.br is None else self.br(out)
+
+
+class SkipWeighting(nn.Module):
+    """A skip map on its way into the decoder (PW): a 3x3 convolution, weighted a channel by the map's global average.
+
+    [B, M, H, W] -> [B, N, H, W]; the convolution has gcd(M, N) groups.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.wt_layer = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.Sigmoid()
+        )
+        self.expansion_layer = CBR(in_channels, out_channels, 3, groups=math.gcd(in_channels, out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expansion_layer(x) * self.wt_layer(x)

@@ -1,0 +1,82 @@
+"""ESPNetv2 for semantic segmentation: levels 1 to 4 and a decoder of pyramid poolings (the network of EdgeNets)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espkernels import nn as fused
+from espkernels.models.espnetv2 import Encoder, Switches, widths
+from espkernels.models.pyramid_pooling import EfficientPyramidPooling, SkipWeighting
+
+__all__ = ["ESPNetv2Segmentation", "espnetv2_segmentation"]
+
+
+class ESPNetv2Segmentation(nn.Module):
+    """The segmentation network; :func:`espnetv2_segmentation` describes it.
+
+    ``forward``: image [B, in_channels, H, W] -> logits [B, num_classes, H, W].
+    """
+
+    def __init__(
+        self, scale: float, num_classes: int, base: int = 16, in_channels: int = 3, switches: Switches | None = None
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("base", base)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
+        self.num_classes = num_classes
+        self.base_net = Encoder(scale, in_channels, switches)
+        level1, level2, level3, level4, *_ = widths(scale)
+        planes = 4 * base, 3 * base, 2 * base
+        # Official code gives one class no channels at all.
+        projection = max(min(num_classes // 2, 16), 1)
+
+        self.bu_dec_l1 = EfficientPyramidPooling(level4, projection, planes[0])
+        self.bu_dec_l2 = EfficientPyramidPooling(planes[0], projection, planes[1])
+        self.bu_dec_l3 = EfficientPyramidPooling(planes[1], projection, planes[2])
+        self.bu_dec_l4 = EfficientPyramidPooling(planes[2], projection, num_classes, last=True)
+        self.merge_enc_dec_l2 = SkipWeighting(level3, planes[0])
+        self.merge_enc_dec_l3 = SkipWeighting(level2, planes[1])
+        self.merge_enc_dec_l4 = SkipWeighting(level1, planes[2])
+        self.bu_br_l2 = nn.Sequential(nn.BatchNorm2d(planes[0]), nn.PReLU(planes[0]))
+        self.bu_br_l3 = nn.Sequential(nn.BatchNorm2d(planes[1]), nn.PReLU(planes[1]))
+        self.bu_br_l4 = nn.Sequential(nn.BatchNorm2d(planes[2]), nn.PReLU(planes[2]))
+        fused.init_parameters(self)
+
+    def forward(self, image: Tensor) -> Tensor:
+        level1, level2, level3, level4 = self.base_net(image)
+        x = self.bu_dec_l1(level4)
+        x = self.bu_dec_l2(self.bu_br_l2(_joined(x, self.merge_enc_dec_l2(level3))))
+        x = self.bu_dec_l3(self.bu_br_l3(_joined(x, self.merge_enc_dec_l3(level2))))
+        x = self.bu_dec_l4(self.bu_br_l4(_joined(x, self.merge_enc_dec_l4(level1))))
+        return F.interpolate(x, image.shape[2:], mode="bilinear", align_corners=True)
+
+
+def _joined(x: Tensor, skip: Tensor) -> Tensor:
+    """``skip`` plus ``x`` up-sampled to its size, which is exactly twice x's only where the image's sides allow it."""
+    return skip + F.interpolate(x, skip.shape[2:], mode="bilinear", align_corners=True)
+
+
+def espnetv2_segmentation(
+    scale: float,
+    num_classes: int,
+    *,
+    base: int = 16,
+    in_channels: int = 3,
+    plain: bool = False,
+    hff: bool = True,
+    long_range_shortcut: bool = True,
+    dilated: bool = True,
+) -> ESPNetv2Segmentation:
+    """ESPNetv2 for segmentation at width ``scale`` with ``num_classes`` outputs: 20 for Cityscapes, 21 for PASCAL VOC.
+
+    Parameters, multiply-adds and state_dict keys (526) are those of the official network. ``base`` sets the decoder's
+    planes to 4, 3 and 2 times its value; EdgeNets uses 16, and 32 for COCO. Images of any height and width work: the
+    decoder up-samples to the size of each skip connection, which for sides that 16 divides is the official doubling.
+
+    ``in_channels``, ``plain`` and the switches are those of :func:`espkernels.models.espnetv2`. Raises ValueError for
+    a scale, class or channel count that is not positive.
+    """
+    switches = Switches(hff, long_range_shortcut, dilated, plain)
+    return ESPNetv2Segmentation(scale, num_classes, base, in_channels, switches)

@@ -1,0 +1,57 @@
+"""What every test shares: instruction sets, poisoned memory, hypothesis without deadlines or luck."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from espkernels import backends
+
+# The same examples each run: a failure is then a change in the code. Slow builds and shared machines have no deadline.
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=60, print_blob=True)
+hypothesis.settings.load_profile("fixed")
+
+
+def instruction_sets() -> list[str]:
+    """Every instruction set that the compiled library holds and this machine runs; the reference where there is none."""
+    return ["reference"] if backends.library is None else list(backends.library.available_isas())
+
+
+@pytest.fixture(scope="session", params=instruction_sets())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once for each instruction set, the kernels switched to it."""
+    if backends.library is None:
+        yield request.param
+        return
+    before = backends.library.isa()
+    backends.library.set_isa(request.param)
+    assert backends.library.isa() == request.param
+    yield request.param
+    backends.library.set_isa(before)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fills every freshly allocated tensor with NaN, so that a value never written cannot pass for a right one."""
+    deterministic, fill = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

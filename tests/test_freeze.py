@@ -1,0 +1,170 @@
+"""Frozen models give the results of the models they were made from, and leave those alone."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import espkernels
+from espkernels import models
+from espkernels.freeze import FrozenConvolution, FrozenDownSampler, FrozenEESP
+from espkernels.models import plain
+
+
+def trained(module: nn.Module, seed: int = 0) -> nn.Module:
+    """``module`` with the statistics, affines and slopes that training would leave, none of them the initial ones."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (part.running_mean, -0.2, 0.2),
+                (part.running_var, 0.5, 1.5),
+                (part.weight.data, 0.5, 1.5),
+                (part.bias.data, -0.2, 0.2),
+            ):
+                tensor.copy_(torch.empty_like(tensor).uniform_(low, high, generator=generator))
+        elif isinstance(part, nn.PReLU):
+            part.weight.data.uniform_(-0.1, 0.6, generator=generator)
+    return module
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def assert_same(frozen: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert frozen.shape == expected.shape
+    assert (frozen.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+UNITS = {
+    "residual": (plain.EESP, dict(in_channels=16, out_channels=16, r_lim=9)),
+    "expanding": (plain.EESP, dict(in_channels=8, out_channels=32, r_lim=7)),
+    "strided esp": (plain.EESP, dict(in_channels=16, out_channels=32, stride=2, r_lim=13)),
+    "strided avg": (plain.EESP, dict(in_channels=16, out_channels=32, stride=2, r_lim=13, down_method="avg")),
+    "three branches": (plain.EESP, dict(in_channels=18, out_channels=18, k=3, r_lim=7)),
+    "no fusion": (plain.EESP, dict(in_channels=16, out_channels=16, hff=False)),
+    "down-sampler": (plain.DownSampler, dict(in_channels=16, out_channels=48, r_lim=11)),
+    "down-sampler without shortcut": (plain.DownSampler, dict(in_channels=16, out_channels=48, reinf=False)),
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_units_in_float64(name: str) -> None:
+    kind, arguments = UNITS[name]
+    unit = trained(kind(**arguments)).double().eval()
+    frozen = espkernels.freeze(unit)
+    assert isinstance(frozen, (FrozenEESP, FrozenDownSampler))
+    x = image(2, arguments["in_channels"], 11, 14)
+    assert_same(frozen(x), unit(x), 1e-13)
+    if kind is plain.DownSampler and arguments.get("reinf", True):
+        photograph = image(2, 3, 41, 55)
+        assert_same(frozen(x, photograph), unit(x, photograph), 1e-13)
+
+
+def test_convolution_blocks() -> None:
+    block = trained(nn.Sequential(nn.Conv2d(6, 9, 3, 2, 1), nn.BatchNorm2d(9), nn.PReLU())).double().eval()
+    frozen = espkernels.freeze(block)
+    assert isinstance(frozen, FrozenConvolution)
+    x = image(2, 6, 9, 7)
+    assert_same(frozen(x), block(x), 1e-13)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 5e-6)])
+def test_whole_classification_network(dtype: torch.dtype, tolerance: float) -> None:
+    network = trained(models.espnetv2(0.5, num_classes=10, plain=True)).double().eval()
+    x = image(2, 3, 65, 97)
+    with torch.no_grad():
+        expected = network(x)
+        frozen = espkernels.freeze(copy.deepcopy(network).to(dtype))
+        assert_same(frozen(x.to(dtype)), expected, tolerance)
+
+
+def test_whole_segmentation_network() -> None:
+    network = trained(models.espnetv2_segmentation(0.5, 5, plain=True)).double().eval()
+    x = image(1, 3, 70, 54)
+    with torch.no_grad():
+        assert_same(espkernels.freeze(network)(x), network(x), 1e-12)
+
+
+def test_the_model_is_left_alone() -> None:
+    network = models.espnetv2(0.5, num_classes=10, plain=True).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    kinds = [type(part) for part in network.modules()]
+    frozen = espkernels.freeze(network)
+    frozen(image(1, 3, 64, 64, dtype=torch.float32))
+    assert network.training and not frozen.training
+    assert kinds == [type(part) for part in network.modules()]
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_every_layer_is_frozen() -> None:
+    frozen = espkernels.freeze(models.espnetv2(0.5, plain=True))
+    assert not any(isinstance(part, (nn.BatchNorm2d, nn.PReLU, nn.Conv2d)) for part in frozen.modules())
+
+
+def test_running_statistics_are_needed() -> None:
+    unit = plain.EESP(16, 16)
+    unit.br_after_cat.bn = nn.BatchNorm2d(16, track_running_stats=False)
+    frozen = espkernels.freeze(unit)
+    assert not isinstance(frozen, FrozenEESP)
+
+
+def test_saved_copied_and_converted() -> None:
+    network = trained(models.espnetv2(0.5, num_classes=10)).eval()
+    frozen = espkernels.freeze(network)
+    x = image(1, 3, 64, 64, dtype=torch.float32)
+    with torch.no_grad():
+        expected = frozen(x)
+        assert torch.equal(copy.deepcopy(frozen)(x), expected)
+
+        memory = io.BytesIO()
+        torch.save(frozen.state_dict(), memory)
+        memory.seek(0)
+        other = espkernels.freeze(trained(models.espnetv2(0.5, num_classes=10), seed=5))
+        assert not torch.equal(other(x), expected)
+        other.load_state_dict(torch.load(memory, weights_only=True))
+        assert torch.equal(other(x), expected)  # packs follow the loaded weights
+
+        assert_same(copy.deepcopy(frozen).double()(x.double()), network.double()(x.double()), 1e-5)
+
+
+def test_packs_follow_the_instruction_set() -> None:
+    library = espkernels.backends.library
+    if library is None:
+        pytest.skip("the compiled library is not there")
+    unit = trained(plain.EESP(64, 64)).eval()
+    x = image(1, 64, 9, 9, dtype=torch.float32)
+    before = library.isa()
+    with torch.no_grad():
+        expected = unit.double()(x.double())
+        frozen = espkernels.freeze(unit.float())
+        try:
+            for isa in library.available_isas():
+                library.set_isa(isa)
+                assert_same(frozen(x), expected, 5e-6)
+        finally:
+            library.set_isa(before)
+
+
+def test_gradients_reach_the_input() -> None:
+    unit = trained(plain.EESP(16, 16)).double().eval()
+    x = image(2, 16, 7, 5)
+    expected, given = x.clone().requires_grad_(), x.clone().requires_grad_()
+    weight = image(2, 16, 7, 5)
+    (unit(expected) * weight).sum().backward()
+    (espkernels.freeze(unit)(given) * weight).sum().backward()
+    assert given.grad is not None and expected.grad is not None
+    assert_same(given.grad, expected.grad, 1e-12)
+
+
+def test_reference_backend() -> None:
+    unit = trained(plain.EESP(16, 16)).double().eval()
+    x = image(2, 16, 7, 5)
+    frozen = espkernels.freeze(unit)
+    with espkernels.use_backend("reference"):
+        assert_same(frozen(x), unit(x), 1e-13)

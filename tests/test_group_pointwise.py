@@ -1,0 +1,99 @@
+"""group_pointwise: a 1x1 convolution in groups with its epilogue."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from closeness import assert_exact
+from operator_tests import OperatorTests, each_dtype, each_layout
+from torch import Tensor
+
+import espkernels
+from espkernels import reference
+
+
+class TestGroupPointwise(OperatorTests):
+    name = "group_pointwise"
+    optional = ("scale", "shift", "residual", "slope")
+    maps = ("x", "residual")
+
+    def stores(self, value: str) -> int:
+        # The gradient goes back through the epilogue, and the sums it needs forward again, each possibly stored.
+        return 1 if value == "output" else 4
+
+    def needed_for(self, wanted: str | None) -> list[str]:
+        convolution = {
+            "x": ["group_pointwise_backward_input"],
+            "weight": ["group_pointwise_backward_weight"],
+            # d(out)/d(scale) is the convolution itself, computed again rather than kept.
+            "scale": ["group_pointwise"],
+        }
+        if wanted is None:
+            return [name for names in convolution.values() for name in names]
+        return convolution.get(wanted, [])
+
+
+@each_dtype
+@each_layout
+def test_the_identity(isa: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    for groups in (1, 2, 6):
+        x = torch.randn(2, 6, 5, 7, dtype=dtype, generator=torch.Generator().manual_seed(0))
+        x = x.contiguous(memory_format=layout)
+        weight = torch.eye(6 // groups, dtype=dtype).repeat(groups, 1)
+        assert torch.equal(espkernels.group_pointwise(x, weight, groups), x)
+
+
+@each_layout
+def test_groups_do_not_mix(isa: str, layout: torch.memory_format) -> None:
+    x = torch.zeros(1, 12, 3, 5).contiguous(memory_format=layout)
+    x[:, 4:8] = 1
+    output = espkernels.group_pointwise(x, torch.ones(18, 4), 3)
+    assert torch.equal(output.unique(), torch.tensor([0.0, 4.0]))
+    assert (output[:, 6:12] == 4).all() and (output[:, :6] == 0).all() and (output[:, 12:] == 0).all()
+
+
+def half_patterns(dtype: torch.dtype) -> Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@each_layout
+def test_every_half_number_is_read_and_written_right(isa: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    # 2^16 numbers, so every bit pattern passes through the kernel's own conversions, both ways.
+    x = half_patterns(dtype).view(1, 16, 64, 64).contiguous(memory_format=layout)
+    output = espkernels.group_pointwise(x, torch.ones(16, 1, dtype=dtype), 16)
+    assert_exact("output", output, x.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@each_layout
+def test_float32_sums_are_rounded_to_the_nearest_half(
+    isa: str, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    # Every half number, the ties between neighbours, and the floats next to both; so overflow and subnormals too.
+    ends = half_patterns(dtype).float()
+    ends = ends[ends.isfinite()].sort().values
+    ties = ((ends[1:].double() + ends[:-1].double()) / 2).float()
+    numbers = torch.cat([ends, ties, torch.tensor([65520.0, 65519.0, 3.4e38, 2.0**-25, 2.0**-24 * 1.5])])
+    infinity = torch.tensor(torch.inf)
+    numbers = torch.cat([numbers, numbers.nextafter(infinity), numbers.nextafter(-infinity)])
+    numbers = torch.cat([numbers, torch.tensor([torch.inf, -torch.inf, torch.nan])])
+    x = torch.zeros(1, 1, 1, 1, dtype=dtype).contiguous(memory_format=layout)
+    weight = torch.zeros(numbers.numel(), 1, dtype=dtype)
+    output = espkernels.group_pointwise(x, weight, 1, shift=numbers).flatten()
+    expected = numbers.to(dtype)
+    wrong = ~((output == expected) | (output.isnan() & expected.isnan()))
+    assert not wrong.any(), f"{numbers[wrong][:5].tolist()} became {output[wrong][:5].tolist()}"
+
+
+@each_layout
+def test_the_kink(isa: str, layout: torch.memory_format) -> None:
+    # At zero the derivative is the slope, as in torch; NaN stays NaN.
+    x = torch.tensor([-2.0, -0.0, 0.0, 3.0, torch.nan]).view(1, 1, 1, 5).contiguous(memory_format=layout)
+    x.requires_grad_()
+    slope = torch.tensor([0.25], requires_grad=True)
+    output = espkernels.group_pointwise(x, torch.ones(1, 1), 1, slope=slope)
+    assert torch.equal(output[..., :4].flatten(), torch.tensor([-0.5, 0.0, 0.0, 3.0])) and output[0, 0, 0, 4].isnan()
+    grad_x, grad_slope = torch.autograd.grad(output[..., :4].sum(), [x, slope])
+    assert torch.equal(grad_x[..., :4].flatten(), torch.tensor([0.25, 0.25, 0.25, 1.0]))
+    assert grad_slope[:1].tolist() == [-2.0]

@@ -1,0 +1,87 @@
+"""pyramid_pointwise: the EESP unit after its reduction, in one pass."""
+
+from __future__ import annotations
+
+import torch
+from arguments import build, cast
+from closeness import assert_exact
+from operator_tests import OperatorTests, each_dtype, each_layout
+from samples import SAMPLES
+
+import espkernels
+from espkernels import reference
+
+
+class TestPyramidPointwise(OperatorTests):
+    name = "pyramid_pointwise"
+    optional = ("pyramid_scale", "pyramid_shift", "pyramid_slope", "scale", "shift", "residual", "slope")
+    maps = ("x", "residual")
+
+    def stores(self, value: str) -> int:
+        # Going back, the concatenated map before and after its PReLU, the gradients of both and of the sums behind
+        # the outer epilogue may each be stored.
+        return 1 if value == "output" else 8
+
+    def needed_for(self, wanted: str | None) -> list[str]:
+        # The concatenated map is computed again rather than kept, and the sums of the outer epilogue from it.
+        pyramid, pointwise = "spatial_pyramid", "group_pointwise"
+        inward = [pyramid, "group_pointwise_backward_input"]
+        wanted_runs = {
+            "x": [*inward, "spatial_pyramid_backward_input"],
+            "weight": [*inward, "spatial_pyramid_backward_weight"],
+            "pyramid_scale": inward,
+            "pyramid_shift": inward,
+            "pyramid_slope": inward,
+            "pointwise_weight": [pyramid, "group_pointwise_backward_weight"],
+            "scale": [pyramid, pointwise],
+        }
+        if wanted is None:
+            return sorted({name for names in wanted_runs.values() for name in names})
+        return wanted_runs.get(wanted, [])
+
+
+@each_dtype
+@each_layout
+def test_the_identity_pointwise_gives_the_pyramid(isa: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    for sample in SAMPLES[::5]:
+        problem = cast(build("spatial_pyramid", sample, integers=False), dtype, layout, requires_grad=False)
+        channels = sample.concatenated
+        output = espkernels.pyramid_pointwise(
+            problem["x"], problem["weight"], sample.dilations, torch.ones(channels, 1, dtype=dtype), channels,
+            stride=sample.stride, hff=sample.hff,
+        )  # fmt: skip
+        # The order of a sum may differ between the two kernels; that of whole numbers cannot show.
+        expected = reference.spatial_pyramid(
+            problem["x"].double(), problem["weight"].double(), sample.dilations, sample.stride, sample.hff
+        )
+        tolerance = 80 * max(torch.finfo(dtype).eps, 0.0)
+        assert (output.double() - expected).abs().le(tolerance * (1 + expected.abs())).all()
+
+
+@each_dtype
+def test_the_concatenated_map_is_not_rounded(isa: str, dtype: torch.dtype) -> None:
+    # 1 + 2^-20 is no half number: a unit that stores the map between its halves in its own type returns zero.
+    x = torch.ones(1, 1, 1, 1, dtype=dtype)
+    weight = torch.zeros(2, 1, 3, 3, dtype=dtype)
+    weight[0, 0, 1, 1], weight[1, 0, 1, 1] = 2.0**-14, 1.0
+    pointwise = torch.tensor([[-1.0, 1.0]], dtype=dtype)
+    output = espkernels.pyramid_pointwise(
+        x, weight, (1, 1), pointwise, 1, pyramid_shift=torch.tensor([1.0, 0.0]).to(dtype)
+    )
+    # hff: z = (2^-14 + 1, 2^-14 + 1) before the difference, which cancels; without hff it leaves the small part.
+    assert_exact("output", output, torch.zeros(1, 1, 1, 1).double())
+    output = espkernels.pyramid_pointwise(
+        x, weight, (1, 1), pointwise, 1, pyramid_shift=torch.tensor([1.0, 0.0]).to(dtype), hff=False
+    )
+    assert_exact("output", output, torch.full((1, 1, 1, 1), -(2.0**-14)).double())
+
+
+def test_the_unit_is_its_parts(isa: str) -> None:
+    for sample in SAMPLES[::7]:
+        a = cast(build("pyramid_pointwise", sample), torch.float32, requires_grad=False)
+        z = espkernels.spatial_pyramid(a["x"], a["weight"], a["dilations"], a["stride"], a["hff"])
+        z = reference.epilogue(z, a["pyramid_scale"], a["pyramid_shift"], None, a["pyramid_slope"])
+        parts = espkernels.group_pointwise(
+            z, a["pointwise_weight"], a["groups"], a["scale"], a["shift"], a["residual"], a["slope"]
+        )
+        assert torch.equal(espkernels.pyramid_pointwise(**a), parts)
