@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
 
 import torch
 
-from bench.cases import IMAGES, SCALES
+from bench.cases import IMAGES, NETWORKS, fits
 from bench.comparison import Comparison, Provider
 from bench.layers import Task, network
 from bench.memory import peak_of_network
@@ -25,17 +24,16 @@ def variants() -> tuple[Variant, ...]:
 
 
 def comparisons(selection: Selection) -> Iterator[Comparison]:
-    image = "224x224"
-    for scale in SCALES if selection.full or selection.patterns else (1.0,):
-        case = f"s{scale:g}-{image}-network"
-        if selection.patterns and not any(fnmatchcase(case, pattern) for pattern in selection.patterns):
+    patterns = selection.patterns or (() if selection.full else ("s1-*",))
+    for case, scale in NETWORKS.items():
+        if patterns and not fits(case, patterns):
             continue
         for variant in selection.variants(variants()):
             if variant.mode == "backward":
                 continue  # a training step is timed as a whole
             mode = "forward" if variant.mode == "forward" else "training"
             batch = selection.batch if mode == "forward" else max(selection.batch, TRAINING_BATCH)
-            shape = (batch, 3, *IMAGES[image][:2])
+            shape = (batch, 3, *IMAGES["224x224"][:2])
             task = Task(functools.partial(network, scale), shape, DTYPES[variant.dtype], mode)
             ours = ("replaced", "frozen") if mode == "forward" else ("replaced",)
             yield Comparison(

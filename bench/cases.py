@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-__all__ = ["CASES", "DEFAULT", "IMAGES", "SCALES", "Case", "matching", "units", "widths"]
+__all__ = ["CASES", "DEFAULT", "IMAGES", "NETWORKS", "SCALES", "Case", "check", "fits", "matching", "units", "widths"]
 
 SCALES = (0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0)
 
@@ -108,19 +108,28 @@ def _distinct(rows: Iterable[Case]) -> tuple[Case, ...]:
 
 
 def matching(patterns: Sequence[str]) -> tuple[Case, ...]:
-    """The cases whose name fits one of the shell patterns, such as ``s1-224x224-*``; all fit no pattern.
+    """The cases whose name fits one of the shell patterns, such as ``s1-224x224-*``; all where there is no pattern."""
+    return tuple(case for case in CASES if not patterns or fits(case.name, patterns))
 
-    Raises ValueError for a pattern that fits nothing.
-    """
+
+def fits(name: str, patterns: Sequence[str]) -> bool:
+    """Whether ``name`` fits one of the shell patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check(patterns: Sequence[str]) -> None:
+    """Raises ValueError for a pattern that fits no case and no network."""
     for pattern in patterns:
-        if not any(fnmatchcase(case.name, pattern) for case in CASES):
+        if not any(fits(name, [pattern]) for name in (*(case.name for case in CASES), *NETWORKS)):
             raise ValueError(
-                f"cases: {pattern!r} fits no case; they are named like {', '.join(c.name for c in DEFAULT[:3])}"
+                f"cases: {pattern!r} fits none; they are named {CASES[0].name}, ..., {next(iter(NETWORKS))}, ..."
             )
-    return tuple(case for case in CASES if not patterns or any(fnmatchcase(case.name, p) for p in patterns))
 
 
 CASES = _distinct(case for image in IMAGES for scale in SCALES for case in units(scale, image))
+
+# Whole classification networks, by name.
+NETWORKS = {f"s{scale:g}-224x224-network": scale for scale in SCALES}
 
 # Small enough for five minutes on two cores: one small and one large network, and the maps of a large image.
 DEFAULT = (

@@ -11,8 +11,10 @@ import torch
 from bench.floor import Floor
 from bench.interleave import Run, Samples, interleave
 
-__all__ = ["LAYOUTS", "Comparison", "Outcome", "Provider", "WrongResult", "measure"]
+__all__ = ["LAYOUTS", "PEERS", "Comparison", "Outcome", "Provider", "WrongResult", "measure"]
 
+# What others run; everything else is ours.
+PEERS = ("eager", "compile")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 

@@ -92,7 +92,7 @@ def comparisons(
 
 
 class _Task:
-    """One way to run a problem. The problem holds tensors, so it is made when needed, and only the last one is alive."""
+    """One way to run a problem, which holds tensors: it is made when needed, and only the last one is alive."""
 
     alive: ClassVar[tuple[_Task, Problem] | None] = None
 

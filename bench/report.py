@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bench.comparison import PEERS
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["GOALS", "Goal", "Row", "headline", "load", "markdown", "picture", "rows", "table"]
 
-PEERS = ("eager", "compile")
 MARK = "slower"
 # Ratios are written "/ eager": how many times faster than eager.
 COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
@@ -207,12 +208,15 @@ def _bytes(count: int) -> str:
 
 
 def _sections(table: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    for title in dict.fromkeys(f"{row.operator} {row.mode}" for row in table):
-        yield title, [row for row in table if f"{row.operator} {row.mode}" == title]
+    """The rows of each operator and mode, under what a reader calls them."""
+    for operator, mode in dict.fromkeys((row.operator, row.mode) for row in table):
+        said = "forward and backward" if mode == "full" else mode
+        yield f"{operator}, {said}", [row for row in table if (row.operator, row.mode) == (operator, mode)]
 
 
-def _summary(table: Sequence[Row]) -> list[str]:
+def _summary(run: dict[str, Any], table: Sequence[Row]) -> list[str]:
     lines = [goal.verdict(table) for goal in GOALS]
+    lines += [f"NOT TIMED {one['comparison']}: {one['reason']}" for one in run.get("refused", ())]
     slower = sum(row.slower for row in table)
     return [*lines, f"Another implementation is faster in {slower} of {len(table)} rows; they are marked."]
 
@@ -232,7 +236,7 @@ def table(run: dict[str, Any]) -> None:
             shown = _table(title, section, NARROW)
         console.print(shown)
     console.print(headline(run))
-    for line in (*_ceilings(run), *_summary(found)):
+    for line in (*_ceilings(run), *_summary(run, found)):
         console.print(line, highlight=False)
 
 
@@ -260,13 +264,14 @@ def markdown(run: dict[str, Any], picture_name: str) -> str:
         f"![speed-up of each layer]({picture_name})",
         "",
         "Times are medians. Ratios are medians of the ratios within a round; a round takes one sample of every",
-        "implementation in turn. Every call uses the same buffers, so what fits the caches is timed in the caches.",
-        "Each result was compared with the float64 reference before it was timed. GB/s and GFLOP/s count every input read",
-        "once, every result written once and every multiply-add of the convolutions as two operations; the ceiling is",
-        "the slower of copying those bytes and multiplying matrices with those operations on this machine. Memory is",
-        "that of all arguments and results; for networks, by how much a fresh process grew in its second step.",
+        "implementation in turn. Every call uses the same buffers, so what fits the caches is timed in the",
+        "caches. Each result was compared with the float64 reference before it was timed. GB/s and GFLOP/s count",
+        "every input read once, every result written once and every multiply-add of the convolutions as two",
+        "operations; the ceiling is the slower of copying those bytes and multiplying matrices with those",
+        "operations on this machine. Memory is that of all arguments and results; for networks, by how much a",
+        "fresh process grew in its second step.",
         "",
-        *(f"* {line}" for line in (*_ceilings(run), *_summary(found))),
+        *(f"* {line}" for line in (*_ceilings(run), *_summary(run, found))),
     ]
     for title, section in _sections(found):
         lines += ["", f"## {title}", ""]

@@ -63,8 +63,7 @@ Tensor dense_map(const Tensor& t, Layout layout) {
 Tensor dense_weight(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 Tensor empty_map(std::vector<int64_t> sizes, const Tensor& like, Layout layout) {
-  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              format_of(layout));
+  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format_of(layout));
 }
 
 void check_map(const Tensor& t, const char* name) {
@@ -72,8 +71,7 @@ void check_map(const Tensor& t, const char* name) {
 }
 
 void check_same_type(const Tensor& a, const Tensor& b) {
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.is_cpu() && b.is_cpu(),
-                  "expected CPU tensors of one dtype");
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.is_cpu() && b.is_cpu(), "expected CPU tensors of one dtype");
 }
 
 // Runs a kernel: weights are prepared here, or come `prepared` in a pack; units of work go to torch's threads, each
@@ -107,7 +105,10 @@ PackLabel label_of(const espk::GroupPointwise& p, int64_t bytes) {
 }
 
 PackLabel label_of(const espk::PyramidPointwise& p, int64_t bytes) {
-  return {&espk::kernels(), int64_t(p.type), int64_t(p.layout), bytes,
+  return {&espk::kernels(),
+          int64_t(p.type),
+          int64_t(p.layout),
+          bytes,
           {p.groups, p.branches, p.channels, p.pointwise_channels}};
 }
 

@@ -10,8 +10,7 @@ STABLE_TORCH_LIBRARY(espkernels, m) {
       "spatial_pyramid_backward_input(Tensor grad, Tensor weight, int[] dilations, int stride, bool hff, "
       "SymInt height, SymInt width) -> Tensor");
   // grad [B, K*d, H', W'], x [B, d, H, W] -> [K, d, 3, 3]
-  m.def(
-      "spatial_pyramid_backward_weight(Tensor grad, Tensor x, int[] dilations, int stride, bool hff) -> Tensor");
+  m.def("spatial_pyramid_backward_weight(Tensor grad, Tensor x, int[] dilations, int stride, bool hff) -> Tensor");
 
   // x [B, M, H, W], weight [N, M/groups], scale, shift, slope [N], residual [B, N, H, W] -> [B, N, H, W]
   m.def(

@@ -10,9 +10,7 @@ constexpr int64_t kMaxBranches = 8;
 
 enum class Type { float32, float64, bfloat16, float16 };
 
-inline int64_t bytes_of(Type type) {
-  return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2;
-}
+inline int64_t bytes_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 
 // Dense four-dimensional maps only: contiguous is [B, C, H, W], channels_last is [B, H, W, C] in memory.
 enum class Layout { contiguous, channels_last };

@@ -38,7 +38,7 @@ def epilogue(
     residual: Tensor | None = None,
     slope: Tensor | None = None,
 ) -> Tensor:
-    """``prelu(x * scale + shift + residual, slope)`` with one scale, shift and slope a channel; None leaves a step out."""
+    """``prelu(x * scale + shift + residual, slope)``: one scale, shift and slope a channel; None leaves a step out."""
     if scale is not None:
         x = x * scale.view(1, -1, 1, 1)
     if shift is not None:

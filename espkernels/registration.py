@@ -45,9 +45,7 @@ def _(x: Tensor, weight: Tensor, dilations: list[int], stride: int, hff: bool) -
 
 
 @register_fake("espkernels::spatial_pyramid_backward_input")
-def _(
-    grad: Tensor, weight: Tensor, dilations: list[int], stride: int, hff: bool, height: int, width: int
-) -> Tensor:
+def _(grad: Tensor, weight: Tensor, dilations: list[int], stride: int, hff: bool, height: int, width: int) -> Tensor:
     return _empty_map(grad, weight.shape[1], height, width)
 
 
@@ -241,9 +239,7 @@ def _pyramid_pointwise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, 
         )
         grads_pyramid = [grad_p_scale, grad_p_shift, grad_p_slope]
         if needs_x:
-            grad_x = _ops.spatial_pyramid_backward_input(
-                grad_concatenated, weight, *options, x.shape[2], x.shape[3]
-            )
+            grad_x = _ops.spatial_pyramid_backward_input(grad_concatenated, weight, *options, x.shape[2], x.shape[3])
         if needs_weight:
             grad_weight = _ops.spatial_pyramid_backward_weight(grad_concatenated, x, *options)
     return grad_x, grad_weight, None, grad_pointwise, None, *grads_pyramid, *grads_epilogue, None, None, None

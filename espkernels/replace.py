@@ -240,7 +240,6 @@ def _verify(model: nn.Module, sample: Any, candidates: Sequence[Layer]) -> dict[
     inner = _unwrapped(model)
     inputs = tuple(sample) if isinstance(sample, (tuple, list)) else (sample,)
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_untouched(model))

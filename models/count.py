@@ -58,11 +58,11 @@ _MACS: dict[str, Callable[..., int]] = {
 }
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Counter(TorchDispatchMode):
     """Adds up the multiply-adds of the convolutions that run, for every module that is running at the time."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.running: list[str] = []
         self.macs: dict[str, int] = {}
 

@@ -11,7 +11,7 @@ import torch
 from samples import Sample
 from torch import Tensor
 
-__all__ = ["Arguments", "build", "cast", "gradient"]
+__all__ = ["VECTORS", "Arguments", "build", "cast", "gradient"]
 
 Arguments = dict[str, Any]
 Draw = Callable[..., Tensor]
@@ -117,7 +117,7 @@ def cast(
     vector_dtype: torch.dtype | None = None,
     requires_grad: bool = True,
 ) -> Arguments:
-    """Copies in ``dtype``, the maps in ``memory_format``, the epilogue's vectors in ``vector_dtype``; all of them leaves."""
+    """Leaves in ``dtype``, the maps in ``memory_format``, the epilogue's vectors in ``vector_dtype``."""
     result: Arguments = {}
     for name, value in arguments.items():
         if isinstance(value, Tensor):

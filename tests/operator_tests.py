@@ -9,7 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from arguments import Arguments, build, cast, gradient
+from arguments import VECTORS, Arguments, build, cast, gradient
 from closeness import assert_exact, assert_within_rounding, keep_from_kinks, terms
 from evaluation import Answers, answers, evaluate
 from samples import SAMPLES, SMALL, Sample, named
@@ -96,7 +96,8 @@ class OperatorTests:
         """Forward and every gradient of integer ``arguments`` equal the reference in float64."""
         expected = Answers(self.name, cast(arguments, torch.float64), grad.double()).values
         for value, actual in evaluate(self.function, arguments, grad).items():
-            assert_exact(value, actual, expected[value])
+            if self.is_exact(value, grad.dtype):
+                assert_exact(value, actual, expected[value])
 
     @each_sample
     @each_layout
@@ -109,6 +110,8 @@ class OperatorTests:
             assert set(values) == set(problem.values)
             for value, actual in values.items():
                 assert actual.dtype == dtype, value
+                if not self.is_exact(value, dtype):
+                    continue
                 assert_exact(f"{value} in {dtype}", actual, problem.values[value])
 
     @each_sample
@@ -133,15 +136,21 @@ class OperatorTests:
         """How many tensors of the stored type ``value`` passes through, itself included."""
         return 1
 
-    @hypothesis.given(
-        sample=any_sample(),
-        dtype=st.sampled_from(list(DTYPES.values())),
-        layout=st.sampled_from(list(LAYOUTS.values())),
-    )
-    def test_exact_on_any_shape(self, sample: Sample, dtype: torch.dtype, layout: torch.memory_format) -> None:
-        arguments = cast(build(self.name, sample), dtype, layout)
-        grad = gradient(self.function(**arguments), sample).to(dtype)
-        self.check_exact(arguments, grad)
+    def is_exact(self, value: str, dtype: torch.dtype) -> bool:
+        """Whether integers give exact answers: a half type does not hold all of those that are stored on the way."""
+        return dtype.itemsize > 2 or self.stores(value) == 1
+
+    def test_exact_on_any_shape(self) -> None:
+        dtypes, layouts = st.sampled_from(list(DTYPES.values())), st.sampled_from(list(LAYOUTS.values()))
+
+        # Inside, so that each operator has its own: hypothesis keeps one record a function.
+        @hypothesis.given(sample=any_sample(), dtype=dtypes, layout=layouts)
+        def check(sample: Sample, dtype: torch.dtype, layout: torch.memory_format) -> None:
+            arguments = cast(build(self.name, sample), dtype, layout)
+            grad = gradient(self.function(**arguments), sample).to(dtype)
+            self.check_exact(arguments, grad)
+
+        check()
 
     @each_small
     @each_view
@@ -221,7 +230,13 @@ class OperatorTests:
         for value, tensor in real.items():
             fake = promised[value]
             assert (fake.shape, fake.dtype) == (tensor.shape, tensor.dtype), value
-            assert fake.stride() == tensor.stride(), f"{value}: fake strides {fake.stride()}, real {tensor.stride()}"
+            strides, promise = tensor.stride(), fake.stride()
+            if value in (*VECTORS, "residual"):
+                # Made by torch's own operators, whose fakes are free where a dimension has one element.
+                strides, promise = (
+                    [s for s, n in zip(p, tensor.shape, strict=True) if n > 1] for p in (strides, promise)
+                )
+            assert strides == promise, f"{value}: fake strides {promise}, real {strides}"
 
     @each_small
     def test_weight_gradients_have_the_strides_of_the_weight(self, sample: Sample) -> None:
@@ -260,7 +275,8 @@ class OperatorTests:
             values = evaluate(self.function, arguments, problem.gradient.to(dtype))
             for value, actual in values.items():
                 assert actual.dtype == (arguments[value] if value in arguments else arguments["x"]).dtype
-                assert_exact(value, actual, problem.values[value])
+                if self.is_exact(value, dtype):
+                    assert_exact(value, actual, problem.values[value])
 
     @each_layout
     def test_optional_arguments(self, isa: str, layout: torch.memory_format) -> None:
@@ -295,27 +311,26 @@ class OperatorTests:
             right = evaluate(self.reference, cast(clean, torch.float64), grad.double())
             assert torch.equal(actual["x"].isfinite(), right["x"].isfinite())
 
-    def test_gradients_that_nobody_needs_cost_nothing(self) -> None:
-        sample = named("width 17")[0]
-        every = [n for n, v in build(self.name, sample).items() if isinstance(v, Tensor)]
-        baseline = self.backward_calls(sample, every)
-        assert baseline, "no backward operator of ours ran"
-        for wanted in every:
-            ran = self.backward_calls(sample, [wanted])
-            allowed = self.needed_for(wanted)
-            assert sorted(ran) == sorted(allowed), f"for the gradient of {wanted}"
-        assert sorted(baseline) == sorted(self.needed_for(None))
-
-    def needed_for(self, wanted: str | None) -> list[str]:
-        """The operators of this library that the backward runs when only ``wanted`` (None: everything) needs a gradient."""
-        raise NotImplementedError
-
-    def backward_calls(self, sample: Sample, wanted: list[str]) -> list[str]:
+    @pytest.mark.parametrize("kinked", [True, False])
+    def test_gradients_that_nobody_needs_cost_nothing(self, kinked: bool) -> None:
         if backends.library is None:
             pytest.skip("the compiled library is not built")
-        arguments = cast(build(self.name, sample), torch.float32, requires_grad=False)
-        for name in wanted:
-            arguments[name].requires_grad_()
+        arguments = cast(build(self.name, named("width 17")[0]), torch.float32, requires_grad=False)
+        if not kinked:
+            arguments |= dict.fromkeys([n for n in self.optional if n.endswith("slope")])
+        needed = self.operators_needed(kinked)
+        tensors = [n for n, v in arguments.items() if isinstance(v, Tensor)]
+        for wanted in tensors:
+            assert sorted(self.backward_calls(arguments, [wanted])) == sorted(needed[wanted]), wanted
+        together = {name for names in needed.values() for name in names}
+        assert sorted(self.backward_calls(arguments, tensors)) == sorted(together)
+
+    def operators_needed(self, kinked: bool) -> dict[str, list[str]]:
+        """Our operators that the backward has to run for the gradient of each argument alone, with PReLUs or without."""
+        raise NotImplementedError
+
+    def backward_calls(self, arguments: Arguments, wanted: list[str]) -> list[str]:
+        arguments = arguments | {name: arguments[name].detach().requires_grad_() for name in wanted}
         output = self.function(**arguments)
         with calls() as ran:
             torch.autograd.grad(output, [arguments[name] for name in wanted], torch.ones_like(output))

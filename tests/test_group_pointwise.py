@@ -9,7 +9,6 @@ from operator_tests import OperatorTests, each_dtype, each_layout
 from torch import Tensor
 
 import espkernels
-from espkernels import reference
 
 
 class TestGroupPointwise(OperatorTests):
@@ -21,16 +20,17 @@ class TestGroupPointwise(OperatorTests):
         # The gradient goes back through the epilogue, and the sums it needs forward again, each possibly stored.
         return 1 if value == "output" else 4
 
-    def needed_for(self, wanted: str | None) -> list[str]:
-        convolution = {
-            "x": ["group_pointwise_backward_input"],
-            "weight": ["group_pointwise_backward_weight"],
-            # d(out)/d(scale) is the convolution itself, computed again rather than kept.
+    def operators_needed(self, kinked: bool) -> dict[str, list[str]]:
+        # The convolution is computed again rather than kept: a PReLU asks for its sign, the scale's gradient for all.
+        forward = ["group_pointwise"] if kinked else []
+        return {
+            "x": [*forward, "group_pointwise_backward_input"],
+            "weight": [*forward, "group_pointwise_backward_weight"],
             "scale": ["group_pointwise"],
+            "shift": forward,
+            "residual": forward,
+            "slope": forward,
         }
-        if wanted is None:
-            return [name for names in convolution.values() for name in names]
-        return convolution.get(wanted, [])
 
 
 @each_dtype
@@ -88,12 +88,17 @@ def test_float32_sums_are_rounded_to_the_nearest_half(
 
 @each_layout
 def test_the_kink(isa: str, layout: torch.memory_format) -> None:
-    # At zero the derivative is the slope, as in torch; NaN stays NaN.
-    x = torch.tensor([-2.0, -0.0, 0.0, 3.0, torch.nan]).view(1, 1, 1, 5).contiguous(memory_format=layout)
-    x.requires_grad_()
+    # At zero the derivative is the slope, as in torch.
+    x = torch.tensor([-2.0, -0.0, 0.0, 3.0]).view(1, 1, 1, 4).contiguous(memory_format=layout).requires_grad_()
     slope = torch.tensor([0.25], requires_grad=True)
     output = espkernels.group_pointwise(x, torch.ones(1, 1), 1, slope=slope)
-    assert torch.equal(output[..., :4].flatten(), torch.tensor([-0.5, 0.0, 0.0, 3.0])) and output[0, 0, 0, 4].isnan()
-    grad_x, grad_slope = torch.autograd.grad(output[..., :4].sum(), [x, slope])
-    assert torch.equal(grad_x[..., :4].flatten(), torch.tensor([0.25, 0.25, 0.25, 1.0]))
-    assert grad_slope[:1].tolist() == [-2.0]
+    assert torch.equal(output.flatten(), torch.tensor([-0.5, 0.0, 0.0, 3.0]))
+    grad_x, grad_slope = torch.autograd.grad(output.sum(), [x, slope])
+    assert torch.equal(grad_x.flatten(), torch.tensor([0.25, 0.25, 0.25, 1.0]))
+    assert grad_slope.tolist() == [-2.0]
+
+
+def test_a_nan_passes_the_prelu(isa: str) -> None:
+    x = torch.full((1, 1, 1, 20), torch.nan)
+    slope = torch.tensor([0.25])
+    assert espkernels.group_pointwise(x, torch.ones(1, 1), 1, slope=slope).isnan().all()

@@ -22,22 +22,23 @@ class TestPyramidPointwise(OperatorTests):
         # the outer epilogue may each be stored.
         return 1 if value == "output" else 8
 
-    def needed_for(self, wanted: str | None) -> list[str]:
-        # The concatenated map is computed again rather than kept, and the sums of the outer epilogue from it.
-        pyramid, pointwise = "spatial_pyramid", "group_pointwise"
-        inward = [pyramid, "group_pointwise_backward_input"]
-        wanted_runs = {
-            "x": [*inward, "spatial_pyramid_backward_input"],
-            "weight": [*inward, "spatial_pyramid_backward_weight"],
-            "pyramid_scale": inward,
-            "pyramid_shift": inward,
-            "pyramid_slope": inward,
-            "pointwise_weight": [pyramid, "group_pointwise_backward_weight"],
-            "scale": [pyramid, pointwise],
+    def operators_needed(self, kinked: bool) -> dict[str, list[str]]:
+        # Both convolutions are computed again rather than kept: the second for the sign at the outer PReLU and the
+        # gradient of scale, the first for that, for the inner PReLU, and where it is a factor of the gradient.
+        inner, outer = ["spatial_pyramid"], ["spatial_pyramid", "group_pointwise"]
+        back, forward = ["group_pointwise_backward_input"], outer if kinked else []
+        return {
+            "x": [*forward, *back, "spatial_pyramid_backward_input"],
+            "weight": [*forward, *back, "spatial_pyramid_backward_weight"],
+            "pointwise_weight": [*(forward or inner), "group_pointwise_backward_weight"],
+            "pyramid_scale": [*(forward or inner), *back],
+            "pyramid_shift": [*forward, *back],
+            "pyramid_slope": [*forward, *back],
+            "scale": outer,
+            "shift": forward,
+            "residual": forward,
+            "slope": forward,
         }
-        if wanted is None:
-            return sorted({name for names in wanted_runs.values() for name in names})
-        return wanted_runs.get(wanted, [])
 
 
 @each_dtype

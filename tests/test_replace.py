@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -278,6 +279,25 @@ def test_wrappers(calls: list[str]) -> None:
     assert calls
     restore(wrapped)
     assert type(model.level3[0]) is Unit
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+def test_a_distributed_model(tmp_path: Any) -> None:
+    model = Network().double()
+    other = copy.deepcopy(model)
+    del model.unused  # every parameter must take part
+    del other.unused
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01, momentum=0.9)
+        assert replace(wrapped, verify=image()).replaced == [f"module.{name}" for name in REACHED]
+        actual = trained(wrapped, image(), 3, optimizer)
+    finally:
+        torch.distributed.destroy_process_group()
+    for step, expected in zip(actual, trained(other, image(), 3), strict=True):
+        close(step, expected)
 
 
 def test_a_compiled_model_notices(calls: list[str]) -> None:
@@ -706,6 +726,34 @@ def test_a_kernel_wrong_in_one_type_only_is_caught(monkeypatch: pytest.MonkeyPat
     assert "in float32" in report.layers[0].reason
 
 
+class WrongBfloat16Gradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        wrong = grad.clone()
+        if grad.dtype == torch.bfloat16:
+            wrong[0, 0, 0, 0] += grad.abs().max()
+        return wrong
+
+
+def test_kinks_do_not_hide_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 many values next to zero fall on the other side of a PReLU: no excuse for the kernel."""
+    original = ops.spatial_pyramid
+    monkeypatch.setattr(ops, "spatial_pyramid", lambda x, *a, **k: original(WrongBfloat16Gradient.apply(x), *a, **k))
+    unit = Unit(16, 16).bfloat16().eval()
+    with torch.no_grad():
+        for name, parameter in unit.named_parameters():
+            if name.endswith("act.weight"):
+                parameter.fill_(-3)
+    report = replace(unit, verify=image(2, 16, 40, 40, dtype=torch.bfloat16))
+    assert report.reverted == [""]
+    assert "gradient of input 0 is off by" in report.layers[0].reason
+    assert "in bfloat16" in report.layers[0].reason
+
+
 def test_a_layer_with_another_forward_is_caught_by_verify_alone() -> None:
     class Swish(Unit):
         def forward(self, input: Tensor) -> Tensor:
@@ -755,8 +803,6 @@ def interrupting(*_: Any) -> None:
 
 
 def test_a_failure_in_the_middle_of_replacing_undoes_the_first_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     module = sys.modules["espkernels.replace"]
     model = Network()
     before = state(model)
@@ -784,6 +830,20 @@ def test_hooks_that_change_the_input_are_applied_once() -> None:
     assert replace(unit, verify=x).replaced == [""]
     assert len(seen) > 1
     assert all(torch.equal(each, 3 * x) for each in seen)
+
+
+def test_one_run_without_gradients_and_one_comparison_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["espkernels.replace"]
+    compare, compared, runs = module.compare, [], []
+    monkeypatch.setattr(module, "compare", lambda layer, *rest: compared.append(layer) or compare(layer, *rest))
+    model = Network().double()
+    model.head.register_forward_hook(lambda *args: runs.append(args[2].requires_grad))
+    replace(model, verify=image())
+    assert runs == [False]
+    names = {module: name for name, module in model.named_modules()}
+    # The inner unit ends first; the unit that stands in two places is called twice.
+    expected = ["level2_0.eesp", "level2_0", "level3_0.eesp", "level3_0", "level3.0", "level3.1", "level3.0"]
+    assert [names[layer] for layer in compared] == expected
 
 
 def test_keyword_arguments_reach_the_comparison() -> None:

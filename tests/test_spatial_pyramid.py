@@ -19,9 +19,8 @@ def integers(seed: int, *shape: int) -> Tensor:
 class TestSpatialPyramid(OperatorTests):
     name = "spatial_pyramid"
 
-    def needed_for(self, wanted: str | None) -> list[str]:
-        both = {"x": ["spatial_pyramid_backward_input"], "weight": ["spatial_pyramid_backward_weight"]}
-        return both["x"] + both["weight"] if wanted is None else both[wanted]
+    def operators_needed(self, kinked: bool) -> dict[str, list[str]]:
+        return {"x": ["spatial_pyramid_backward_input"], "weight": ["spatial_pyramid_backward_weight"]}
 
 
 @each_dtype

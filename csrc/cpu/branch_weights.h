@@ -19,9 +19,7 @@ class BranchWeights {
   const C* data_;
 };
 
-inline int64_t branch_weight_bytes(const Pyramid& p) {
-  return 9 * p.branches * round_up(p.channels, 16) * 8;
-}
+inline int64_t branch_weight_bytes(const Pyramid& p) { return 9 * p.branches * round_up(p.channels, 16) * 8; }
 
 inline void prepare_branch_weights(const Pyramid& p, const void* weight, void* shared) {
   with_type(p.type, [&](auto* type) {

@@ -28,8 +28,7 @@ void sweep_blocks(const Sweep<C>& given) {
   const Sweep<C> s = given;  // a copy that no store can alias
   for (int64_t y = 0; y < s.rows; y += R) {
     for (int64_t x = 0; x < s.columns; x += X) {
-      const bool whole =
-          y + R <= s.rows && x + X <= s.columns && s.valid - (x + X - 1) * s.valid_step >= N;
+      const bool whole = y + R <= s.rows && x + X <= s.columns && s.valid - (x + X - 1) * s.valid_step >= N;
       V sum[R][X];
       for (int g = 0; g < s.taps->segment_count; ++g) {
         if (g == 0 || !s.carry) {

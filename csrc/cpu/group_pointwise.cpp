@@ -22,7 +22,11 @@ struct Chunks {
 };
 
 PointwiseWeights weights_of(const GroupPointwise& p) {
-  return {p.type, p.layout == Layout::channels_last, p.groups, p.in_channels / p.groups, p.out_channels / p.groups,
+  return {p.type,
+          p.layout == Layout::channels_last,
+          p.groups,
+          p.in_channels / p.groups,
+          p.out_channels / p.groups,
           p.weight_transposed};
 }
 
@@ -48,9 +52,8 @@ void run_type(const GroupPointwise& p, void* shared, int64_t begin, int64_t end)
     const int64_t in = weights.in, out = weights.out;
     const C* packed = static_cast<const C*>(shared) + group * weights.group_size<C>();
     // One row of `map` is a pixel, or a plane.
-    const T* map = static_cast<const T*>(p.x) +
-                   (pixels ? first * p.in_channels + group * in
-                           : (image * p.in_channels + group * in) * chunks.pixels + first);
+    const T* map = static_cast<const T*>(p.x) + (pixels ? first * p.in_channels + group * in
+                                                        : (image * p.in_channels + group * in) * chunks.pixels + first);
     const int64_t rows = pixels ? count : in, columns = pixels ? in : count;
     int64_t row = pixels ? p.in_channels : chunks.pixels;
     const C* values;
@@ -81,8 +84,8 @@ void run_type(const GroupPointwise& p, void* shared, int64_t begin, int64_t end)
       product.b_depth = row;
     }
     set_epilogue(product, p.epilogue, group * out, pixels);
-    const int64_t at = pixels ? first * p.out_channels + group * out
-                              : (image * p.out_channels + group * out) * chunks.pixels + first;
+    const int64_t at =
+        pixels ? first * p.out_channels + group * out : (image * p.out_channels + group * out) * chunks.pixels + first;
     const T* residual = p.epilogue.residual ? static_cast<const T*>(p.epilogue.residual) + at : nullptr;
     multiply_into(product, static_cast<T*>(p.out) + at, residual, pixels ? p.out_channels : chunks.pixels);
   }

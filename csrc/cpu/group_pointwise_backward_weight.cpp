@@ -31,9 +31,7 @@ struct Runs {
 
 int64_t weight_size(const Problem& p) { return p.out_channels * (p.in_channels / p.groups); }
 
-int64_t shared_bytes(const Problem& p) {
-  return Runs(p).count * weight_size(p) * (p.type == Type::float64 ? 8 : 4);
-}
+int64_t shared_bytes(const Problem& p) { return Runs(p).count * weight_size(p) * (p.type == Type::float64 ? 8 : 4); }
 
 void before(const Problem&, void*) {}
 
@@ -89,8 +87,8 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
         int64_t grad_row = runs.pixels, x_row = runs.pixels;
         const C* g = rows_of(grad + (image * p.out_channels + group * out) * runs.pixels + first, out, count, grad_row,
                              Slot::map);
-        const C* v = rows_of(x + (image * p.in_channels + group * in) * runs.pixels + first, in, count, x_row,
-                             Slot::tile);
+        const C* v =
+            rows_of(x + (image * p.in_channels + group * in) * runs.pixels + first, in, count, x_row, Slot::tile);
         add_dots(DotProducts<C>{out, in, count, g, grad_row, v, x_row, sums, in});
       }
     }

@@ -21,8 +21,8 @@ inline Vector<C, N> finish(const MatrixProduct<C>& p, Vector<C, N> v, int64_t ro
 // One block from (row, column) on. `store_rows` <= I rows reach the result; of the last vector, what `valid` says.
 // PartialB: the vector of b has only `valid` numbers to read.
 template <class C, int N, int I, int J, bool PartialB>
-void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_t a_depth, const C* b,
-                    int64_t b_depth, int64_t row, int64_t column, int64_t store_rows, int64_t valid) {
+void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_t a_depth, const C* b, int64_t b_depth,
+                    int64_t row, int64_t column, int64_t store_rows, int64_t valid) {
   using V = Vector<C, N>;
   // Four rows share a pointer, so that all addresses fit the integer registers.
   constexpr int kQuads = (I + 3) / 4;
@@ -88,8 +88,7 @@ void multiply_columns(const MatrixProduct<C>& p, int64_t column, int64_t valid) 
   constexpr int I = block_rows(J);
   int64_t row = 0;
   for (; row + I <= p.rows; row += I) {
-    multiply_block<C, N, I, J, PartialB>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, I,
-                                         valid);
+    multiply_block<C, N, I, J, PartialB>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, I, valid);
   }
   constexpr int Half = I / 2;
   for (; row + Half <= p.rows; row += Half) {
@@ -97,8 +96,7 @@ void multiply_columns(const MatrixProduct<C>& p, int64_t column, int64_t valid) 
                                             valid);
   }
   for (; row < p.rows; ++row) {
-    multiply_block<C, N, 1, J, PartialB>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, 1,
-                                         valid);
+    multiply_block<C, N, 1, J, PartialB>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, 1, valid);
   }
 }
 

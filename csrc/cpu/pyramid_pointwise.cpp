@@ -11,8 +11,9 @@ namespace {
 using Problem = PyramidPointwise;
 
 PointwiseWeights weights_of(const Problem& p) {
-  return {p.type, p.layout == Layout::channels_last, p.groups, p.out_channels() / p.groups,
-          p.pointwise_channels / p.groups, false};
+  return {
+      p.type, p.layout == Layout::channels_last, p.groups, p.out_channels() / p.groups, p.pointwise_channels / p.groups,
+      false};
 }
 
 // The affine and PReLU of the concatenated map, all three present, in the compute type.
@@ -100,8 +101,7 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
       const PyramidStrip<C>& s = map + 1 < maps ? strip : last_strip;
       C* tile = tiles + map * strip.tile.size();
       if (pixels) {
-        fill_pixels(s.tile, tile, x + map * lanes, first * p.stride, p.height, p.width, moving,
-                    p.channels, s.valid);
+        fill_pixels(s.tile, tile, x + map * lanes, first * p.stride, p.height, p.width, moving, p.channels, s.valid);
       } else {
         fill_plane(s.tile, tile, x + map * p.height * p.width, first * p.stride, p.height, p.width, moving);
       }

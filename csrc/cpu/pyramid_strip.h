@@ -28,8 +28,7 @@ struct PyramidStrip {
         valid(innermost),
         columns(pixels ? p.out_width : ceil_div(p.out_width, lanes)),
         shape(choose_block(pixels, step, columns)),
-        tile(p.stride, pixels ? lanes : 1, reach(p, p.height), reach(p, p.width),
-             rows + shape.rows - 1,
+        tile(p.stride, pixels ? lanes : 1, reach(p, p.height), reach(p, p.width), rows + shape.rows - 1,
              round_up(columns, shape.columns) * (pixels ? 1 : lanes)) {
     for (int64_t k = 0; k < p.branches; ++k) {
       taps.begin_segment();

@@ -1,9 +1,8 @@
 // Forward of the spatial pyramid: each strip of the input is read once into a zero-bordered tile, and all K branches of
 // it are computed with the sums of hierarchical feature fusion carried in registers from branch to branch.
 // Bytes: d read + K*d written a pixel; multiply-adds: 9*K*d a pixel.
-#include "pyramid_strip.h"
-
 #include "kernels.h"
+#include "pyramid_strip.h"
 
 namespace espk::ESPK_ISA {
 namespace {
@@ -63,8 +62,7 @@ void run_pixels(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
       tile_lanes = strip.lanes;
     }
     const T* x = static_cast<const T*>(p.x) + image * p.height * p.width * p.channels + first_channel;
-    fill_pixels(strip.tile, tile, x, first * p.stride, p.height, p.width, strips.count > 1, p.channels,
-                channels);
+    fill_pixels(strip.tile, tile, x, first * p.stride, p.height, p.width, strips.count > 1, p.channels, channels);
     Sweep<C> sweep = strip.sweep(tile, rows, weights.of_block(block));
     T* out = static_cast<T*>(p.out) + (image * p.out_height + first) * p.out_width * pixel + first_channel;
     if constexpr (std::is_same_v<T, C>) {
@@ -75,8 +73,7 @@ void run_pixels(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
       ESPK_ISA::sweep(sweep);
     } else {
       const int64_t count = rows * p.out_width;
-      C* results =
-          static_cast<C*>(scratch(Slot::map, p.branches * count * channels * static_cast<int64_t>(sizeof(C))));
+      C* results = static_cast<C*>(scratch(Slot::map, p.branches * count * channels * static_cast<int64_t>(sizeof(C))));
       sweep.out = results;
       sweep.out_segment = channels;
       sweep.out_column = p.branches * channels;

@@ -80,8 +80,8 @@ inline void narrow(bfloat16* p, Vector<float, N> v) {
   const Bits bits = (Bits)v;
   const Bits nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Bits quiet_nan = (bits >> 16) | 0x40u;
-  const auto h = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : nearest_even,
-                                         Vector<uint16_t, N>);
+  const auto h =
+      __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : nearest_even, Vector<uint16_t, N>);
   __builtin_memcpy(p, &h, sizeof h);
 }
 
@@ -124,8 +124,7 @@ inline void narrow(float16* p, Vector<float, N> v) {
 #endif
 #if defined(__AVX512F__)
   if constexpr (N == 16) {
-    _mm256_storeu_si256((__m256i*)p,
-                        _mm512_maskz_cvtps_ph((__mmask16)-1, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph((__mmask16)-1, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
     return;
   }
 #endif
@@ -136,8 +135,7 @@ inline void narrow(float16* p, Vector<float, N> v) {
   const Bits half = Bits{} + 0x3f000000u;
   const Bits subnormal = (Bits)((Vector<float, N>)magnitude + (Vector<float, N>)half) - half;
   const Bits infinite_or_nan = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
-  const Bits result =
-      magnitude >= 0x47800000u ? infinite_or_nan : (magnitude < 0x38800000u ? subnormal : rounded);
+  const Bits result = magnitude >= 0x47800000u ? infinite_or_nan : (magnitude < 0x38800000u ? subnormal : rounded);
   const auto h = __builtin_convertvector(result | (((Bits)v >> 16) & 0x8000u), Vector<uint16_t, N>);
   __builtin_memcpy(p, &h, sizeof h);
 }

@@ -15,7 +15,7 @@ namespace espk::ESPK_ISA {
 struct Tile {
   int64_t stride, lanes;
   int64_t border_rows, border_columns;  // zeros above the map, and to the left of it (a multiple of the stride)
-  int64_t rows, positions;              // positions of one phase
+  int64_t rows, positions;  // positions of one phase
 
   // A tile in which `out_rows` x `out_columns` outputs find all taps at most reach_y, reach_x away.
   Tile(int64_t stride, int64_t lanes, int64_t reach_y, int64_t reach_x, int64_t out_rows, int64_t out_columns)

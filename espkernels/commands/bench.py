@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     report.picture(results, args.output / "bench.png")
     print(f"{args.output}/bench.json, bench.md, bench.png; {time.perf_counter() - start:.0f} s")
     for name, text in progress.failures:
-        print(f"NOT TIMED {name}\n{text}", file=sys.stderr)
+        print(f"failed: {name}\n{text}", file=sys.stderr)
     return int(status)
 
 

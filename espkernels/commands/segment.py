@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from espkernels import backends
+from espkernels import backends, freeze
 from espkernels.models import classes, load
 from espkernels.models import segment as segmenting
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         class_set = _class_set(args.classes, count)
         size = _size(args.size, args.weights, count)
         with backends.use_backend(args.backend) if args.backend else nullcontext():
-            failed = _segment_all(model, jobs, size, class_set)
+            failed = _segment_all(freeze(model), jobs, size, class_set)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"segment: {error}", file=sys.stderr)
         return 2
