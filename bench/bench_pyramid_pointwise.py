@@ -13,7 +13,7 @@ from bench.selection import Selection, Variant
 
 
 def variants(case: Case) -> tuple[Variant, ...]:
-    return (Variant("forward", "float32", torch.get_num_threads(), case.name.startswith("s1-")),)
+    return (Variant("forward", "float32", torch.get_num_threads(), case.name.startswith("s1-") and case.stride == 1),)
 
 
 def comparisons(selection: Selection) -> Iterator[Comparison]:

@@ -42,7 +42,19 @@ class Ceilings:
 
 @functools.cache
 def probe(threads: int) -> Ceilings:
-    """The ceilings with ``threads`` threads; about a second, once a process."""
+    """The ceilings with ``threads`` threads; about a second, once a process.
+
+    One of several threads could do the work alone, so more threads never have a lower ceiling.
+    """
+    found = _measure(threads)
+    if threads == 1:
+        return found
+    alone = probe(1)
+    bandwidth = {size: max(rate, alone.bandwidth[size]) for size, rate in found.bandwidth.items()}
+    return Ceilings(threads, max(found.flops, alone.flops), bandwidth)
+
+
+def _measure(threads: int) -> Ceilings:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -60,9 +72,9 @@ def probe(threads: int) -> Ceilings:
 
 def _best(run: Run, seconds: float = 0.15) -> float:
     """The shortest seconds a call: a ceiling is what the machine does when nothing disturbs it."""
-    run.time(1)
-    calls = max(1, int(5e-3 / run.time(1)))
-    best, spent = float("inf"), 0.0
+    single = min(run.time(1) for _ in range(5))
+    calls = max(1, int(1e-3 / single))
+    best, spent = single, 0.0
     while spent < seconds:
         elapsed = run.time(calls)
         best, spent = min(best, elapsed / calls), spent + elapsed

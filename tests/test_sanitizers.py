@@ -1,41 +1,50 @@
-"""Every CPU kernel under the address and undefined-behaviour sanitizers, on buffers of exactly the right size."""
+"""The kernels without torch under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer."""
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from torch_free_programme import build, compiler, kernel_flags, run
 
-from tests.conftest import instruction_sets
-from tests.torch_free import ROOT, compile_programme, isa_flags, problems_checked
+from espkernels import backends
 
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1"]
-COMPILER = os.environ.get("CXX", "g++")
+MACHINE = platform.machine()
 
-pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the sources are not beside the tests")
+# -O1 keeps the vector code and halves the compile time; -fno-sanitize-recover ends the programme at the first finding.
+MEMORY = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+RACES = ["-O1", "-g1", "-fsanitize=thread"]
 
 
-@pytest.fixture(scope="module")
-def sanitizer_runtime(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Skips where the compiler or its sanitizer libraries are missing."""
-    if shutil.which(COMPILER.split()[0]) is None:
-        pytest.skip(f"no compiler {COMPILER!r} here")
-    source = tmp_path_factory.mktemp("probe") / "empty.cpp"
+def sanitizing_compiler(flags: list[str], folder: Path) -> str:
+    """g++, where it has the sanitizer's library and this machine lets the sanitizer run."""
+    gxx = compiler("g++")
+    source = folder / "probe.cpp"
     source.write_text("int main() {}\n")
-    done = subprocess.run(
-        [*COMPILER.split(), *SANITIZERS, source, "-o", source.with_suffix("")], capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        pytest.skip(f"{COMPILER} has no sanitizer libraries here: {done.stderr.strip().splitlines()[-1]}")
+    probe = folder / "probe"
+    built = subprocess.run([gxx, *flags, str(source), "-o", str(probe)], capture_output=True, text=True)
+    if built.returncode:
+        pytest.skip(f"g++ cannot link {' '.join(flags)}: {built.stderr.strip().splitlines()[-1]}")
+    ran = subprocess.run([str(probe)], capture_output=True, text=True)
+    if ran.returncode:
+        pytest.skip(f"a programme with {' '.join(flags)} does not run here: {ran.stderr.strip()[:200]}")
+    return gxx
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in instruction_sets() if name != "reference"])
-def test_kernels_under_sanitizers(name: str, sanitizer_runtime: None, tmp_path: Path) -> None:
-    flags = [*SANITIZERS, *isa_flags(platform.machine(), name)]
-    programme = compile_programme(COMPILER, flags, name, tmp_path)
-    assert problems_checked([str(programme)]) == 11 * 8 * 8  # cases x (types x layouts) x comparisons of a case
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+def test_memory_and_undefined_behaviour(name: str, tmp_path: Path) -> None:
+    flags = kernel_flags(MACHINE).get(name)
+    if flags is None:
+        pytest.skip(f"{name} is no instruction set of {MACHINE}")
+    if backends.library is None or name not in backends.library.available_isas():
+        pytest.skip(f"this machine does not run {name}")
+    gxx = sanitizing_compiler(MEMORY, tmp_path)
+    run([str(build(f"memory-{name}", gxx, name, [*flags, *MEMORY])), "--huge"])
+
+
+def test_races(tmp_path: Path) -> None:
+    # The units of work and how they share memory do not depend on the instruction set.
+    gxx = sanitizing_compiler(RACES, tmp_path)
+    run([str(build("races", gxx, "baseline", [*kernel_flags(MACHINE)["baseline"], *RACES]))])

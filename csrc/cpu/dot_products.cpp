@@ -8,47 +8,55 @@ template <class C, int I, int J>
 void add_block(const DotProducts<C>& p, int64_t row, int64_t column) {
   constexpr int N = kLanes<C>;
   using V = Vector<C, N>;
-  const C* a = p.a + row * p.a_row;
-  const C* b = p.b + column * p.b_row;
-  V sum[I][J];
-#pragma GCC unroll 4
-  for (int i = 0; i < I; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < J; ++j) sum[i][j] = V{};
-  }
+  V sum[I * J];
+#pragma GCC unroll 16
+  for (int i = 0; i < I * J; ++i) sum[i] = V{};
   const int64_t whole = p.depth - p.depth % N;
-  for (int64_t k = 0; k < whole; k += N) {
-    V right[J];
+  for (int64_t part = 0; part < p.parts; ++part) {
+    const C* a = p.a + row * p.a_row + part * p.a_part;
+    const C* b = p.b + column * p.b_row + part * p.b_part;
+    for (int64_t k = 0; k < whole; k += N) {
+      V right[J];
 #pragma GCC unroll 4
-    for (int j = 0; j < J; ++j) right[j] = load<N>(b + j * p.b_row + k);
+      for (int j = 0; j < J; ++j) right[j] = load<N>(b + j * p.b_row + k);
 #pragma GCC unroll 4
-    for (int i = 0; i < I; ++i) {
-      const V left = load<N>(a + i * p.a_row + k);
+      for (int i = 0; i < I; ++i) {
+        const V left = load<N>(a + i * p.a_row + k);
 #pragma GCC unroll 4
-      for (int j = 0; j < J; ++j) sum[i][j] += left * right[j];
+        for (int j = 0; j < J; ++j) sum[i * J + j] += left * right[j];
+      }
+    }
+    if (whole < p.depth) {
+      V right[J];
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) right[j] = load_first<N>(b + j * p.b_row + whole, p.depth - whole);
+#pragma GCC unroll 4
+      for (int i = 0; i < I; ++i) {
+        const V left = load_first<N>(a + i * p.a_row + whole, p.depth - whole);
+#pragma GCC unroll 4
+        for (int j = 0; j < J; ++j) sum[i * J + j] += left * right[j];
+      }
     }
   }
-  if (whole < p.depth) {
-    V right[J];
-#pragma GCC unroll 4
-    for (int j = 0; j < J; ++j) right[j] = load_first<N>(b + j * p.b_row + whole, p.depth - whole);
-#pragma GCC unroll 4
-    for (int i = 0; i < I; ++i) {
-      const V left = load_first<N>(a + i * p.a_row + whole, p.depth - whole);
-#pragma GCC unroll 4
-      for (int j = 0; j < J; ++j) sum[i][j] += left * right[j];
+  C totals[I * J];
+  if constexpr (I * J % N == 0) {
+#pragma GCC unroll 8
+    for (int first = 0; first < I * J; first += N) {
+      V few[N];
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) few[i] = sum[first + i];
+      store<N>(totals + first, sum_lanes<N, C>(few));
+    }
+  } else {
+    for (int i = 0; i < I * J; ++i) {
+      C lanes[N];
+      store<N>(lanes, sum[i]);
+      totals[i] = lanes[0];
+      for (int lane = 1; lane < N; ++lane) totals[i] += lanes[lane];
     }
   }
-  C lanes[I * J * N];
-#pragma GCC unroll 4
   for (int i = 0; i < I; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < J; ++j) store<N>(lanes + (i * J + j) * N, sum[i][j]);
-  }
-  for (int i = 0; i < I; ++i) {
-    for (int j = 0; j < J; ++j) {
-      p.out[(row + i) * p.out_row + column + j] += sum_lanes<N>(lanes + (i * J + j) * N);
-    }
+    for (int j = 0; j < J; ++j) p.out[(row + i) * p.out_row + column + j] += totals[i * J + j];
   }
 }
 

@@ -11,6 +11,7 @@ namespace {
 using Problem = GroupPointwiseBackwardWeight;
 
 constexpr int64_t kChunk = 256;  // pixels multiplied at a time
+constexpr int64_t kParts = 16;   // images whose chunks are multiplied at a time
 
 struct Runs {
   int64_t images, pixels;          // channels_last: the batch is one long image
@@ -21,11 +22,11 @@ struct Runs {
     const bool last = p.layout == Layout::channels_last;
     images = last ? 1 : p.batch;
     pixels = last ? p.batch * p.pixels : p.pixels;
-    chunks_of_image = ceil_div(pixels, kChunk);
-    chunks = images * chunks_of_image;
-    // At most 8 MiB of sums.
+    chunks = images * ceil_div(pixels, kChunk);
+    // Every run writes and reads its sums once more: at least 512 pixels share them, and all take 8 MiB in float at most.
     const int64_t affordable = (int64_t{1} << 21) / most(p.out_channels * (p.in_channels / p.groups), 1);
-    count = most(least(least(chunks, 16), affordable), 1);
+    const int64_t worthwhile = least(images * pixels / 512, ceil_div(64, p.groups));
+    count = most(least(least(chunks, worthwhile), affordable), 1);
   }
 };
 
@@ -37,17 +38,27 @@ void before(const Problem&, void*) {}
 
 int64_t units(const Problem& p) { return Runs(p).count * p.groups; }
 
-// `rows` rows in the compute type: as they lie, or copied.
+// Rows of a map in the compute type, for parts of it that lie `part` apart: as they lie, or copied.
+template <class C>
+struct Rows {
+  const C* data;
+  int64_t row, part;
+};
+
 template <class T>
-const Compute<T>* rows_of(const T* from, int64_t rows, int64_t columns, int64_t& row, Slot slot) {
+Rows<Compute<T>> rows_of(const T* from, int64_t row, int64_t rows, int64_t columns, int64_t part, int64_t parts,
+                         Slot slot) {
   using C = Compute<T>;
   if constexpr (std::is_same_v<T, C>) {
-    return from;
+    return {from, row, part};
   } else {
-    C* copy = static_cast<C*>(scratch(slot, rows * columns * static_cast<int64_t>(sizeof(C))));
-    for (int64_t i = 0; i < rows; ++i) copy_in(copy + i * columns, from + i * row, columns);
-    row = columns;
-    return copy;
+    C* copy = static_cast<C*>(scratch(slot, parts * rows * columns * static_cast<int64_t>(sizeof(C))));
+    for (int64_t k = 0; k < parts; ++k) {
+      for (int64_t i = 0; i < rows; ++i) {
+        copy_in(copy + (k * rows + i) * columns, from + k * part + i * row, columns);
+      }
+    }
+    return {copy, columns, rows * columns};
   }
 }
 
@@ -57,39 +68,42 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
   const Runs runs(p);
   const bool last = p.layout == Layout::channels_last;
   const int64_t in = p.in_channels / p.groups, out = p.out_channels / p.groups;
+  const T* grad = static_cast<const T*>(p.grad);
+  const T* x = static_cast<const T*>(p.x);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t group = unit % p.groups, run = unit / p.groups;
     C* sums = static_cast<C*>(shared) + run * weight_size(p) + group * out * in;
     fill_zero(sums, out * in);
-    for (int64_t chunk = run * runs.chunks / runs.count; chunk < (run + 1) * runs.chunks / runs.count; ++chunk) {
-      const int64_t image = chunk / runs.chunks_of_image, first = chunk % runs.chunks_of_image * kChunk;
+    const int64_t end_chunk = (run + 1) * runs.chunks / runs.count;
+    for (int64_t chunk = run * runs.chunks / runs.count; chunk < end_chunk;) {
+      // The same pixels of one image after another, so that images of few pixels share their sums.
+      const int64_t image = chunk % runs.images, first = chunk / runs.images * kChunk;
+      const int64_t parts = least(least(runs.images - image, end_chunk - chunk), kParts);
       const int64_t count = least(kChunk, runs.pixels - first);
-      const T* grad = static_cast<const T*>(p.grad);
-      const T* x = static_cast<const T*>(p.x);
+      chunk += parts;
       if (last) {
-        int64_t grad_row = p.out_channels, x_row = p.in_channels;
-        const C* g = rows_of(grad + first * p.out_channels + group * out, count, out, grad_row, Slot::map);
-        const C* v = rows_of(x + first * p.in_channels + group * in, count, in, x_row, Slot::tile);
+        const Rows<C> g =
+            rows_of(grad + first * p.out_channels + group * out, p.out_channels, count, out, 0, 1, Slot::map);
+        const Rows<C> v = rows_of(x + first * p.in_channels + group * in, p.in_channels, count, in, 0, 1, Slot::tile);
         MatrixProduct<C> product{};
         product.rows = out;
         product.columns = in;
         product.depth = count;
-        product.a = g;
+        product.a = g.data;
         product.a_row = 1;
-        product.a_depth = grad_row;
-        product.b = v;
-        product.b_depth = x_row;
+        product.a_depth = g.row;
+        product.b = v.data;
+        product.b_depth = v.row;
         product.out = sums;
         product.out_row = in;
         product.add = true;
         multiply(product);
       } else {
-        int64_t grad_row = runs.pixels, x_row = runs.pixels;
-        const C* g = rows_of(grad + (image * p.out_channels + group * out) * runs.pixels + first, out, count, grad_row,
-                             Slot::map);
-        const C* v =
-            rows_of(x + (image * p.in_channels + group * in) * runs.pixels + first, in, count, x_row, Slot::tile);
-        add_dots(DotProducts<C>{out, in, count, g, grad_row, v, x_row, sums, in});
+        const Rows<C> g = rows_of(grad + (image * p.out_channels + group * out) * runs.pixels + first, runs.pixels, out,
+                                  count, p.out_channels * runs.pixels, parts, Slot::map);
+        const Rows<C> v = rows_of(x + (image * p.in_channels + group * in) * runs.pixels + first, runs.pixels, in,
+                                  count, p.in_channels * runs.pixels, parts, Slot::tile);
+        add_dots(DotProducts<C>{out, in, count, parts, g.data, g.row, g.part, v.data, v.row, v.part, sums, in});
       }
     }
   }

@@ -51,15 +51,23 @@ void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_
 #pragma GCC unroll 4
     for (int q = 0; q < kQuads; ++q) quad[q] += a_depth;
   }
+  const bool plain = !p.scale && !p.shift && !p.residual && !p.slope && !p.add;
+  C* out = p.out + row * p.out_row + column;
+  if (plain && store_rows == I) {
+#pragma GCC unroll 16
+    for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) store_first<N>(out + i * p.out_row + j * N, sum[i][j], J == 1 ? valid : N);
+    }
+    return;
+  }
   C results[I * J * N];
 #pragma GCC unroll 16
   for (int i = 0; i < I; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < J; ++j) store<N>(results + (i * J + j) * N, sum[i][j]);
   }
-  const bool plain = !p.scale && !p.shift && !p.residual && !p.slope;
-  for (int64_t i = 0; i < store_rows; ++i) {
-    C* out = p.out + (row + i) * p.out_row + column;
+  for (int64_t i = 0; i < store_rows; ++i, out += p.out_row) {
     for (int j = 0; j < J; ++j) {
       const int64_t count = J == 1 ? valid : N;
       V v = load<N>(results + (i * J + j) * N);

@@ -42,14 +42,15 @@ struct MatrixProduct {
 template <class C>
 void multiply(const MatrixProduct<C>& product);
 
-// out[i][j] += sum over k of a[i][k] * b[j][k]: vectors run along k.
+// out[i][j] += sum over k of a[i][k] * b[j][k], k running through `parts` runs of `depth` numbers (the images of a
+// batch), each a_part and b_part behind the one before. Vectors run along k.
 template <class C>
 struct DotProducts {
-  int64_t rows, columns, depth;
+  int64_t rows, columns, depth, parts;
   const C* a;
-  int64_t a_row;
+  int64_t a_row, a_part;
   const C* b;
-  int64_t b_row;
+  int64_t b_row, b_part;
   C* out;
   int64_t out_row;
 };
@@ -81,24 +82,61 @@ inline int64_t packed_columns_size(int64_t depth, int64_t columns) {
 
 inline int64_t packed_rows_size(int64_t depth, int64_t rows) { return depth * round_up(rows, kPackedRows); }
 
-// Packs element(k, j) so that a block of columns reads one run of memory: [block][k][vectors * lanes], zero-padded.
-template <class C, class Element>
-inline void pack_columns(C* to, int64_t depth, int64_t columns, Element&& element) {
-  for_column_blocks<C>(columns, kMostVectors, [&](int64_t first, int64_t vectors, int lanes, int64_t valid) {
-    C* block = to + first * depth;
-    for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t j = 0; j < vectors * lanes; ++j) *block++ = j < valid ? element(k, first + j) : C(0);
+// A matrix in memory to pack from: element(i, j) lies at data[i * row + j * column].
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t row, column;
+
+  Compute<T> operator()(int64_t i, int64_t j) const { return load_one(data + i * row + j * column); }
+  Matrix from(int64_t i, int64_t j) const { return {data + i * row + j * column, row, column}; }
+};
+
+// Writes rows x columns numbers, row after row of `pitch` >= columns, with zeros behind each row. N is the width of the
+// pieces that are turned where the matrix lies the other way in memory.
+template <int N, class T>
+inline void pack(Compute<T>* to, int64_t pitch, Matrix<T> matrix, int64_t rows, int64_t columns) {
+  using C = Compute<T>;
+  for (int64_t j = 0; j < pitch; j += N) {
+    const int64_t valid = least(N, columns - j);
+    int64_t i = 0;
+    if (matrix.row == 1 && valid == N) {
+      for (; i + N <= rows; i += N) {
+        Vector<C, N> block[N];
+#pragma GCC unroll 16
+        for (int k = 0; k < N; ++k) block[k] = load<N>(matrix.from(i, j + k).data);
+        transpose<N, C>(block);
+#pragma GCC unroll 16
+        for (int k = 0; k < N; ++k) store<N>(to + (i + k) * pitch + j, block[k]);
+      }
+    } else if (matrix.column == 1) {
+      for (; i < rows; ++i) store<N>(to + i * pitch + j, load_first<N>(matrix.from(i, j).data, most(valid, 0)));
     }
+    for (; i < rows; ++i) {
+      for (int64_t k = 0; k < N; ++k) to[i * pitch + j + k] = k < valid ? matrix(i, j + k) : C(0);
+    }
+  }
+}
+
+// b [depth][columns] so that a block of columns reads one run of memory: [block][k][vectors * lanes].
+template <class T>
+inline void pack_columns(Compute<T>* to, Matrix<T> b, int64_t depth, int64_t columns) {
+  using C = Compute<T>;
+  for_column_blocks<C>(columns, kMostVectors, [&](int64_t first, int64_t vectors, int lanes, int64_t valid) {
+    with_lanes<C>(lanes, [&](auto width) {
+      constexpr int N = decltype(width)::value;
+      pack<N>(to + first * depth, vectors * N, b.from(0, first), depth, valid);
+    });
   });
 }
 
-// Packs element(i, k) as [block of kPackedRows rows][k][row], zero-padded.
-template <class C, class Element>
-inline void pack_rows(C* to, int64_t rows, int64_t depth, Element&& element) {
-  for (int64_t first = 0; first < rows; first += kPackedRows) {
-    for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t i = 0; i < kPackedRows; ++i) *to++ = first + i < rows ? element(first + i, k) : C(0);
-    }
+// a [rows][depth] as [block of kPackedRows rows][k][row].
+template <class T>
+inline void pack_rows(Compute<T>* to, Matrix<T> a, int64_t rows, int64_t depth) {
+  constexpr int N = kPackedRows;
+  for (int64_t first = 0; first < rows; first += N) {
+    const Matrix<T> turned{a.from(first, 0).data, a.column, a.row};
+    pack<N>(to + first * depth, N, turned, depth, least(N, rows - first));
   }
 }
 

@@ -35,12 +35,11 @@ struct PointwiseWeights {
       for (int64_t g = 0; g < groups; ++g) {
         const T* from = static_cast<const T*>(weight) + g * in * out;
         C* to = static_cast<C*>(shared) + g * group_size<C>();
-        const int64_t step_in = transposed ? out : 1, step_out = transposed ? 1 : in;
-        auto element = [&](int64_t m, int64_t n) { return load_one(from + m * step_in + n * step_out); };
+        const Matrix<T> in_by_out{from, transposed ? out : 1, transposed ? 1 : in};
         if (pixels) {
-          pack_columns(to, in, out, element);
+          pack_columns(to, in_by_out, in, out);
         } else {
-          pack_rows(to, out, in, [&](int64_t n, int64_t m) { return element(m, n); });
+          pack_rows(to, Matrix<T>{from, in_by_out.column, in_by_out.row}, out, in);
         }
       }
     });

@@ -115,7 +115,11 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
       });
       with_lanes<C>(strip.lanes, [&](auto lanes) {
         constexpr int N = decltype(lanes)::value;
-        for (int64_t t = 0; t < vectors; ++t) sums[t] = sum_lanes<N>(sums + t * N);
+        for (int64_t t = 0; t < vectors; ++t) {
+          C sum = sums[t * N];
+          for (int lane = 1; lane < N; ++lane) sum += sums[t * N + lane];
+          sums[t] = sum;
+        }
       });
     }
     __builtin_memcpy(static_cast<C*>(shared) + unit * partial_size<C>(p), sums,

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -240,11 +241,52 @@ inline void store_one(T* p, Compute<T> value) {
   }
 }
 
+// The even, or odd, lanes of two vectors.
+template <int Odd, class V, std::size_t... I>
+inline V every_other(V a, V b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (2 * I + Odd)...);
+}
+
+// Lanes of two vectors in turn: of their lower halves, or of their upper ones.
+template <int Upper, class V, std::size_t... I>
+inline V in_turn(V a, V b, std::index_sequence<I...>) {
+  constexpr std::size_t N = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I / 2 + Upper * N / 2 + I % 2 * N)...);
+}
+
+// The sum of the lanes of each of N vectors of N lanes, as one vector: a tree of N - 1 additions.
 template <int N, class C>
-inline C sum_lanes(const C* p) {
-  C sum = p[0];
-  for (int i = 1; i < N; ++i) sum += p[i];
-  return sum;
+inline Vector<C, N> sum_lanes(const Vector<C, N> (&v)[N]) {
+  constexpr std::make_index_sequence<N> lanes{};
+  Vector<C, N> sums[N];
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) sums[i] = v[i];
+#pragma GCC unroll 4
+  for (int count = N / 2; count > 0; count /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) {
+      sums[i] =
+          every_other<0>(sums[2 * i], sums[2 * i + 1], lanes) + every_other<1>(sums[2 * i], sums[2 * i + 1], lanes);
+    }
+  }
+  return sums[0];
+}
+
+// N vectors of N lanes as the columns that they were rows of.
+template <int N, class C>
+inline void transpose(Vector<C, N> (&v)[N]) {
+  constexpr std::make_index_sequence<N> lanes{};
+#pragma GCC unroll 4
+  for (int stage = 1; stage < N; stage *= 2) {
+    Vector<C, N> next[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N / 2; ++i) {
+      next[2 * i] = in_turn<0>(v[i], v[i + N / 2], lanes);
+      next[2 * i + 1] = in_turn<1>(v[i], v[i + N / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) v[i] = next[i];
+  }
 }
 
 // Calls f(Lanes<N>) with the narrowest of the register widths that holds n numbers; n at most kLanes<C>.

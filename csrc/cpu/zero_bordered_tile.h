@@ -6,8 +6,6 @@
 // neighbours for every tap.
 #pragma once
 
-#include <utility>
-
 #include "vector.h"
 
 namespace espk::ESPK_ISA {
@@ -59,12 +57,6 @@ inline void copy_out(T* to, const Compute<T>* from, int64_t n) {
   if (i < n) store_first<N>(to + i, load_first<N>(from + i, n - i), n - i);
 }
 
-// Every other number of 2 * N: the columns of one phase of stride 2.
-template <int N, class T, std::size_t... I>
-inline Vector<Compute<T>, N> load_every_other(const T* p, std::index_sequence<I...>) {
-  return __builtin_shufflevector(load<N>(p), load<N>(p + N), (2 * I)...);
-}
-
 // `count` numbers `step` apart.
 template <class T>
 inline void gather_in(Compute<T>* to, const T* from, int64_t count, int64_t step) {
@@ -73,7 +65,10 @@ inline void gather_in(Compute<T>* to, const T* from, int64_t count, int64_t step
   if (step == 1) return copy_in(to, from, count);
   if (step == 2) {
     // The last vector ends at the last number wanted, so that nothing behind it is read.
-    for (; i + N < count; i += N) store<N>(to + i, load_every_other<N>(from + 2 * i, std::make_index_sequence<N>{}));
+    for (; i + N < count; i += N) {
+      const T* p = from + 2 * i;
+      store<N>(to + i, every_other<0>(load<N>(p), load<N>(p + N), std::make_index_sequence<N>{}));
+    }
   }
   for (; i < count; ++i) to[i] = load_one(from + i * step);
 }

@@ -1,453 +1,360 @@
-// Runs every CPU kernel of one instruction set without torch, for the sanitizers and for emulated machines.
-//
-// Inputs are small whole numbers, so every product and sum is exact in float and the result must equal the plain loops
-// below bit for bit (half types: the exact value rounded once to nearest even). Every buffer is allocated with exactly
-// the bytes that its owner asked for and starts as NaN, so a read too far, or of what was never written, shows.
-// Prints the number of problems checked; exits 1 at the first difference.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
+// Runs every kernel of one instruction set over edge shapes, without torch: for sanitizers and for other machines.
+// Whole numbers make every sum exact, so that each result is the naive one rounded once.
+#include <sys/mman.h>
+
 #include <functional>
+#include <map>
 #include <memory>
-#include <vector>
+#include <string>
+#include <thread>
 
 #include "cpu/kernels.h"
+#include "naive.h"
 
 namespace espk {
 
-namespace ESPK_ISA { extern const Kernels kernels; }
-
-namespace {
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<void, Free>;
-
-Memory nan_bytes(int64_t bytes) {
-  void* p = nullptr;
-  if (posix_memalign(&p, 64, static_cast<size_t>(bytes > 0 ? bytes : 1)) != 0) std::abort();
-  std::memset(p, 0xff, static_cast<size_t>(bytes));
-  return Memory(p);
-}
-
-}  // namespace
-
+// A fresh block of exactly the bytes asked for, its memory NaN: reads past its end or of what it held before show.
 void* scratch(Slot slot, int64_t bytes) {
-  static Memory blocks[5];
-  Memory& block = blocks[static_cast<int>(slot)];
-  block = nan_bytes(bytes);
-  return block.get();
+  struct Block {
+    void* data = nullptr;
+    ~Block() { std::free(data); }
+  };
+  thread_local std::map<Slot, Block> blocks;
+  Block& block = blocks[slot];
+  std::free(block.data);
+  if (posix_memalign(&block.data, 64, static_cast<size_t>(bytes > 0 ? bytes : 1))) std::abort();
+  std::memset(block.data, 0xff, static_cast<size_t>(bytes));
+  return block.data;
 }
 
-namespace {
-
-// --- numbers of a stored type, written down apart from the kernels' own conversions ---------------------------------
-
-struct Format {
-  Type type;
-  const char* name;
-  int64_t bytes;
-  int precision;  // bits of the significand; 0: double or float, converted by the compiler
-};
-
-const Format kFormats[] = {
-    {Type::float32, "float32", 4, 0},
-    {Type::float64, "float64", 8, 0},
-    {Type::bfloat16, "bfloat16", 2, 8},
-    {Type::float16, "float16", 2, 11},
-};
-
-// To nearest, ties to even, for numbers in the normal range.
-double rounded(const Format& format, double value) {
-  if (format.type == Type::float64 || value == 0) return value;
-  if (format.type == Type::float32) return static_cast<double>(static_cast<float>(value));
-  int exponent = 0;
-  std::frexp(value, &exponent);
-  const double unit = std::ldexp(1.0, exponent - format.precision);
-  return std::nearbyint(value / unit) * unit;
-}
-
-void write(const Format& format, void* memory, int64_t i, double value) {
-  if (format.type == Type::float64) {
-    static_cast<double*>(memory)[i] = value;
-  } else if (format.type == Type::float32) {
-    static_cast<float*>(memory)[i] = static_cast<float>(value);
-  } else {
-    int exponent = 0;
-    const double fraction = std::frexp(std::fabs(value), &exponent);
-    const int bias = format.type == Type::float16 ? 15 : 127;
-    const int stored = format.precision - 1;
-    const auto significand = static_cast<unsigned>(std::ldexp(fraction, format.precision));
-    unsigned bits =
-        value == 0 ? 0 : (static_cast<unsigned>(exponent - 1 + bias) << stored) + significand - (1u << stored);
-    if (value < 0) bits |= 0x8000u;
-    static_cast<uint16_t*>(memory)[i] = static_cast<uint16_t>(bits);
-  }
-}
-
-double read(const Format& format, const void* memory, int64_t i) {
-  if (format.type == Type::float64) return static_cast<const double*>(memory)[i];
-  if (format.type == Type::float32) return static_cast<double>(static_cast<const float*>(memory)[i]);
-  const unsigned bits = static_cast<const uint16_t*>(memory)[i];
-  const int stored = format.precision - 1, bias = format.type == Type::float16 ? 15 : 127;
-  const unsigned exponent = (bits & 0x7fffu) >> stored, significand = bits & ((1u << stored) - 1u);
-  if (exponent == (0x7fffu >> stored)) return NAN;
-  if (exponent == 0) return 0;
-  const double value =
-      std::ldexp(static_cast<double>(significand + (1u << stored)), static_cast<int>(exponent) - bias - stored);
-  return bits & 0x8000u ? -value : value;
-}
-
-// --- maps and weights ------------------------------------------------------------------------------------------------
-
-unsigned state = 1;
-
-int random_integer(int low, int high) {
-  state = state * 1664525u + 1013904223u;
-  return low + static_cast<int>((state >> 8) % static_cast<unsigned>(high - low + 1));
-}
-
-// Values in the order [B][C][H][W] whatever the layout in memory.
-struct Map {
-  int64_t batch, channels, height, width;
-  std::vector<double> values;
-
-  Map(int64_t b, int64_t c, int64_t h, int64_t w)
-      : batch(b), channels(c), height(h), width(w), values(static_cast<size_t>(b * c * h * w), 0.0) {}
-
-  double& at(int64_t b, int64_t c, int64_t y, int64_t x) {
-    return values[static_cast<size_t>(((b * channels + c) * height + y) * width + x)];
-  }
-  double inside(int64_t b, int64_t c, int64_t y, int64_t x) {
-    return y < 0 || y >= height || x < 0 || x >= width ? 0.0 : at(b, c, y, x);
-  }
-  int64_t size() const { return static_cast<int64_t>(values.size()); }
-};
-
-Map random_map(int64_t b, int64_t c, int64_t h, int64_t w, int low, int high) {
-  Map map(b, c, h, w);
-  for (double& value : map.values) value = random_integer(low, high);
-  return map;
-}
-
-int64_t place(const Map& map, Layout layout, int64_t i) {
-  if (layout == Layout::contiguous) return i;
-  const int64_t x = i % map.width, y = i / map.width % map.height, c = i / map.width / map.height % map.channels;
-  const int64_t b = i / map.width / map.height / map.channels;
-  return ((b * map.height + y) * map.width + x) * map.channels + c;
-}
-
-Memory stored(const Format& format, const Map& map, Layout layout) {
-  Memory memory = nan_bytes(map.size() * format.bytes);
-  for (int64_t i = 0; i < map.size(); ++i) {
-    write(format, memory.get(), place(map, layout, i), map.values[static_cast<size_t>(i)]);
-  }
-  return memory;
-}
-
-int64_t checked = 0;
-
-void compare(const char* what, const Format& format, Layout layout, const void* memory, Map& expected) {
-  for (int64_t i = 0; i < expected.size(); ++i) {
-    const double wanted = rounded(format, expected.values[static_cast<size_t>(i)]);
-    const double got = read(format, memory, place(expected, layout, i));
-    if (!(got == wanted)) {
-      std::printf("%s %s %s [%lld %lld %lld %lld]: element %lld is %g, expected %g\n", what, format.name,
-                  layout == Layout::contiguous ? "contiguous" : "channels_last", (long long)expected.batch,
-                  (long long)expected.channels, (long long)expected.height, (long long)expected.width, (long long)i,
-                  got, wanted);
-      std::exit(1);
-    }
-  }
-  ++checked;
-}
-
-// One unit at a time and from the last to the first: no result may depend on the split.
-template <class Problem>
-void launch(const Kernel<Problem>& kernel, const Problem& problem) {
-  Memory shared = nan_bytes(kernel.shared_bytes(problem));
-  kernel.before(problem, shared.get());
-  for (int64_t unit = kernel.units(problem); unit > 0; --unit) kernel.run(problem, shared.get(), unit - 1, unit);
-  if (kernel.after) kernel.after(problem, shared.get());
-}
-
-// --- the plain loops ---------------------------------------------------------------------------------------------------
-
-struct Case {
-  int64_t batch, channels, height, width, stride;
-  bool hff;
-  std::vector<int64_t> dilations;
-  int64_t groups, pointwise_channels;
-};
-
-// Calls f(out row, out column, in row, in column, tap) for the taps of a branch, those outside the map included.
-void for_taps(const Case& c, int64_t dilation,
-              const std::function<void(int64_t, int64_t, int64_t, int64_t, int64_t)>& f) {
-  for (int64_t y = 0; y * c.stride < c.height; ++y) {
-    for (int64_t x = 0; x * c.stride < c.width; ++x) {
-      for (int64_t t = 0; t < 9; ++t) {
-        f(y, x, y * c.stride + (t / 3 - 1) * dilation, x * c.stride + (t % 3 - 1) * dilation, t);
-      }
-    }
-  }
-}
-
-int64_t branches(const Case& c) { return static_cast<int64_t>(c.dilations.size()); }
-int64_t out_height(const Case& c) { return (c.height - 1) / c.stride + 1; }
-int64_t out_width(const Case& c) { return (c.width - 1) / c.stride + 1; }
-
-Map pyramid(const Case& c, Map& x, Map& weight) {
-  Map out(c.batch, branches(c) * c.channels, out_height(c), out_width(c));
-  for (int64_t b = 0; b < c.batch; ++b) {
-    for (int64_t k = 0; k < branches(c); ++k) {
-      for (int64_t j = c.hff ? 0 : k; j <= k; ++j) {
-        for (int64_t ch = 0; ch < c.channels; ++ch) {
-          for_taps(c, c.dilations[static_cast<size_t>(j)],
-                   [&](int64_t y, int64_t xx, int64_t iy, int64_t ix, int64_t t) {
-                     out.at(b, k * c.channels + ch, y, xx) += weight.at(j, ch, t / 3, t % 3) * x.inside(b, ch, iy, ix);
-                   });
-        }
-      }
-    }
-  }
-  return out;
-}
-
-// Gradients for the input and the weight, straight from the definition of the forward pass.
-void pyramid_gradients(const Case& c, Map& x, Map& weight, Map& grad, Map& grad_x, Map& grad_weight) {
-  for (int64_t b = 0; b < c.batch; ++b) {
-    for (int64_t k = 0; k < branches(c); ++k) {
-      for (int64_t j = c.hff ? 0 : k; j <= k; ++j) {
-        for (int64_t ch = 0; ch < c.channels; ++ch) {
-          for_taps(c, c.dilations[static_cast<size_t>(j)],
-                   [&](int64_t y, int64_t xx, int64_t iy, int64_t ix, int64_t t) {
-                     if (iy < 0 || iy >= c.height || ix < 0 || ix >= c.width) return;
-                     const double g = grad.at(b, k * c.channels + ch, y, xx);
-                     grad_x.at(b, ch, iy, ix) += weight.at(j, ch, t / 3, t % 3) * g;
-                     grad_weight.at(j, ch, t / 3, t % 3) += x.at(b, ch, iy, ix) * g;
-                   });
-        }
-      }
-    }
-  }
-}
-
-Map pointwise(int64_t groups, Map& x, Map& weight) {
-  const int64_t out = weight.batch / groups, in = weight.channels;
-  Map result(x.batch, weight.batch, x.height, x.width);
-  for (int64_t i = 0; i < result.size(); ++i) {
-    const int64_t xx = i % x.width, y = i / x.width % x.height, n = i / x.width / x.height % weight.batch;
-    const int64_t b = i / x.width / x.height / weight.batch;
-    for (int64_t m = 0; m < in; ++m) {
-      result.values[static_cast<size_t>(i)] += weight.at(n, m, 0, 0) * x.at(b, n / out * in + m, y, xx);
-    }
-  }
-  return result;
-}
-
-struct Vectors {
-  std::vector<double> scale, shift, slope;
-
-  explicit Vectors(int64_t channels) {
-    for (int64_t i = 0; i < channels; ++i) {
-      scale.push_back(random_integer(1, 2));
-      shift.push_back(random_integer(-2, 2));
-      slope.push_back(random_integer(0, 1) * 0.5);
-    }
-  }
-
-  void apply(Map& map, Map* residual) const {
-    for (int64_t i = 0; i < map.size(); ++i) {
-      const auto c = static_cast<size_t>(i / map.width / map.height % map.channels);
-      double& value = map.values[static_cast<size_t>(i)];
-      value = value * scale[c] + shift[c] + (residual ? residual->values[static_cast<size_t>(i)] : 0.0);
-      if (!(value > 0)) value *= slope[c];
-    }
-  }
-};
-
-// The three vectors in the compute type.
-struct StoredVectors {
-  Memory scale, shift, slope;
-
-  StoredVectors(const Format& format, const Vectors& v)
-      : scale(one(format, v.scale)), shift(one(format, v.shift)), slope(one(format, v.slope)) {}
-
-  static Memory one(const Format& format, const std::vector<double>& values) {
-    const Format& compute = kFormats[format.type == Type::float64 ? 1 : 0];
-    Memory memory = nan_bytes(static_cast<int64_t>(values.size()) * compute.bytes);
-    for (size_t i = 0; i < values.size(); ++i) write(compute, memory.get(), static_cast<int64_t>(i), values[i]);
-    return memory;
-  }
-
-  Epilogue with(const void* residual) const { return {scale.get(), shift.get(), slope.get(), residual}; }
-};
-
-// --- one case through every kernel ------------------------------------------------------------------------------------
-
-void describe(Pyramid& p, const Case& c, const Format& format, Layout layout) {
-  p.type = format.type;
-  p.layout = layout;
-  p.batch = c.batch;
-  p.channels = c.channels;
-  p.height = c.height;
-  p.width = c.width;
-  p.out_height = out_height(c);
-  p.out_width = out_width(c);
-  p.branches = branches(c);
-  p.stride = c.stride;
-  for (int64_t k = 0; k < p.branches; ++k) p.dilations[k] = c.dilations[static_cast<size_t>(k)];
-  p.hff = c.hff;
-}
-
-void check(const Case& c, const Format& format, Layout layout) {
-  const Kernels& kernels = ESPK_ISA::kernels;
-  const int64_t concatenated = branches(c) * c.channels;
-  Map x = random_map(c.batch, c.channels, c.height, c.width, -2, 2);
-  Map weight = random_map(branches(c), c.channels, 3, 3, -1, 1);
-  Map grad = random_map(c.batch, concatenated, out_height(c), out_width(c), -2, 2);
-  const Memory x_memory = stored(format, x, layout), weight_memory = stored(format, weight, Layout::contiguous);
-  const Memory grad_memory = stored(format, grad, layout);
-
-  Map expected = pyramid(c, x, weight);
-  SpatialPyramid forward{};
-  describe(forward, c, format, layout);
-  const Memory out = nan_bytes(expected.size() * format.bytes);
-  forward.x = x_memory.get();
-  forward.weight = weight_memory.get();
-  forward.out = out.get();
-  launch(kernels.spatial_pyramid, forward);
-  compare("spatial_pyramid", format, layout, out.get(), expected);
-
-  Map grad_x(c.batch, c.channels, c.height, c.width), grad_weight(branches(c), c.channels, 3, 3);
-  pyramid_gradients(c, x, weight, grad, grad_x, grad_weight);
-  SpatialPyramidBackwardInput backward{};
-  describe(backward, c, format, layout);
-  const Memory grad_x_memory = nan_bytes(grad_x.size() * format.bytes);
-  backward.grad = grad_memory.get();
-  backward.weight = weight_memory.get();
-  backward.grad_x = grad_x_memory.get();
-  launch(kernels.spatial_pyramid_backward_input, backward);
-  compare("spatial_pyramid_backward_input", format, layout, grad_x_memory.get(), grad_x);
-
-  SpatialPyramidBackwardWeight weights{};
-  describe(weights, c, format, layout);
-  const Memory grad_weight_memory = nan_bytes(grad_weight.size() * format.bytes);
-  weights.grad = grad_memory.get();
-  weights.x = x_memory.get();
-  weights.grad_weight = grad_weight_memory.get();
-  launch(kernels.spatial_pyramid_backward_weight, weights);
-  compare("spatial_pyramid_backward_weight", format, Layout::contiguous, grad_weight_memory.get(), grad_weight);
-
-  // group_pointwise of the gradient's map, which has the concatenated channels.
-  Map pointwise_weight = random_map(c.pointwise_channels, concatenated / c.groups, 1, 1, -1, 1);
-  const Memory pointwise_memory = stored(format, pointwise_weight, Layout::contiguous);
-  Map residual = random_map(c.batch, c.pointwise_channels, out_height(c), out_width(c), -3, 3);
-  const Memory residual_memory = stored(format, residual, layout);
-  const Vectors vectors(c.pointwise_channels), pyramid_vectors(concatenated);
-  const StoredVectors stored_vectors(format, vectors), stored_pyramid_vectors(format, pyramid_vectors);
-
-  Map product = pointwise(c.groups, grad, pointwise_weight);
-  GroupPointwise group{};
-  group.type = format.type;
-  group.layout = layout;
-  group.batch = c.batch;
-  group.pixels = out_height(c) * out_width(c);
-  group.in_channels = concatenated;
-  group.out_channels = c.pointwise_channels;
-  group.groups = c.groups;
-  group.x = grad_memory.get();
-  group.weight = pointwise_memory.get();
-  const Memory product_memory = nan_bytes(product.size() * format.bytes);
-  group.out = product_memory.get();
-  launch(kernels.group_pointwise, group);
-  compare("group_pointwise", format, layout, product_memory.get(), product);
-
-  vectors.apply(product, &residual);
-  group.epilogue = stored_vectors.with(residual_memory.get());
-  launch(kernels.group_pointwise, group);
-  compare("group_pointwise with epilogue", format, layout, product_memory.get(), product);
-
-  Map grad_in(c.batch, concatenated, out_height(c), out_width(c));
-  Map grad_pointwise(c.pointwise_channels, concatenated / c.groups, 1, 1);
-  const int64_t out_of_group = c.pointwise_channels / c.groups, in_of_group = concatenated / c.groups;
-  for (int64_t i = 0; i < residual.size(); ++i) {  // the residual serves as the gradient of the result
-    const int64_t xx = i % residual.width, y = i / residual.width % residual.height;
-    const int64_t n = i / residual.width / residual.height % residual.channels;
-    const int64_t b = i / residual.width / residual.height / residual.channels;
-    for (int64_t m = 0; m < in_of_group; ++m) {
-      const int64_t channel = n / out_of_group * in_of_group + m;
-      const double g = residual.values[static_cast<size_t>(i)];
-      grad_in.at(b, channel, y, xx) += g * pointwise_weight.at(n, m, 0, 0);
-      grad_pointwise.at(n, m, 0, 0) += g * grad.at(b, channel, y, xx);
-    }
-  }
-  GroupPointwise group_backward = group;
-  group_backward.epilogue = {};
-  group_backward.in_channels = c.pointwise_channels;
-  group_backward.out_channels = concatenated;
-  group_backward.weight_transposed = true;
-  group_backward.x = residual_memory.get();
-  const Memory grad_in_memory = nan_bytes(grad_in.size() * format.bytes);
-  group_backward.out = grad_in_memory.get();
-  launch(kernels.group_pointwise, group_backward);
-  compare("group_pointwise_backward_input", format, layout, grad_in_memory.get(), grad_in);
-
-  GroupPointwiseBackwardWeight group_weights{format.type,       layout,
-                                             c.batch,           group.pixels,
-                                             concatenated,      c.pointwise_channels,
-                                             c.groups,          residual_memory.get(),
-                                             grad_memory.get(), nullptr};
-  const Memory grad_pointwise_memory = nan_bytes(grad_pointwise.size() * format.bytes);
-  group_weights.grad_weight = grad_pointwise_memory.get();
-  launch(kernels.group_pointwise_backward_weight, group_weights);
-  compare("group_pointwise_backward_weight", format, Layout::contiguous, grad_pointwise_memory.get(), grad_pointwise);
-
-  pyramid_vectors.apply(expected, nullptr);
-  Map fused = pointwise(c.groups, expected, pointwise_weight);
-  vectors.apply(fused, &residual);
-  PyramidPointwise unit{};
-  describe(unit, c, format, layout);
-  unit.x = x_memory.get();
-  unit.weight = weight_memory.get();
-  unit.pyramid_epilogue = stored_pyramid_vectors.with(nullptr);
-  unit.pointwise_channels = c.pointwise_channels;
-  unit.groups = c.groups;
-  unit.pointwise_weight = pointwise_memory.get();
-  unit.epilogue = stored_vectors.with(residual_memory.get());
-  const Memory fused_memory = nan_bytes(fused.size() * format.bytes);
-  unit.out = fused_memory.get();
-  launch(kernels.pyramid_pointwise, unit);
-  compare("pyramid_pointwise", format, layout, fused_memory.get(), fused);
-}
-
-}  // namespace
 }  // namespace espk
 
-int main() {
-  using espk::Case;
-  const std::vector<Case> cases = {
-      {1, 1, 1, 1, 1, true, {1}, 1, 1},                         // the smallest problem
-      {2, 4, 5, 6, 1, true, {1, 2, 3, 4}, 4, 8},                // half a vector of channels, dilations near the size
-      {1, 20, 7, 7, 1, true, {1, 1, 1, 2}, 4, 48},              // a vector and a rest
-      {1, 16, 7, 14, 2, true, {1, 1, 2, 3}, 4, 16},             // strided, whole vectors
-      {2, 3, 3, 19, 1, false, {5, 1, 2}, 3, 6},                 // a dilation beyond the rows, no fusion
-      {1, 5, 9, 8, 3, true, {9, 7, 6, 5, 4, 3, 2, 1}, 5, 10},   // stride 3, eight branches, some beyond the map
-      {1, 35, 4, 33, 1, true, {1, 2}, 7, 21},                   // rows of two vectors and one number
-      {1, 8, 40, 37, 2, true, {1, 2, 3, 4}, 4, 36},             // several strips
-      {3, 9, 2, 65, 1, true, {1, 1}, 1, 17},                    // one group, odd everything
-      {1, 64, 6, 6, 1, true, {1, 2, 3, 4}, 4, 80},              // five vectors a group
-      {0, 4, 5, 5, 1, true, {1, 2}, 2, 4},                      // no image
-  };
-  for (const Case& c : cases) {
-    for (const espk::Format& format : espk::kFormats) {
-      for (espk::Layout layout : {espk::Layout::contiguous, espk::Layout::channels_last}) {
-        espk::check(c, format, layout);
+namespace {
+
+const espk::Kernels& kernels = espk::ESPK_ISA::kernels;
+int failures = 0, checks = 0;
+
+const Case kCases[] = {
+    {"one pixel", 1, 4, 1, 1, {1, 2, 3, 4}, 1, true, 4, 8},
+    {"one row", 2, 3, 1, 35, {1, 2, 3, 4}, 1, true, 4, 8},
+    {"one column", 1, 3, 19, 1, {1, 2, 3, 4}, 1, true, 3, 3},
+    {"map smaller than the dilation", 2, 5, 3, 2, {1, 3, 5, 9}, 1, true, 5, 10},
+    {"dilation far above the size", 1, 2, 2, 5, {1, 100000, 2}, 1, true, 1, 5},
+    {"dilation equals the size", 1, 4, 4, 4, {4, 4}, 1, true, 2, 6},
+    {"width 16", 1, 2, 3, 16, {1, 2, 3, 4}, 1, true, 2, 32},
+    {"width 17", 2, 3, 4, 17, {1, 1, 2, 3}, 1, true, 4, 36},
+    {"width 33", 1, 1, 5, 33, {2, 1}, 1, false, 1, 1},
+    {"width 70", 1, 2, 4, 70, {9, 1, 4, 2}, 1, true, 2, 34},
+    {"channels 17", 1, 17, 5, 6, {1, 1, 2, 3}, 1, true, 4, 20},
+    {"channels 33", 1, 33, 3, 4, {1, 2}, 1, true, 3, 51},
+    {"channels 65", 1, 65, 3, 3, {1}, 1, true, 5, 10},
+    {"eight branches", 1, 5, 7, 9, {1, 3, 2, 4, 1, 5, 9, 2}, 1, true, 8, 16},
+    {"seven branches without hff", 1, 3, 6, 8, {1, 2, 3, 4, 5, 6, 7}, 1, false, 7, 7},
+    {"stride 2 even", 2, 4, 8, 18, {1, 2, 3, 4}, 2, true, 4, 12},
+    {"stride 2 odd", 1, 19, 9, 35, {1, 2, 3}, 2, true, 3, 57},
+    {"stride 2 one pixel", 1, 1, 1, 1, {3}, 2, true, 1, 2},
+    {"stride 3 without hff", 2, 5, 10, 40, {1, 2, 3, 4}, 3, false, 2, 6},
+    {"stride above the size", 1, 6, 3, 4, {1, 2}, 7, true, 1, 9},
+    {"one input a group", 1, 4, 3, 7, {1, 2}, 1, true, 8, 24},
+    {"many outputs", 1, 2, 2, 3, {1, 2}, 1, true, 1, 130},
+    {"many inputs", 1, 130, 2, 3, {1, 2}, 1, true, 2, 6},
+    {"several blocks", 1, 9, 21, 37, {1, 2, 3, 4}, 1, true, 3, 33},
+    {"several blocks, stride 2", 1, 8, 22, 36, {1, 2, 3, 4}, 2, true, 4, 32},
+    {"batch 0", 0, 4, 5, 6, {1, 2}, 1, true, 2, 4},
+};
+
+// Small whole numbers, or powers of two, from a fixed sequence.
+class Draw {
+ public:
+  Tensor integers(std::vector<int64_t> sizes) {
+    Tensor t(std::move(sizes));
+    for (double& value : t.values) value = static_cast<double>(next() % 5) - 2;
+    return t;
+  }
+  Tensor one_of(std::vector<double> choices, int64_t count) {
+    Tensor t({count});
+    for (double& value : t.values) value = choices[next() % choices.size()];
+    return t;
+  }
+  Steps steps(int64_t channels, std::vector<int64_t> residual_sizes) {
+    Steps steps{one_of({0.5, 1, 2, -1}, channels), integers({channels}), one_of({0.25, 0.5, -0.5, 0}, channels), {}};
+    if (!residual_sizes.empty()) steps.residual = integers(std::move(residual_sizes));
+    return steps;
+  }
+
+ private:
+  uint64_t state_ = 1;
+  uint64_t next() { return (state_ = state_ * 6364136223846793005u + 1442695040888963407u) >> 33; }
+};
+
+// Vectors of the compute type that an Epilogue points into.
+class EpilogueBuffers {
+ public:
+  EpilogueBuffers(Type type, Layout layout, const Steps& steps) {
+    const Type compute = type == Type::float64 ? Type::float64 : Type::float32;
+    epilogue.scale = keep(compute, layout, steps.scale);
+    epilogue.shift = keep(compute, layout, steps.shift);
+    epilogue.slope = keep(compute, layout, steps.slope);
+    epilogue.residual = keep(type, layout, steps.residual);
+  }
+  espk::Epilogue epilogue;
+
+ private:
+  std::vector<std::unique_ptr<Buffer>> buffers_;
+
+  const void* keep(Type type, Layout layout, const Tensor& tensor) {
+    if (!tensor.count()) return nullptr;
+    buffers_.push_back(std::make_unique<Buffer>(type, layout, tensor));
+    return buffers_.back()->data();
+  }
+};
+
+std::unique_ptr<void, void (*)(void*)> aligned(int64_t bytes) {
+  void* data = nullptr;
+  if (posix_memalign(&data, 64, static_cast<size_t>(bytes > 0 ? bytes : 1))) std::abort();
+  std::memset(data, 0xff, static_cast<size_t>(bytes));
+  return {data, std::free};
+}
+
+using Run = std::function<void(int64_t, int64_t)>;
+
+// Ways to cut [0, units) that must not differ in a bit.
+void whole(int64_t units, const Run& run) { run(0, units); }
+
+void one_by_one_backwards(int64_t units, const Run& run) {
+  for (int64_t unit = units; unit-- > 0;) run(unit, unit + 1);
+}
+
+void on_three_threads(int64_t units, const Run& run) {
+  std::vector<std::thread> threads;
+  for (int64_t t = 0; t < 3; ++t) threads.emplace_back([&, t] { if (units * t / 3 < units * (t + 1) / 3) run(units * t / 3, units * (t + 1) / 3); });
+  for (std::thread& thread : threads) thread.join();
+}
+
+template <class Problem>
+void check(const char* what, const Case& s, const espk::Kernel<Problem>& kernel, Problem problem, void* Problem::*result,
+           const Tensor& expected) {
+  std::vector<unsigned char> first;
+  for (auto split : {whole, one_by_one_backwards, on_three_threads}) {
+    Buffer out(problem.type, problem.layout, expected.sizes);
+    problem.*result = out.data();
+    const auto shared = aligned(kernel.shared_bytes(problem));
+    if (kernel.before) kernel.before(problem, shared.get());
+    const int64_t units = kernel.units(problem);
+    if (units > 0) split(units, [&](int64_t begin, int64_t end) { kernel.run(problem, shared.get(), begin, end); });
+    if (kernel.after) kernel.after(problem, shared.get());
+
+    ++checks;
+    std::string wrong;
+    for (int64_t i = 0; i < expected.count() && wrong.empty(); ++i) {
+      const double right = rounded(problem.type, expected.values[static_cast<size_t>(i)]);
+      if (out.get(i) != right) {
+        wrong = "value " + std::to_string(i) + " is " + std::to_string(out.get(i)) + " and not " + std::to_string(right);
       }
     }
+    if (!out.guards_intact()) wrong = "memory beside the result was written";
+    if (first.empty()) first = out.bits();
+    if (first != out.bits()) wrong = "another split of the work gives other bits";
+    if (!wrong.empty()) {
+      ++failures;
+      std::printf("FAIL %s, %s, type %d, %s: %s\n", what, s.name, static_cast<int>(problem.type),
+                  problem.layout == Layout::contiguous ? "contiguous" : "channels_last", wrong.c_str());
+    }
   }
-  std::printf("%lld problems checked\n", static_cast<long long>(espk::checked));
-  return 0;
+}
+
+template <class Problem>
+Problem described(const Case& s, Type type, Layout layout) {
+  Problem p{};
+  p.type = type;
+  p.layout = layout;
+  p.batch = s.batch;
+  if constexpr (std::is_base_of_v<espk::Pyramid, Problem>) {
+    p.channels = s.channels;
+    p.height = s.height;
+    p.width = s.width;
+    p.out_height = s.out_height();
+    p.out_width = s.out_width();
+    p.branches = s.branches();
+    p.stride = s.stride;
+    p.hff = s.hff;
+    for (size_t k = 0; k < s.dilations.size(); ++k) p.dilations[k] = s.dilations[k];
+  } else {
+    p.pixels = s.out_height() * s.out_width();
+    p.in_channels = s.concatenated();
+    p.out_channels = s.outputs;
+    p.groups = s.groups;
+  }
+  return p;
+}
+
+void check_all(const Case& s, Type type, Layout layout) {
+  Draw draw;
+  const int64_t height = s.out_height(), width = s.out_width();
+  const Tensor x = draw.integers({s.batch, s.channels, s.height, s.width});
+  const Tensor weight = draw.integers({s.branches(), s.channels, 3, 3});
+  const Tensor map = draw.integers({s.batch, s.concatenated(), height, width});
+  const Tensor pointwise = draw.integers({s.outputs, s.concatenated() / s.groups});
+  const Tensor grad = draw.integers({s.batch, s.outputs, height, width});
+  const Steps steps = draw.steps(s.outputs, grad.sizes), pyramid_steps = draw.steps(s.concatenated(), {});
+  Buffer x_buffer(type, layout, x), map_buffer(type, layout, map), grad_buffer(type, layout, grad);
+  Buffer weight_buffer(type, Layout::contiguous, weight), pointwise_buffer(type, Layout::contiguous, pointwise);
+
+  auto pyramid = described<espk::SpatialPyramid>(s, type, layout);
+  pyramid.x = x_buffer.data();
+  pyramid.weight = weight_buffer.data();
+  check("spatial_pyramid", s, kernels.spatial_pyramid, pyramid, &espk::SpatialPyramid::out, spatial_pyramid(s, x, weight));
+
+  auto to_input = described<espk::SpatialPyramidBackwardInput>(s, type, layout);
+  to_input.grad = map_buffer.data();
+  to_input.weight = weight_buffer.data();
+  check("spatial_pyramid_backward_input", s, kernels.spatial_pyramid_backward_input, to_input,
+        &espk::SpatialPyramidBackwardInput::grad_x, pyramid_gradient_of_input(s, map, weight));
+
+  auto to_weight = described<espk::SpatialPyramidBackwardWeight>(s, type, layout);
+  to_weight.grad = map_buffer.data();
+  to_weight.x = x_buffer.data();
+  Tensor grad_weight = pyramid_gradient_of_weight(s, map, x);
+  grad_weight.sizes = {grad_weight.count()};  // contiguous in either layout
+  check("spatial_pyramid_backward_weight", s, kernels.spatial_pyramid_backward_weight, to_weight,
+        &espk::SpatialPyramidBackwardWeight::grad_weight, grad_weight);
+
+  // Every step of an epilogue alone, all, and none.
+  const Tensor product = group_pointwise(s, map, pointwise);
+  for (const Steps& some : {Steps{}, Steps{steps.scale, {}, {}, {}}, Steps{{}, steps.shift, {}, {}},
+                            Steps{{}, {}, steps.slope, {}}, Steps{{}, {}, {}, steps.residual}, steps}) {
+    const EpilogueBuffers buffers(type, layout, some);
+    auto forward = described<espk::GroupPointwise>(s, type, layout);
+    forward.x = map_buffer.data();
+    forward.weight = pointwise_buffer.data();
+    forward.epilogue = buffers.epilogue;
+    check("group_pointwise", s, kernels.group_pointwise, forward, &espk::GroupPointwise::out, epilogue(product, some));
+  }
+
+  auto transposed = described<espk::GroupPointwise>(s, type, layout);
+  std::swap(transposed.in_channels, transposed.out_channels);
+  transposed.weight_transposed = true;
+  transposed.x = grad_buffer.data();
+  transposed.weight = pointwise_buffer.data();
+  check("group_pointwise, transposed", s, kernels.group_pointwise, transposed, &espk::GroupPointwise::out,
+        pointwise_gradient_of_input(s, grad, pointwise));
+
+  auto pointwise_to_weight = described<espk::GroupPointwiseBackwardWeight>(s, type, layout);
+  pointwise_to_weight.grad = grad_buffer.data();
+  pointwise_to_weight.x = map_buffer.data();
+  check("group_pointwise_backward_weight", s, kernels.group_pointwise_backward_weight, pointwise_to_weight,
+        &espk::GroupPointwiseBackwardWeight::grad_weight, pointwise_gradient_of_weight(s, grad, map));
+
+  for (const auto& [inner, outer] : {std::pair{Steps{}, Steps{}}, {pyramid_steps, steps}}) {
+    const EpilogueBuffers inner_buffers(type, layout, inner), outer_buffers(type, layout, outer);
+    auto unit = described<espk::PyramidPointwise>(s, type, layout);
+    unit.x = x_buffer.data();
+    unit.weight = weight_buffer.data();
+    unit.pyramid_epilogue = inner_buffers.epilogue;
+    unit.pointwise_channels = s.outputs;
+    unit.groups = s.groups;
+    unit.pointwise_weight = pointwise_buffer.data();
+    unit.epilogue = outer_buffers.epilogue;
+    const Tensor z = epilogue(spatial_pyramid(s, x, weight), inner);
+    check("pyramid_pointwise", s, kernels.pyramid_pointwise, unit, &espk::PyramidPointwise::out,
+          epilogue(group_pointwise(s, z, pointwise), outer));
+  }
+}
+
+// Memory that is only there where it is touched, so that a map may have more elements than 32 bits count.
+class Reserved {
+ public:
+  explicit Reserved(int64_t bytes) : bytes_(static_cast<size_t>(bytes)) {
+    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  }
+  ~Reserved() {
+    if (there()) munmap(data_, bytes_);
+  }
+  Reserved(const Reserved&) = delete;
+  bool there() const { return data_ != MAP_FAILED; }
+  unsigned char* data() const { return static_cast<unsigned char*>(data_); }
+
+ private:
+  size_t bytes_;
+  void* data_;
+};
+
+// The last image of a batch of more than 2^31 elements gives the bits that it gives alone. Only the units of work at the
+// end run, as many as one image has and a few more.
+template <class Problem>
+void check_last_image(const char* what, const espk::Kernel<Problem>& kernel, Problem problem, const void* Problem::*input,
+                      void* Problem::*result, int64_t in_image, int64_t out_image) {
+  const int64_t size = espk::bytes_of(problem.type), batch = problem.batch;
+  const Reserved x(batch * in_image * size), out(batch * out_image * size);
+  if (!x.there() || !out.there()) {
+    std::printf("SKIP %s above 2^31 elements: no address space\n", what);
+    return;
+  }
+  unsigned char* last = x.data() + (batch - 1) * in_image * size;
+  for (int64_t i = 0; i < in_image; ++i) write(problem.type, last + i * size, static_cast<double>(i % 7) - 3);
+
+  problem.batch = 1;
+  std::vector<unsigned char> alone(static_cast<size_t>(out_image * size));
+  problem.*input = last;
+  problem.*result = alone.data();
+  auto shared = aligned(kernel.shared_bytes(problem));
+  kernel.before(problem, shared.get());
+  const int64_t units_of_one = kernel.units(problem);
+  kernel.run(problem, shared.get(), 0, units_of_one);
+
+  problem.batch = batch;
+  problem.*input = x.data();
+  problem.*result = out.data();
+  shared = aligned(kernel.shared_bytes(problem));
+  kernel.before(problem, shared.get());
+  const int64_t units = kernel.units(problem);
+  kernel.run(problem, shared.get(), units - std::min(units, units_of_one + 2), units);
+  ++checks;
+  if (std::memcmp(out.data() + (batch - 1) * out_image * size, alone.data(), alone.size()) != 0) {
+    ++failures;
+    std::printf("FAIL %s: the last of %lld images of a huge batch differs\n", what, static_cast<long long>(batch));
+  }
+}
+
+void check_huge(Layout layout) {
+  constexpr Type type = Type::bfloat16;
+  const Case s{"huge", (int64_t{1} << 31) / (4 * 32 * 32) + 3, 4, 32, 32, {1, 2, 3, 4}, 1, true, 4, 16};
+  Draw draw;
+  Buffer weight(type, Layout::contiguous, draw.integers({4, 4, 3, 3}));
+  Buffer pointwise(type, Layout::contiguous, draw.integers({16, 4}));
+  const int64_t narrow = 4 * 32 * 32, wide = 16 * 32 * 32;
+
+  auto forward = described<espk::SpatialPyramid>(s, type, layout);
+  forward.weight = weight.data();
+  check_last_image("spatial_pyramid", kernels.spatial_pyramid, forward, &espk::SpatialPyramid::x,
+                   &espk::SpatialPyramid::out, narrow, wide);
+  auto backward = described<espk::SpatialPyramidBackwardInput>(s, type, layout);
+  backward.weight = weight.data();
+  check_last_image("spatial_pyramid_backward_input", kernels.spatial_pyramid_backward_input, backward,
+                   &espk::SpatialPyramidBackwardInput::grad, &espk::SpatialPyramidBackwardInput::grad_x, wide, narrow);
+  auto product = described<espk::GroupPointwise>(s, type, layout);
+  product.weight = pointwise.data();
+  check_last_image("group_pointwise", kernels.group_pointwise, product, &espk::GroupPointwise::x,
+                   &espk::GroupPointwise::out, wide, wide);
+  auto unit = described<espk::PyramidPointwise>(s, type, layout);
+  unit.weight = weight.data();
+  unit.pointwise_weight = pointwise.data();
+  unit.pointwise_channels = 16;
+  unit.groups = 4;
+  check_last_image("pyramid_pointwise", kernels.pyramid_pointwise, unit, &espk::PyramidPointwise::x,
+                   &espk::PyramidPointwise::out, narrow, wide);
+}
+
+}  // namespace
+
+int main(int, char** argv) {
+  const bool huge = argv[1] && std::string(argv[1]) == "--huge";
+  for (Layout layout : {Layout::contiguous, Layout::channels_last}) {
+    for (Type type : {Type::float32, Type::float64, Type::bfloat16, Type::float16}) {
+      for (const Case& s : kCases) check_all(s, type, layout);
+    }
+    if (huge) check_huge(layout);
+  }
+  std::printf("%d checks, %d failures\n", checks, failures);
+  return failures ? 1 : 0;
 }
