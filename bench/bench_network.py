@@ -45,6 +45,7 @@ def comparisons(selection: Selection) -> Iterator[Comparison]:
                 providers=providers(variant.compile, ours=ours),
                 build=task.build,
                 floor=task.floor,
+                prepare=task.prepare,
                 memory=functools.partial(_memory, scale, shape, mode, variant),
             )
 

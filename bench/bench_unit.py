@@ -37,6 +37,7 @@ def comparisons(selection: Selection) -> Iterator[Comparison]:
                 providers=providers(variant.compile, ours=ours),
                 build=task.build,
                 floor=task.floor,
+                prepare=task.prepare,
             )
 
 

@@ -39,6 +39,7 @@ class Comparison:
 
     ``build`` returns what is timed for a provider after checking its result; it raises :class:`WrongResult`. ``floor``
     is the least that the problem must move and compute. ``memory`` gives the bytes a provider needs, where known.
+    ``prepare`` computes, before all, what results are compared with.
     """
 
     operator: str
@@ -50,6 +51,7 @@ class Comparison:
     build: Callable[[Provider], Run]
     floor: Callable[[], Floor]
     memory: Callable[[Provider], int | None] = field(default=lambda provider: None)
+    prepare: Callable[[], object] = field(default=lambda: None)
 
     def __str__(self) -> str:
         plural = "s" if self.threads != 1 else ""
@@ -70,13 +72,16 @@ class Outcome:
 def measure(comparison: Comparison) -> Outcome:
     """Builds and checks every provider, then times them in turn. The last outcome is kept for the other providers."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(comparison.threads)
     torch.compiler.reset()
     runs: dict[str, Run] = {}
     refused: dict[str, Exception] = {}
     memory: dict[str, int | None] = {}
     try:
+        # In float64 torch convolves channel by channel: threads would wait for one another more than they work.
+        torch.set_num_threads(1)
+        comparison.prepare()
         floor = comparison.floor()
+        torch.set_num_threads(comparison.threads)
         for provider in comparison.providers:
             try:
                 runs[str(provider)] = comparison.build(provider)

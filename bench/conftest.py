@@ -7,6 +7,7 @@ a clock that pytest-benchmark reads: its table, JSON and comparisons between run
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,7 @@ def facts(comparison: Comparison, provider: Provider, outcome: Outcome) -> dict[
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info["espkernels"] = collect().as_dict()
+    machine_info["load_average"] = os.getloadavg()
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: object, output_json: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ class Samples:
 
 
 def interleave(
-    runs: Mapping[str, Run], seconds: float = 0.5, sample: float = 2e-3, rounds: tuple[int, int] = (7, 41)
+    runs: Mapping[str, Run], seconds: float = 0.4, sample: float = 2e-3, rounds: tuple[int, int] = (5, 41)
 ) -> Samples:
     """Samples of every run, one of each in every round.
 

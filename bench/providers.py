@@ -88,6 +88,7 @@ def comparisons(
                 build=task.build,
                 floor=task.floor,
                 memory=task.memory,
+                prepare=task.prepare,
             )
 
 
@@ -104,6 +105,11 @@ class _Task:
         if _Task.alive is None or _Task.alive[0] is not self:
             _Task.alive = self, self.make()
         return _Task.alive[1]
+
+    def prepare(self) -> None:
+        _ = self.problem.expected
+        if self.mode != "forward":
+            _ = self.problem.expected_gradients
 
     def build(self, provider: Provider) -> Run:
         return build(provider, self.problem, self.dtype, self.mode)

@@ -195,7 +195,7 @@ def _save_group_pointwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _group_pointwise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, shift, residual, slope = ctx.saved_tensors
-    needs_x, needs_weight, _, *needs_epilogue, _ = ctx.needs_input_grad
+    needs_x, needs_weight, _, *needs_epilogue = ctx.needs_input_grad[:7]  # `packed` only where it was given
     grads: tuple[Tensor | None, ...] = (grad, None, None, None, None)
     if any(t is not None for t in (scale, shift, residual, slope)):
         value = _plain_pointwise(x, weight, ctx.groups)

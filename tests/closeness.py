@@ -1,11 +1,11 @@
 """What may differ between a kernel and the reference: nothing on integers, a derived rounding error otherwise.
 
-The bound. Let u be the unit round-off of the type the kernel adds in (float32 for the half types, else the type itself)
-and v that of the type it stores. A sum of n products, added in any order, with or without fused multiply-add, errs by at
-most gamma_n * S, where S is the sum of the absolute products and gamma_n = n u / (1 - n u) (Higham, Accuracy and
-Stability of Numerical Algorithms, section 3.1). The operators here are sums of products of their arguments, so S is the
-reference itself run on absolute values, and its gradients are those of that run: see ``magnitude``. A chain of such steps
-has the n of its steps together. Storing rounds once more: v * |result|.
+The bound. Let u be the unit round-off of the type the kernel adds in (float32 for the half types, else the type
+itself) and v that of the type it stores. A sum of n products, added in any order, with or without fused multiply-add,
+errs by at most gamma_n * S, where S is the sum of the absolute products and gamma_n = n u / (1 - n u) (Higham, Accuracy
+and Stability of Numerical Algorithms, section 3.1). The operators here are sums of products of their arguments, so S is
+the reference itself run on absolute values, and for a gradient the gradient of that run: see ``magnitude``. A chain of
+such steps has the n of its steps together. Storing rounds once more: v * |result|.
 
 For the long sums of weight gradients n is the number of pixels, and gamma_n would pass a kernel that loses one of them.
 Rounding errors of random data are not all of one sign: with probability above 1 - 2n exp(-32) the same bound holds with
@@ -81,7 +81,7 @@ def _absolute_epilogue(
 
 
 def magnitude(operator: str, arguments: Arguments) -> Tensor:
-    """S of the forward result for absolute ``arguments``; its gradients for an absolute gradient are those of the gradients."""
+    """S of the result for absolute ``arguments``; its gradients, for an absolute gradient, are the S of gradients."""
     a = arguments
     if operator == "spatial_pyramid":
         return reference.spatial_pyramid(**a)
@@ -111,7 +111,7 @@ def keep_from_kinks(operator: str, arguments: Arguments) -> Arguments:
     The derivative jumps at zero. Where rounding may choose the side no error bound holds, so the real-valued tests stay
     away from it; the integer tests, which are exact, cross it everywhere.
     """
-    a = {n: v.abs() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    a: Arguments = {n: v.abs() if isinstance(v, Tensor) else v for n, v in arguments.items()}
     shifts: Arguments = {}
     if operator == "spatial_pyramid":
         return arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -16,7 +17,7 @@ hypothesis.settings.load_profile("fixed")
 
 
 def instruction_sets() -> list[str]:
-    """Every instruction set that the compiled library holds and this machine runs; the reference where there is none."""
+    """Every instruction set that the library holds and this machine runs; the reference where there is no library."""
     return ["reference"] if backends.library is None else list(backends.library.available_isas())
 
 
@@ -36,17 +37,16 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Fills every freshly allocated tensor with NaN, so that a value never written cannot pass for a right one."""
-    deterministic, fill = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
+    deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
+    settings.fill_uninitialized_memory = fill
 
 
 @pytest.fixture

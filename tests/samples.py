@@ -1,7 +1,7 @@
 """Named edge cases: one table for every operator, each row named for the edge it hits.
 
-A row describes one ``pyramid_pointwise`` problem. ``spatial_pyramid`` takes its first half; ``group_pointwise`` takes its
-second half, from the concatenated map of ``K * channels`` channels.
+A row describes one ``pyramid_pointwise`` problem. ``spatial_pyramid`` takes its first half; ``group_pointwise`` takes
+its second half, from the concatenated map of ``K * channels`` channels.
 """
 
 from __future__ import annotations

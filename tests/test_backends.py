@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_the_reference_runs_torchs_operators_only(operator: str) -> None:
 def test_backends_nest_and_come_back_after_an_error() -> None:
     assert backends.current() is None
     with espkernels.use_backend("cpu"):
-        with pytest.raises(KeyError), espkernels.use_backend("reference"):
+        with contextlib.suppress(KeyError), espkernels.use_backend("reference"):
             assert backends.current() == "reference"
             raise KeyError
         assert backends.current() == "cpu"
@@ -126,8 +127,8 @@ import sys
 sys.modules["espkernels._C"] = None
 import torch, espkernels
 from espkernels import backends
-x, weight = torch.randn(1, 4, 5, 6), torch.randn(2, 4, 3, 3)
-assert torch.equal(espkernels.spatial_pyramid(x, weight, (1, 2)), espkernels.reference.spatial_pyramid(x, weight, (1, 2)))
+arguments = torch.randn(1, 4, 5, 6), torch.randn(2, 4, 3, 3), (1, 2)
+assert torch.equal(espkernels.spatial_pyramid(*arguments), espkernels.reference.spatial_pyramid(*arguments))
 print(backends.why_not("cpu"))
 """
     result = in_a_new_process(code)

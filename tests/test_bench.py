@@ -448,7 +448,7 @@ def test_one_case_from_command_to_picture(tmp_path: Path) -> None:
     }
     for row in results["benchmarks"]:
         # The table of pytest-benchmark shows the very samples that the ratios are made of.
-        assert row["stats"]["rounds"] == len(row["stats"]["data"]) >= 7
+        assert row["stats"]["rounds"] == len(row["stats"]["data"]) >= 5
         assert row["extra_info"]["flops_per_second"] * row["stats"]["median"] == pytest.approx(
             row["extra_info"]["flops"]
         )

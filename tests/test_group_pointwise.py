@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from arguments import build, cast
 from closeness import assert_exact
 from operator_tests import OperatorTests, each_dtype, each_layout
+from samples import SAMPLES, named
 from torch import Tensor
 
 import espkernels
+from espkernels import backends
+from espkernels.ops import pack_group_pointwise
 
 
 class TestGroupPointwise(OperatorTests):
@@ -31,6 +35,58 @@ class TestGroupPointwise(OperatorTests):
             "residual": forward,
             "slope": forward,
         }
+
+
+@each_dtype
+@each_layout
+def test_packed_weights(isa: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    for sample in SAMPLES[::3]:
+        arguments = cast(build("group_pointwise", sample), dtype, layout, requires_grad=False)
+        expected = espkernels.group_pointwise(**arguments)
+        for channels_last in (False, True):  # one of them does not fit and is not used
+            packed = pack_group_pointwise(arguments["weight"], sample.groups, channels_last)
+            assert torch.equal(espkernels.group_pointwise(**arguments, packed=packed), expected), sample
+
+
+def test_packs_that_do_not_fit_are_not_used(isa: str) -> None:
+    sample = named("width 17")[0]
+    arguments = cast(build("group_pointwise", sample), torch.float32, requires_grad=False)
+    weight, groups = arguments["weight"], sample.groups
+    right = pack_group_pointwise(weight, groups, False)
+    if right is None:
+        pytest.skip("the reference packs nothing")
+    expected = espkernels.group_pointwise(**arguments)
+    unaligned = torch.empty(right.numel() + 1, dtype=torch.uint8)[1:].copy_(right)
+    misfits = [
+        pack_group_pointwise(2 * weight.double(), groups, False),
+        pack_group_pointwise(2 * weight.repeat(2, 1), groups, False),
+        pack_group_pointwise(2 * weight, groups * 2, False),
+        right[:-1],
+        right.float(),
+        torch.zeros_like(right),
+        torch.empty(0, dtype=torch.uint8),
+        unaligned,
+    ]
+    for packed in misfits:
+        assert torch.equal(espkernels.group_pointwise(**arguments, packed=packed), expected)
+
+
+def test_packs_of_another_instruction_set_are_not_used() -> None:
+    if backends.library is None:
+        pytest.skip("the compiled library is not built")
+    arguments = cast(build("group_pointwise", named("outputs 17 a group")[0]), torch.float32, requires_grad=False)
+    before = backends.library.isa()
+    try:
+        for made in backends.library.available_isas():
+            backends.library.set_isa(made)
+            packed = pack_group_pointwise(2 * arguments["weight"], arguments["groups"], False)
+            for used in backends.library.available_isas():
+                backends.library.set_isa(used)
+                expected = espkernels.group_pointwise(**arguments)
+                same = torch.equal(espkernels.group_pointwise(**arguments, packed=packed), expected)
+                assert same == (made != used), (made, used)
+    finally:
+        backends.library.set_isa(before)
 
 
 @each_dtype

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from arguments import build, cast
 from closeness import assert_exact
+from evaluation import answers
 from operator_tests import OperatorTests, each_dtype, each_layout
 from samples import SAMPLES
 
 import espkernels
 from espkernels import reference
+from espkernels.ops import pack_pyramid_pointwise
 
 
 class TestPyramidPointwise(OperatorTests):
@@ -45,36 +47,40 @@ class TestPyramidPointwise(OperatorTests):
 @each_layout
 def test_the_identity_pointwise_gives_the_pyramid(isa: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
     for sample in SAMPLES[::5]:
-        problem = cast(build("spatial_pyramid", sample, integers=False), dtype, layout, requires_grad=False)
-        channels = sample.concatenated
+        problem, channels = answers("spatial_pyramid", sample), sample.concatenated
+        x, weight = (problem.arguments[name].detach().to(dtype) for name in ("x", "weight"))
+        identity = torch.ones(channels, 1, dtype=dtype)
         output = espkernels.pyramid_pointwise(
-            problem["x"], problem["weight"], sample.dilations, torch.ones(channels, 1, dtype=dtype), channels,
+            x.contiguous(memory_format=layout), weight, sample.dilations, identity, channels,
             stride=sample.stride, hff=sample.hff,
         )  # fmt: skip
-        # The order of a sum may differ between the two kernels; that of whole numbers cannot show.
-        expected = reference.spatial_pyramid(
-            problem["x"].double(), problem["weight"].double(), sample.dilations, sample.stride, sample.hff
-        )
-        tolerance = 80 * max(torch.finfo(dtype).eps, 0.0)
-        assert (output.double() - expected).abs().le(tolerance * (1 + expected.abs())).all()
+        assert_exact(str(sample), output, problem.values["output"])
 
 
 @each_dtype
 def test_the_concatenated_map_is_not_rounded(isa: str, dtype: torch.dtype) -> None:
-    # 1 + 2^-20 is no half number: a unit that stores the map between its halves in its own type returns zero.
+    # 1 + 2^-14 is no half number: a unit that keeps the map in its own type between its two steps returns zero.
     x = torch.ones(1, 1, 1, 1, dtype=dtype)
     weight = torch.zeros(2, 1, 3, 3, dtype=dtype)
-    weight[0, 0, 1, 1], weight[1, 0, 1, 1] = 2.0**-14, 1.0
-    pointwise = torch.tensor([[-1.0, 1.0]], dtype=dtype)
-    output = espkernels.pyramid_pointwise(
-        x, weight, (1, 1), pointwise, 1, pyramid_shift=torch.tensor([1.0, 0.0]).to(dtype)
-    )
-    # hff: z = (2^-14 + 1, 2^-14 + 1) before the difference, which cancels; without hff it leaves the small part.
-    assert_exact("output", output, torch.zeros(1, 1, 1, 1).double())
-    output = espkernels.pyramid_pointwise(
-        x, weight, (1, 1), pointwise, 1, pyramid_shift=torch.tensor([1.0, 0.0]).to(dtype), hff=False
-    )
-    assert_exact("output", output, torch.full((1, 1, 1, 1), -(2.0**-14)).double())
+    weight[:, 0, 1, 1] = torch.tensor([2.0**-14, 1.0])
+    shift, difference = torch.tensor([1.0, 0.0], dtype=dtype), torch.tensor([[1.0, -1.0]], dtype=dtype)
+    output = espkernels.pyramid_pointwise(x, weight, (1, 1), difference, 1, pyramid_shift=shift, hff=False)
+    assert output.item() == 2.0**-14
+
+
+@each_dtype
+@each_layout
+def test_packed_weights(isa: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    # A pack knows neither the stride nor hff nor the dilations: it serves them all.
+    for sample in SAMPLES[::3]:
+        arguments = cast(build("pyramid_pointwise", sample), dtype, layout, requires_grad=False)
+        expected = espkernels.pyramid_pointwise(**arguments)
+        pyramid = (arguments["pyramid_scale"], arguments["pyramid_shift"], arguments["pyramid_slope"])
+        for channels_last in (False, True):  # one of them does not fit and is not used
+            packed = pack_pyramid_pointwise(
+                arguments["weight"], arguments["pointwise_weight"], sample.groups, *pyramid, channels_last
+            )
+            assert torch.equal(espkernels.pyramid_pointwise(**arguments, packed=packed), expected), sample
 
 
 def test_the_unit_is_its_parts(isa: str) -> None:

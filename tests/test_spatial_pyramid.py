@@ -88,6 +88,17 @@ def test_a_stride_keeps_every_nth_pixel(isa: str, layout: torch.memory_format) -
         assert torch.equal(espkernels.spatial_pyramid(x, weight, (1, 2, 3, 4), stride), every[..., ::stride, ::stride])
 
 
+@each_layout
+def test_steps_beyond_the_map_cost_nothing(isa: str, layout: torch.memory_format) -> None:
+    # One output pixel, or a branch of centre taps; no memory or time in proportion to the step.
+    x, weight = integers(14, 1, 4, 5, 6).float().contiguous(memory_format=layout), integers(15, 2, 4, 3, 3).float()
+    for step in (2**31, 2**40, 2**62):
+        dilated = espkernels.spatial_pyramid(x, weight, (1, step))
+        assert torch.equal(dilated, espkernels.spatial_pyramid(x, weight, (1, 6)))
+        strided = espkernels.spatial_pyramid(x, weight, (1, 2), stride=step)
+        assert torch.equal(strided, espkernels.spatial_pyramid(x, weight, (1, 2), stride=6))
+
+
 def test_dilations_may_be_a_list(isa: str) -> None:
     x, weight = integers(12, 1, 4, 5, 6).float(), integers(13, 2, 4, 3, 3).float()
     assert torch.equal(espkernels.spatial_pyramid(x, weight, [1, 2]), espkernels.spatial_pyramid(x, weight, (1, 2)))

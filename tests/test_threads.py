@@ -200,14 +200,13 @@ def test_a_plain_fork_after_use_on_one_thread() -> None:
 def test_a_large_call_uses_the_threads() -> None:
     run_script(
         """
-        import time, torch, espkernels
+        import os, torch, espkernels
 
-        x, weight = torch.randn(4, 64, 128, 128), torch.randn(4, 64, 3, 3)
+        x, weight = torch.randn(4, 64, 64, 64), torch.randn(4, 64, 3, 3)
         torch.set_num_threads(2)
-        ids = lambda: {line.split()[0] for line in open("/proc/self/stat")} and len(__import__("os").listdir("/proc/self/task"))
-        before = ids()
+        before = len(os.listdir("/proc/self/task"))
         espkernels.spatial_pyramid(x, weight, (1, 2, 3, 4))
-        assert ids() > before, (before, ids())
+        assert len(os.listdir("/proc/self/task")) > before
         print("done")
         """
     )

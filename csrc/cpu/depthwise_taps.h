@@ -50,8 +50,7 @@ inline void for_taps(const Pyramid& p, int64_t branch, F&& f) {
   }
 }
 
-// A block of outputs held in registers: `rows` x `columns` vectors. Eight sums hide the latency of the multiply-adds,
-// fourteen still fit sixteen registers.
+// A block of outputs held in registers: `rows` x `columns` vectors.
 struct BlockShape {
   int rows, columns;
 };
@@ -66,6 +65,7 @@ struct Sweep {
   const C* tile;       // output (row, column) has its taps around tile + row * row_step + column * lanes
   int64_t row_step;
   int64_t rows, columns;
+  int64_t panel;  // columns that go through all rows before the next ones, from panel_columns
   const TapList* taps;
   const C* weights;
   bool carry;
@@ -82,21 +82,30 @@ void sweep(const Sweep<C>& s);
 // The block shape that wastes the fewest sums on a strip of rows x columns vectors.
 BlockShape choose_block(bool pixels, int64_t rows, int64_t columns);
 
+// How many columns of vectors keep all that their taps touch, `rows` rows and reach_x columns to each side, in the
+// first-level cache. Wider strips are swept panel by panel; else every tap comes from the second level, which on rows of
+// 128 pixels costs four times the multiply-adds.
+inline int64_t panel_columns(int64_t rows, int64_t reach_x, int64_t vector_bytes) {
+  constexpr int64_t kNearBytes = 32 * 1024;
+  return kNearBytes / (rows * vector_bytes) - 2 * reach_x;
+}
+
 // How the rows of a map are cut into strips: each has `rows` rows, and a tile of it with its borders stays in the cache.
 struct Strips {
   int64_t rows, count;
 };
 
-// bytes_of_row: one tile row; overlap: tile rows beyond those of the strip itself; others: units besides the strips.
+// bytes_of_row: the tile rows of one row of the strip; overlap: rows read beyond those of the strip itself; others: units
+// besides the strips.
 inline Strips choose_strips(int64_t height, int64_t bytes_of_row, int64_t overlap, int64_t others) {
-  constexpr int64_t kTileBytes = 256 * 1024;
+  constexpr int64_t kTileBytes = 256 * 1024, kMostTileBytes = 1024 * 1024;
   constexpr int64_t kWantedUnits = 8;
-  int64_t rows = most(kTileBytes / most(bytes_of_row, 1) - overlap, 1);
-  if (others < kWantedUnits) {
-    // A strip is no shorter than its overlap: rows read twice cost as much as rows read once.
-    rows = least(rows, most(ceil_div(height * others, kWantedUnits), most(overlap, 4)));
-  }
-  rows = least(most(rows, 1), most(height, 1));
+  const int64_t row = most(bytes_of_row, 1);
+  // Rows read twice cost as much as rows read once: a strip is no shorter than its overlap, where memory allows.
+  const int64_t shortest = most(least(overlap, kMostTileBytes / row - overlap), 4);
+  int64_t rows = most(kTileBytes / row - overlap, shortest);
+  if (others < kWantedUnits) rows = least(rows, most(ceil_div(height * others, kWantedUnits), shortest));
+  rows = least(rows, most(height, 1));
   const int64_t count = ceil_div(height, rows);
   return {count > 0 ? ceil_div(height, count) : rows, count};
 }

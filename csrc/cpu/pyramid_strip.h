@@ -54,6 +54,8 @@ struct PyramidStrip {
     s.row_step = problem.stride * tile.row_pitch();
     s.rows = rows;
     s.columns = columns;
+    s.panel = panel_columns(2 * tile.border_rows + shape.rows, pixels ? tile.border_columns / problem.stride : 1,
+                            problem.stride * lanes * static_cast<int64_t>(sizeof(C)));
     s.taps = &taps;
     s.weights = weights;
     s.carry = problem.hff;

@@ -118,6 +118,8 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
         sweep.row_step = tile.row_pitch();
         sweep.rows = rows;
         sweep.columns = pixels ? columns : ceil_div(columns, lanes);
+        sweep.panel = panel_columns(p.branches * (2 * tile.border_rows + 1), pixels ? tile.border_columns : 1,
+                                    lanes * static_cast<int64_t>(sizeof(C)));
         sweep.taps = &taps;
         sweep.weights = pixels ? weights.of_block(map) : weights.of_channel(map);
         sweep.valid = pixels ? channels : columns;

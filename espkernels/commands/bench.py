@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"bench: {reason}", file=sys.stderr)
         return 2
     start = time.perf_counter()
+    _warn_if_busy()
     _verify()
     args.output.mkdir(parents=True, exist_ok=True)
     json_path = args.output / "bench.json"
@@ -81,12 +83,23 @@ def _why_not() -> str | None:
     return backends.why_not("cpu")
 
 
+def _warn_if_busy() -> None:
+    """Threads that wait for one another lose most on a shared machine: then even ratios say little."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 2:
+        print(f"note: load average {load:.1f} on {cores} cores; where others work, the figures mean little")
+
+
 def _verify() -> None:
     """Replaces the layers of a plain ESPNetv2, each compared with the original on the maps that reach it."""
     torch.manual_seed(0)
     model = models.espnetv2(1.0, plain=True)
     print(f"ESPNetv2 s = 1.0, {models.count(model, (224, 224)).macs / 1e6:.1f} M multiply-adds; replacing its layers:")
+    # One thread: in float64 torch convolves channel by channel, and threads would mostly wait for one another.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     print(replace(model, verify=torch.randn(2, 3, 224, 224)))
+    torch.set_num_threads(threads)
 
 
 def _pytest(args: argparse.Namespace, json_path: Path, progress: _Progress) -> int:

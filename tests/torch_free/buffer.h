@@ -105,7 +105,8 @@ class Buffer {
     }
   }
   // Not yet written: every element is NaN.
-  Buffer(Type type, Layout layout, std::vector<int64_t> sizes) : type_(type), layout_(layout), sizes_(std::move(sizes)) {
+  Buffer(Type type, Layout layout, std::vector<int64_t> sizes)
+      : type_(type), layout_(layout), sizes_(std::move(sizes)) {
     count_ = 1;
     for (int64_t size : sizes_) count_ *= size;
     bytes_ = static_cast<size_t>((count_ + 1) * espk::bytes_of(type));

@@ -40,6 +40,7 @@ const Case kCases[] = {
     {"one column", 1, 3, 19, 1, {1, 2, 3, 4}, 1, true, 3, 3},
     {"map smaller than the dilation", 2, 5, 3, 2, {1, 3, 5, 9}, 1, true, 5, 10},
     {"dilation far above the size", 1, 2, 2, 5, {1, 100000, 2}, 1, true, 1, 5},
+    {"dilation of 63 bits", 1, 2, 4, 5, {1, int64_t{1} << 62, 2}, 1, true, 1, 5},
     {"dilation equals the size", 1, 4, 4, 4, {4, 4}, 1, true, 2, 6},
     {"width 16", 1, 2, 3, 16, {1, 2, 3, 4}, 1, true, 2, 32},
     {"width 17", 2, 3, 4, 17, {1, 1, 2, 3}, 1, true, 4, 36},
@@ -127,13 +128,16 @@ void one_by_one_backwards(int64_t units, const Run& run) {
 
 void on_three_threads(int64_t units, const Run& run) {
   std::vector<std::thread> threads;
-  for (int64_t t = 0; t < 3; ++t) threads.emplace_back([&, t] { if (units * t / 3 < units * (t + 1) / 3) run(units * t / 3, units * (t + 1) / 3); });
+  for (int64_t t = 0; t < 3; ++t)
+    threads.emplace_back([&, t] {
+      if (units * t / 3 < units * (t + 1) / 3) run(units * t / 3, units * (t + 1) / 3);
+    });
   for (std::thread& thread : threads) thread.join();
 }
 
 template <class Problem>
-void check(const char* what, const Case& s, const espk::Kernel<Problem>& kernel, Problem problem, void* Problem::*result,
-           const Tensor& expected) {
+void check(const char* what, const Case& s, const espk::Kernel<Problem>& kernel, Problem problem,
+           void* Problem::* result, const Tensor& expected) {
   std::vector<unsigned char> first;
   for (auto split : {whole, one_by_one_backwards, on_three_threads}) {
     Buffer out(problem.type, problem.layout, expected.sizes);
@@ -149,7 +153,8 @@ void check(const char* what, const Case& s, const espk::Kernel<Problem>& kernel,
     for (int64_t i = 0; i < expected.count() && wrong.empty(); ++i) {
       const double right = rounded(problem.type, expected.values[static_cast<size_t>(i)]);
       if (out.get(i) != right) {
-        wrong = "value " + std::to_string(i) + " is " + std::to_string(out.get(i)) + " and not " + std::to_string(right);
+        wrong =
+            "value " + std::to_string(i) + " is " + std::to_string(out.get(i)) + " and not " + std::to_string(right);
       }
     }
     if (!out.guards_intact()) wrong = "memory beside the result was written";
@@ -203,7 +208,8 @@ void check_all(const Case& s, Type type, Layout layout) {
   auto pyramid = described<espk::SpatialPyramid>(s, type, layout);
   pyramid.x = x_buffer.data();
   pyramid.weight = weight_buffer.data();
-  check("spatial_pyramid", s, kernels.spatial_pyramid, pyramid, &espk::SpatialPyramid::out, spatial_pyramid(s, x, weight));
+  check("spatial_pyramid", s, kernels.spatial_pyramid, pyramid, &espk::SpatialPyramid::out,
+        spatial_pyramid(s, x, weight));
 
   auto to_input = described<espk::SpatialPyramidBackwardInput>(s, type, layout);
   to_input.grad = map_buffer.data();
@@ -282,8 +288,8 @@ class Reserved {
 // The last image of a batch of more than 2^31 elements gives the bits that it gives alone. Only the units of work at the
 // end run, as many as one image has and a few more.
 template <class Problem>
-void check_last_image(const char* what, const espk::Kernel<Problem>& kernel, Problem problem, const void* Problem::*input,
-                      void* Problem::*result, int64_t in_image, int64_t out_image) {
+void check_last_image(const char* what, const espk::Kernel<Problem>& kernel, Problem problem,
+                      const void* Problem::* input, void* Problem::* result, int64_t in_image, int64_t out_image) {
   const int64_t size = espk::bytes_of(problem.type), batch = problem.batch;
   const Reserved x(batch * in_image * size), out(batch * out_image * size);
   if (!x.there() || !out.there()) {

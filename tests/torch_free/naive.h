@@ -38,16 +38,18 @@ void each_product(const Case& s, F&& f) {
 
 inline Tensor spatial_pyramid(const Case& s, const Tensor& x, const Tensor& weight) {
   Tensor out({s.batch, s.concatenated(), s.out_height(), s.out_width()});
-  each_product(s, [&](int64_t b, int64_t k, int64_t c, int64_t y, int64_t z, int64_t i, int64_t j, int64_t r, int64_t q) {
-    for (int64_t n = k; n < (s.hff ? s.branches() : k + 1); ++n) {
-      out.at(b, n * s.channels + c, y, z) += weight.at(k, c, i, j) * x.at(b, c, r, q);
-    }
-  });
+  each_product(s,
+               [&](int64_t b, int64_t k, int64_t c, int64_t y, int64_t z, int64_t i, int64_t j, int64_t r, int64_t q) {
+                 for (int64_t n = k; n < (s.hff ? s.branches() : k + 1); ++n) {
+                   out.at(b, n * s.channels + c, y, z) += weight.at(k, c, i, j) * x.at(b, c, r, q);
+                 }
+               });
   return out;
 }
 
 // The gradient that branch k gets: of every output that it is a part of.
-inline double branch_gradient(const Case& s, const Tensor& grad, int64_t b, int64_t k, int64_t c, int64_t y, int64_t z) {
+inline double branch_gradient(const Case& s, const Tensor& grad, int64_t b, int64_t k, int64_t c, int64_t y,
+                              int64_t z) {
   double sum = 0;
   for (int64_t n = k; n < (s.hff ? s.branches() : k + 1); ++n) sum += grad.at(b, n * s.channels + c, y, z);
   return sum;
@@ -55,17 +57,17 @@ inline double branch_gradient(const Case& s, const Tensor& grad, int64_t b, int6
 
 inline Tensor pyramid_gradient_of_input(const Case& s, const Tensor& grad, const Tensor& weight) {
   Tensor out({s.batch, s.channels, s.height, s.width});
-  each_product(s, [&](int64_t b, int64_t k, int64_t c, int64_t y, int64_t z, int64_t i, int64_t j, int64_t r, int64_t q) {
-    out.at(b, c, r, q) += weight.at(k, c, i, j) * branch_gradient(s, grad, b, k, c, y, z);
-  });
+  each_product(s,
+               [&](int64_t b, int64_t k, int64_t c, int64_t y, int64_t z, int64_t i, int64_t j, int64_t r, int64_t q) {
+                 out.at(b, c, r, q) += weight.at(k, c, i, j) * branch_gradient(s, grad, b, k, c, y, z);
+               });
   return out;
 }
 
 inline Tensor pyramid_gradient_of_weight(const Case& s, const Tensor& grad, const Tensor& x) {
   Tensor out({s.branches(), s.channels, 3, 3});
-  each_product(s, [&](int64_t b, int64_t k, int64_t c, int64_t y, int64_t z, int64_t i, int64_t j, int64_t r, int64_t q) {
-    out.at(k, c, i, j) += x.at(b, c, r, q) * branch_gradient(s, grad, b, k, c, y, z);
-  });
+  each_product(s, [&](int64_t b, int64_t k, int64_t c, int64_t y, int64_t z, int64_t i, int64_t j, int64_t r,
+                      int64_t q) { out.at(k, c, i, j) += x.at(b, c, r, q) * branch_gradient(s, grad, b, k, c, y, z); });
   return out;
 }
 
