@@ -156,7 +156,9 @@ void describe(espk::Pyramid& p, const Tensor& typed, Layout layout, std::vector<
   p.out_height = (p.height - 1) / stride + 1;
   p.out_width = (p.width - 1) / stride + 1;
   p.branches = branches;
-  p.stride = stride;
+  // A step beyond the map leaves one output, whatever its length; tiles grow with it.
+  const int64_t longest = p.height > p.width ? p.height : p.width;
+  p.stride = stride < longest ? stride : longest;
   for (int64_t k = 0; k < branches; ++k) {
     STD_TORCH_CHECK(dilations[k] >= 1, "dilations: expected each at least 1");
     p.dilations[k] = dilations[k];

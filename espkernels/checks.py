@@ -89,8 +89,8 @@ def _check_channel_vector(name: str, vector: Tensor | None, x: Tensor, channels:
         raise TypeError(f"{name}: got {type(vector).__name__}, expected a tensor or None")
     if vector.device != x.device:
         raise ValueError(f"{name}: is on {vector.device}, expected {x.device}, where x is")
-    if vector.dtype not in DTYPES:
-        raise TypeError(f"{name}: got dtype {vector.dtype}, expected a floating-point dtype of x or float32")
+    if vector.dtype not in (torch.float32, x.dtype):
+        raise TypeError(f"{name}: got dtype {vector.dtype}, expected float32 or {x.dtype}, that of x")
     if vector.dim() != 1 or vector.shape[0] != channels:
         raise ValueError(f"{name}: got shape {_shape(vector)}, expected [{channels}], one number a channel")
 

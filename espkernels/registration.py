@@ -155,22 +155,25 @@ def _group_pointwise_backward_weight_backward(ctx: Any, grad: Tensor) -> tuple[T
 
 def _epilogue_backward(
     grad: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
     slope: Tensor | None,
-    needs: tuple[bool, bool, bool, bool, bool],
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``reference.epilogue(value, scale, shift, residual, slope)`` for the five inputs that need one.
 
-    Computed in the type of the vectors, float32 or float64, and returned in the type of each input.
+    ``value`` may be None where :func:`_epilogue_needs_value` says so. Computed in the type of the vectors, float32 or
+    float64, and returned in the type of each input.
     """
-    dtype, needs_value, needs_scale, needs_shift, needs_residual, needs_slope = value.dtype, *needs
+    dtype, (needs_value, needs_scale, needs_shift, needs_residual, needs_slope) = grad.dtype, needs
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    grad, value = grad.to(compute), value.to(compute)
-    grad_scale = grad_shift = grad_residual = grad_slope = None
+    grad = grad.to(compute)
+    value = None if value is None else value.to(compute)
+    grad_value = grad_scale = grad_shift = grad_residual = grad_slope = None
     if slope is not None:
+        assert value is not None
         before = reference.epilogue(value, scale, shift, None if residual is None else residual.to(compute))
         positive = before > 0
         if needs_slope:
@@ -181,11 +184,16 @@ def _epilogue_backward(
     if needs_shift:
         grad_shift = grad.sum((0, 2, 3))
     if needs_scale:
+        assert value is not None
         grad_scale = (grad * value).sum((0, 2, 3))
-    grad_value = None
     if needs_value:
         grad_value = (grad if scale is None else grad * scale.view(1, -1, 1, 1)).to(dtype)
     return grad_value, grad_scale, grad_shift, grad_residual, grad_slope
+
+
+def _epilogue_needs_value(slope: Tensor | None, needs: tuple[bool, ...]) -> bool:
+    """Whether the gradients of an epilogue ask for its input: for the sign at the PReLU, or as a factor of scale's."""
+    return any(needs) and (slope is not None or needs[1])
 
 
 def _save_group_pointwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -196,15 +204,12 @@ def _save_group_pointwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 def _group_pointwise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, shift, residual, slope = ctx.saved_tensors
     needs_x, needs_weight, _, *needs_epilogue = ctx.needs_input_grad[:7]  # `packed` only where it was given
-    grads: tuple[Tensor | None, ...] = (grad, None, None, None, None)
-    if any(t is not None for t in (scale, shift, residual, slope)):
-        value = _plain_pointwise(x, weight, ctx.groups)
-        needs = (needs_x or needs_weight, *needs_epilogue)
-        grads = _epilogue_backward(grad, value, scale, shift, residual, slope, needs)
-    grad_value, grad_scale, grad_shift, grad_residual, grad_slope = grads
+    needs = (needs_x or needs_weight, *needs_epilogue)
+    value = _plain_pointwise(x, weight, ctx.groups) if _epilogue_needs_value(slope, needs) else None
+    grad_value, *grads_epilogue = _epilogue_backward(grad, value, scale, shift, residual, slope, needs)
     grad_x = _ops.group_pointwise_backward_input(grad_value, weight, ctx.groups) if needs_x else None
     grad_weight = _ops.group_pointwise_backward_weight(grad_value, x, ctx.groups) if needs_weight else None
-    return grad_x, grad_weight, None, grad_scale, grad_shift, grad_residual, grad_slope, None
+    return grad_x, grad_weight, None, *grads_epilogue, None
 
 
 def _save_pyramid_pointwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -222,20 +227,25 @@ def _pyramid_pointwise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, 
     needs_concatenated = needs_x or needs_weight
     needs_z = needs_concatenated or needs_p_scale or needs_p_shift or needs_p_slope
 
-    concatenated = _ops.spatial_pyramid(x, weight, *options)
-    z = reference.epilogue(concatenated, p_scale, p_shift, None, p_slope).to(x.dtype)
-    value = _plain_pointwise(z, pointwise_weight, ctx.groups)
-    needs = (needs_z or needs_pointwise, *needs_epilogue)
-    grad_value, *grads_epilogue = _epilogue_backward(grad, value, scale, shift, residual, slope, needs)
+    needs_outer = (needs_z or needs_pointwise, *needs_epilogue)
+    needs_inner = (needs_concatenated, needs_p_scale, needs_p_shift, False, needs_p_slope)
+    needs_value = _epilogue_needs_value(slope, needs_outer)
+    concatenated = z = value = None
+    if needs_value or needs_pointwise or _epilogue_needs_value(p_slope, needs_inner):
+        concatenated = _ops.spatial_pyramid(x, weight, *options)
+    if needs_value or needs_pointwise:
+        z = reference.epilogue(concatenated, p_scale, p_shift, None, p_slope).to(x.dtype)
+    if needs_value:
+        value = _plain_pointwise(z, pointwise_weight, ctx.groups)
+    grad_value, *grads_epilogue = _epilogue_backward(grad, value, scale, shift, residual, slope, needs_outer)
 
     grad_pointwise = _ops.group_pointwise_backward_weight(grad_value, z, ctx.groups) if needs_pointwise else None
     grad_x = grad_weight = None
     grads_pyramid: list[Tensor | None] = [None, None, None]
     if needs_z:
         grad_z = _ops.group_pointwise_backward_input(grad_value, pointwise_weight, ctx.groups)
-        needs = (needs_concatenated, needs_p_scale, needs_p_shift, False, needs_p_slope)
         grad_concatenated, grad_p_scale, grad_p_shift, _, grad_p_slope = _epilogue_backward(
-            grad_z, concatenated, p_scale, p_shift, None, p_slope, needs
+            grad_z, concatenated, p_scale, p_shift, None, p_slope, needs_inner
         )
         grads_pyramid = [grad_p_scale, grad_p_shift, grad_p_slope]
         if needs_x:

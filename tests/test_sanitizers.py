@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -19,14 +20,14 @@ RACES = ["-O1", "-g1", "-fsanitize=thread"]
 
 
 def sanitizing_compiler(flags: list[str], folder: Path) -> str:
-    """g++, where it has the sanitizer's library and this machine lets the sanitizer run."""
-    gxx = compiler("g++")
+    """$CXX or g++, where it has the sanitizer's library and this machine lets the sanitizer run."""
+    gxx = compiler(os.environ.get("CXX") or "g++")
     source = folder / "probe.cpp"
     source.write_text("int main() {}\n")
     probe = folder / "probe"
     built = subprocess.run([gxx, *flags, str(source), "-o", str(probe)], capture_output=True, text=True)
     if built.returncode:
-        pytest.skip(f"g++ cannot link {' '.join(flags)}: {built.stderr.strip().splitlines()[-1]}")
+        pytest.skip(f"{gxx} cannot link {' '.join(flags)}: {built.stderr.strip().splitlines()[-1]}")
     ran = subprocess.run([str(probe)], capture_output=True, text=True)
     if ran.returncode:
         pytest.skip(f"a programme with {' '.join(flags)} does not run here: {ran.stderr.strip()[:200]}")

@@ -61,6 +61,10 @@ const Case kCases[] = {
     {"many inputs", 1, 130, 2, 3, {1, 2}, 1, true, 2, 6},
     {"several blocks", 1, 9, 21, 37, {1, 2, 3, 4}, 1, true, 3, 33},
     {"several blocks, stride 2", 1, 8, 22, 36, {1, 2, 3, 4}, 2, true, 4, 32},
+    {"five vectors of outputs a group", 1, 64, 6, 6, {1, 2, 3, 4}, 1, true, 4, 80},
+    {"a vector of channels and a rest", 1, 20, 7, 7, {1, 1, 1, 2}, 1, true, 4, 48},
+    {"two vectors of columns and one", 1, 35, 4, 33, {1, 2}, 1, true, 7, 21},
+    {"several strips, stride 2", 1, 8, 40, 37, {1, 2, 3, 4}, 2, true, 4, 36},
     {"batch 0", 0, 4, 5, 6, {1, 2}, 1, true, 2, 4},
 };
 
