@@ -230,12 +230,14 @@ def _pyramid_pointwise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, 
     needs_outer = (needs_z or needs_pointwise, *needs_epilogue)
     needs_inner = (needs_concatenated, needs_p_scale, needs_p_shift, False, needs_p_slope)
     needs_value = _epilogue_needs_value(slope, needs_outer)
-    concatenated = z = value = None
+    concatenated: Tensor | None = None
+    z: Tensor | None = None
+    value: Tensor | None = None
     if needs_value or needs_pointwise or _epilogue_needs_value(p_slope, needs_inner):
         concatenated = _ops.spatial_pyramid(x, weight, *options)
-    if needs_value or needs_pointwise:
+    if concatenated is not None and (needs_value or needs_pointwise):
         z = reference.epilogue(concatenated, p_scale, p_shift, None, p_slope).to(x.dtype)
-    if needs_value:
+    if z is not None and needs_value:
         value = _plain_pointwise(z, pointwise_weight, ctx.groups)
     grad_value, *grads_epilogue = _epilogue_backward(grad, value, scale, shift, residual, slope, needs_outer)
 
