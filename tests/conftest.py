@@ -55,3 +55,12 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def same_each_time(threads: None) -> Iterator[None]:
+    """The same random numbers for every run of a test, on one thread, since the maps are tiny."""
+    torch.set_num_threads(1)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        yield

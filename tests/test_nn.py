@@ -6,7 +6,6 @@ import copy
 import itertools
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,7 @@ GOLDEN = sorted((SHARED / "golden").glob("*.safetensors"))
 golden = pytest.mark.skipif(not GOLDEN, reason="the official layers' results are not at ../shared/golden")
 
 
-@pytest.fixture(autouse=True)
-def _same_each_time() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the maps are tiny
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("same_each_time")
 
 
 def randomised(layer: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import io
 import pickle
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,14 +24,7 @@ LAYERS = ["level2_0", "level2_0.eesp", "level3_0", "level3_0.eesp", "level3.0", 
 REACHED = LAYERS[:-1]
 
 
-@pytest.fixture(autouse=True)
-def _same_each_time() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the maps are tiny
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("same_each_time")
 
 
 @pytest.fixture

@@ -83,8 +83,7 @@ void sweep(const Sweep<C>& s);
 BlockShape choose_block(bool pixels, int64_t rows, int64_t columns);
 
 // How many columns of vectors keep all that their taps touch, `rows` rows and reach_x columns to each side, in the
-// first-level cache. Wider strips are swept panel by panel; else every tap comes from the second level, which on rows of
-// 128 pixels costs four times the multiply-adds.
+// first-level cache. Wider strips are swept panel by panel; on rows of 128 pixels that saves a twentieth of the time.
 inline int64_t panel_columns(int64_t rows, int64_t reach_x, int64_t vector_bytes) {
   constexpr int64_t kNearBytes = 32 * 1024;
   return kNearBytes / (rows * vector_bytes) - 2 * reach_x;

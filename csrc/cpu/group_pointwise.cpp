@@ -61,7 +61,7 @@ void run_type(const GroupPointwise& p, void* shared, int64_t begin, int64_t end)
       values = map;
     } else {
       C* copy = static_cast<C*>(scratch(Slot::map, rows * columns * static_cast<int64_t>(sizeof(C))));
-      for (int64_t i = 0; i < rows; ++i) copy_in(copy + i * columns, map + i * row, columns);
+      for (int64_t i = 0; i < rows; ++i) copy_row(copy + i * columns, map + i * row, columns);
       values = copy;
       row = columns;
     }

@@ -55,7 +55,7 @@ Rows<Compute<T>> rows_of(const T* from, int64_t row, int64_t rows, int64_t colum
     C* copy = static_cast<C*>(scratch(slot, parts * rows * columns * static_cast<int64_t>(sizeof(C))));
     for (int64_t k = 0; k < parts; ++k) {
       for (int64_t i = 0; i < rows; ++i) {
-        copy_in(copy + (k * rows + i) * columns, from + k * part + i * row, columns);
+        copy_row(copy + (k * rows + i) * columns, from + k * part + i * row, columns);
       }
     }
     return {copy, columns, rows * columns};

@@ -74,14 +74,14 @@ inline void multiply_into(MatrixProduct<Compute<T>>& product, T* out, const T* r
     product.out_row = product.columns;
     if (residual) {
       for (int64_t i = 0; i < product.rows; ++i) {
-        copy_in(results + size + i * product.columns, residual + i * out_row, product.columns);
+        copy_row(results + size + i * product.columns, residual + i * out_row, product.columns);
       }
       product.residual = results + size;
       product.residual_row = product.columns;
     }
     multiply(product);
     for (int64_t i = 0; i < product.rows; ++i) {
-      copy_out(out + i * out_row, results + i * product.columns, product.columns);
+      copy_row(out + i * out_row, results + i * product.columns, product.columns);
     }
   }
 }

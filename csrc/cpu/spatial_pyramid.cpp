@@ -37,7 +37,7 @@ void run_planes(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
       sweep.out_segment = pitch;
       sweep.out_row = p.out_width;
       ESPK_ISA::sweep(sweep);
-      for (int64_t k = 0; k < p.branches; ++k) copy_out(out + k * branch, results + k * pitch, pitch);
+      for (int64_t k = 0; k < p.branches; ++k) copy_row(out + k * branch, results + k * pitch, pitch);
     }
   }
 }
@@ -81,7 +81,7 @@ void run_pixels(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
       ESPK_ISA::sweep(sweep);
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t k = 0; k < p.branches; ++k) {
-          copy_out(out + i * pixel + k * p.channels, results + (i * p.branches + k) * channels, channels);
+          copy_row(out + i * pixel + k * p.channels, results + (i * p.branches + k) * channels, channels);
         }
       }
     }

@@ -2,9 +2,8 @@
 // suffix sum g_j = grad_j + ... + grad_K, and the input's gradient is the sum over j of the transposed convolution of
 // g_j. Input pixels s*y + a, s*x + b of one class (a, b) all meet the same taps, which makes a stride s simply s*s sweeps.
 // Bytes: K*d' read + d written a pixel; multiply-adds: those of the forward pass.
-#include "branch_weights.h"
-#include "depthwise_taps.h"
 #include "kernels.h"
+#include "pyramid_strip.h"
 
 namespace espk::ESPK_ISA {
 namespace {
@@ -17,18 +16,13 @@ int64_t gradient_reach(const Problem& p, int64_t size) { return (reach(p, size) 
 // Rows (or columns) of class a among `size`.
 int64_t class_size(const Problem& p, int64_t size, int64_t a) { return size > a ? ceil_div(size - a, p.stride) : 0; }
 
-template <class C>
-int64_t maps(const Problem& p) {
-  return p.layout == Layout::channels_last ? ceil_div(p.channels, kLanes<C>) : p.channels;
-}
-
 // Strips of rows of a class: the first class has the most.
 template <class C>
 Strips strips_of(const Problem& p) {
   const int64_t lanes = p.layout == Layout::channels_last ? least(kLanes<C>, p.channels) : 1;
   const int64_t row = p.branches * (p.out_width + 2 * gradient_reach(p, p.width)) * lanes;
   return choose_strips(class_size(p, p.height, 0), row * static_cast<int64_t>(sizeof(C)),
-                       2 * gradient_reach(p, p.height), p.batch * maps<C>(p));
+                       2 * gradient_reach(p, p.height), p.batch * pyramid_maps<C>(p));
 }
 
 // The taps of class (a, b): those of every branch that hit a row and a column of the gradient.
@@ -66,7 +60,7 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
   const bool pixels = p.layout == Layout::channels_last;
   const BranchWeights<C> weights(p, shared);
   const Strips strips = strips_of<C>(p);
-  const int64_t s = p.stride, map_count = maps<C>(p);
+  const int64_t s = p.stride, map_count = pyramid_maps<C>(p);
   const int64_t class_columns = class_size(p, p.width, 0);
   C* tiles = nullptr;
   int tile_lanes = 0;
@@ -142,11 +136,11 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
         ESPK_ISA::sweep(sweep);
         for (int64_t y = 0; y < rows; ++y, to += s * p.width * column, results += columns * channels) {
           if (s == 1 && !pixels) {
-            copy_out(to, results, columns);
+            copy_row(to, results, columns);
           } else if (!pixels) {
             for (int64_t x = 0; x < columns; ++x) store_one(to + x * s, results[x]);
           } else {
-            for (int64_t x = 0; x < columns; ++x) copy_out(to + x * s * column, results + x * channels, channels);
+            for (int64_t x = 0; x < columns; ++x) copy_row(to + x * s * column, results + x * channels, channels);
           }
         }
       }
@@ -162,7 +156,7 @@ int64_t units(const Problem& p) {
   int64_t count = 0;
   with_type(p.type, [&](auto* type) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
-    count = p.batch * maps<C>(p) * strips_of<C>(p).count;
+    count = p.batch * pyramid_maps<C>(p) * strips_of<C>(p).count;
   });
   return count;
 }

@@ -110,7 +110,7 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
     } else {
       fill_plane(strip.tile, tile, x + map * p.height * p.width, first * p.stride, p.height, p.width, strips.count > 1);
       add_strip(strip, sums, tile, rows, [&](int64_t k, int64_t y, C* to) {
-        copy_in(to, grad + (k * p.channels + map) * out_plane + (first + y) * p.out_width, p.out_width);
+        copy_row(to, grad + (k * p.channels + map) * out_plane + (first + y) * p.out_width, p.out_width);
         fill_zero(to + p.out_width, strip.columns * strip.lanes - p.out_width);
       });
       with_lanes<C>(strip.lanes, [&](auto lanes) {

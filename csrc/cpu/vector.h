@@ -212,8 +212,7 @@ inline void store_first(T* p, Vector<Compute<T>, N> v, int64_t n) {
   }
 #endif
   if (n >= N) return store<N>(p, v);
-#if defined(__AVX512VL__)
-#elif defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512VL__)
   if constexpr (sizeof(T) == 4 && N == 8) {
     return _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), first_integers()), (__m256)v);
   }

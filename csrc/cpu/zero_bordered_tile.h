@@ -39,19 +39,10 @@ inline void fill_zero(C* p, int64_t n) {
   __builtin_memset(p, 0, static_cast<std::size_t>(n) * sizeof(C));
 }
 
-// A copy of n numbers into the compute type.
-template <class T>
-inline void copy_in(Compute<T>* to, const T* from, int64_t n) {
-  constexpr int N = kLanes<Compute<T>>;
-  int64_t i = 0;
-  for (; i + N <= n; i += N) store<N>(to + i, load<N>(from + i));
-  if (i < n) store_first<N>(to + i, load_first<N>(from + i, n - i), n - i);
-}
-
-// The way back, rounded to the stored type.
-template <class T>
-inline void copy_out(T* to, const Compute<T>* from, int64_t n) {
-  constexpr int N = kLanes<Compute<T>>;
+// A copy of n numbers into the compute type, or from it, rounded to the stored type.
+template <class To, class From>
+inline void copy_row(To* to, const From* from, int64_t n) {
+  constexpr int N = kLanes<Compute<To>>;
   int64_t i = 0;
   for (; i + N <= n; i += N) store<N>(to + i, load<N>(from + i));
   if (i < n) store_first<N>(to + i, load_first<N>(from + i, n - i), n - i);
@@ -62,7 +53,7 @@ template <class T>
 inline void gather_in(Compute<T>* to, const T* from, int64_t count, int64_t step) {
   constexpr int N = kLanes<Compute<T>>;
   int64_t i = 0;
-  if (step == 1) return copy_in(to, from, count);
+  if (step == 1) return copy_row(to, from, count);
   if (step == 2) {
     // The last vector ends at the last number wanted, so that nothing behind it is read.
     for (; i + N < count; i += N) {
