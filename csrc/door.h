@@ -75,7 +75,7 @@ inline void check_same_type(const Tensor& a, const Tensor& b) {
 
 // Everything of a pyramid but its pointers, from the sizes of its input.
 inline void describe(Pyramid& p, const Tensor& typed, Layout layout, std::vector<int64_t> sizes,
-              const std::vector<int64_t>& dilations, int64_t stride, bool hff) {
+                     const std::vector<int64_t>& dilations, int64_t stride, bool hff) {
   const int64_t branches = static_cast<int64_t>(dilations.size());
   STD_TORCH_CHECK(branches >= 1 && branches <= kMaxBranches, "dilations: expected 1 to 8 of them");
   STD_TORCH_CHECK(stride >= 1, "stride: expected at least 1");
@@ -118,8 +118,8 @@ struct EpilogueTensors {
 
 // Checks the four optional tensors and makes them dense. Vectors have one number a channel, in the compute type.
 inline EpilogueTensors dense_epilogue(const Tensor& x, Layout layout, const std::vector<int64_t>& out_sizes,
-                               const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-                               const std::optional<Tensor>& residual, const std::optional<Tensor>& slope) {
+                                      const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                                      const std::optional<Tensor>& residual, const std::optional<Tensor>& slope) {
   const ScalarType compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   auto vector = [&](const std::optional<Tensor>& t) -> std::optional<Tensor> {
     if (!t) return std::nullopt;

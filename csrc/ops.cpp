@@ -31,7 +31,8 @@ STABLE_TORCH_LIBRARY(espkernels, m) {
   // Inference only. One EESP unit with its batch norms folded: reduce x [B, M, H, W] to d channels, shift and PReLU, then
   // pyramid_pointwise -> [B, N, H', W'].
   m.def(
-      "eesp(Tensor x, Tensor reduce_weight, int reduce_groups, Tensor reduce_shift, Tensor reduce_slope, Tensor weight, "
+      "eesp(Tensor x, Tensor reduce_weight, int reduce_groups, Tensor reduce_shift, Tensor reduce_slope, Tensor "
+      "weight, "
       "int[] dilations, Tensor pyramid_scale, Tensor pyramid_shift, Tensor pyramid_slope, Tensor expand_weight, "
       "int groups, Tensor shift, Tensor? residual, Tensor? slope, int stride, bool hff) -> Tensor");
   // prelu(concat(average_pool(x), eesp(x)) + shortcut(image)): x [B, M, H, W], image [B, I, H', W'] -> [B, M+N, H', W']
