@@ -44,6 +44,9 @@ KERNEL_SOURCES = [
     "csrc/cpu/convolution.cpp",
     "csrc/cpu/average_pool.cpp",
     "csrc/cpu/global_average.cpp",
+    "csrc/cpu/resize.cpp",
+    "csrc/cpu/adaptive_average.cpp",
+    "csrc/cpu/grouped_convolution.cpp",
     "csrc/cpu/kernels.cpp",
 ]
 

@@ -44,6 +44,7 @@ struct SpatialPyramid : Pyramid {
   const void* x;
   const void* weight;
   Epilogue epilogue;  // without a residual
+  int64_t out_pixel;  // channels_last: from pixel to pixel of out, which may lie in a wider map
   void* out;
 };
 
@@ -144,6 +145,52 @@ struct GlobalAverage {
   void* out;
 
   int64_t multiply_adds() const { return batch * channels * pixels; }
+};
+
+// Bilinear resizing with corners aligned, of x [B, C, H, W] in channels_last: prelu((resized + skip * sigmoid(gate)) *
+// scale + shift) with skip [B, C, H', W'] and gate [B, C]; a null pointer leaves its step out.
+struct Resize {
+  Type type;
+  int64_t batch, channels, height, width, out_height, out_width;
+  const void* x;
+  const void* skip;
+  const void* gate;
+  Epilogue epilogue;  // without a residual
+  int64_t out_pixel;  // as in PyramidPointwise
+  void* out;
+
+  int64_t multiply_adds() const { return 3 * batch * channels * out_height * out_width; }
+};
+
+// prelu(means of x [B, C, H, W] over windows that share it out evenly * scale + shift) -> [B, C, H', W'], channels_last.
+struct AdaptiveAverage {
+  Type type;
+  int64_t batch, channels, height, width, out_height, out_width;
+  const void* x;
+  Epilogue epilogue;  // without a residual
+  int64_t out_pixel;  // as in PyramidPointwise
+  void* out;
+
+  int64_t multiply_adds() const {
+    return batch * channels * (height > out_height ? height : out_height) * (width > out_width ? width : out_width);
+  }
+};
+
+// 3x3 convolution in `groups` groups of `in` inputs and `out_of_group` outputs, padded by one, channels_last, with weight
+// [groups * out_of_group, in, 3, 3]. Input j of group g is channel g * in + j, or j * groups + g where maps of `groups`
+// channels were concatenated (`shuffled`: what a channel shuffle in front of the convolution would have done).
+struct GroupedConvolution {
+  Type type;
+  int64_t batch, height, width, groups, in, out_of_group;
+  bool shuffled;
+  const void* x;
+  const void* weight;
+  Epilogue epilogue;  // without a residual
+  void* out;
+
+  int64_t in_channels() const { return groups * in; }
+  int64_t out_channels() const { return groups * out_of_group; }
+  int64_t multiply_adds() const { return 9 * batch * height * width * out_channels() * in; }
 };
 
 }  // namespace espk

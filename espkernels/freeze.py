@@ -16,9 +16,19 @@ from torch import Tensor, nn
 
 from espkernels import inference, ops, replay
 from espkernels import nn as layers
+from espkernels.checks import MAX_BRANCHES
+from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join
 from espkernels.replace import replace
 
-__all__ = ["FrozenConvolution", "FrozenDownSampler", "FrozenEESP", "freeze"]
+__all__ = [
+    "FrozenConvolution",
+    "FrozenDownSampler",
+    "FrozenEESP",
+    "FrozenJoin",
+    "FrozenLinear",
+    "FrozenPyramidPooling",
+    "freeze",
+]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -60,6 +70,12 @@ def _frozen(module: nn.Module) -> nn.Module | None:
         return FrozenDownSampler(module)
     if isinstance(module, (layers.CBR, layers.CB)):
         return FrozenConvolution(module.conv, module.bn, getattr(module, "act", None))
+    if isinstance(module, EfficientPyramidPooling):
+        return FrozenPyramidPooling(module) if len(module.scales) <= MAX_BRANCHES else None
+    if isinstance(module, Join):
+        return FrozenJoin(module)
+    if type(module) is nn.Conv2d and tuple(module.kernel_size) == tuple(module.stride) == (1, 1):
+        return FrozenConvolution(module)
     if type(module) is nn.Linear:
         return FrozenLinear(module)
     if type(module) is nn.Sequential:
@@ -284,3 +300,66 @@ class FrozenDownSampler(_Frozen):
         return inference.down_sampler(
             x, image, *self.eesp.unit, shortcut_weight, shortcut_shift, self.slope, self.eesp.hff
         )
+
+
+class FrozenPyramidPooling(_Frozen):
+    """Efficient pyramid pooling: projection, all branches with their merge, expansion. [B, M, H, W] -> [B, N, H, W]."""
+
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    slope: Tensor
+    merge_weight: Tensor
+    merge_shift: Tensor
+    merge_slope: Tensor
+
+    def __init__(self, block: EfficientPyramidPooling) -> None:
+        super().__init__()
+        self.target_sizes = block.target_sizes
+        self.enlarged = sum(scale > 1 for scale in block.scales)
+        self.projection = FrozenConvolution(*block.projection_layer.cbr)
+        normalise, _, merge, expand = block.merge_layer
+        scale, shift = _affine(normalise.br[0])
+        conv, norm, act = merge.cbr
+        merge_scale, merge_shift = _affine(norm)
+        self.expansion = FrozenConvolution(expand, *(() if block.br is None else block.br.br))
+        weights = {
+            "weight": torch.stack([stage.weight.detach().squeeze(1) for stage in block.stages]),
+            "merge_weight": conv.weight.detach().double() * merge_scale.view(-1, 1, 1, 1),
+        }
+        vectors = {
+            "scale": scale,
+            "shift": shift,
+            "slope": _slope(normalise.br[1], len(scale)),
+            "merge_shift": merge_shift,
+            "merge_slope": _slope(act, len(merge_shift)),
+        }
+        self._register(weights, vectors, conv.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.projection(x)
+        sizes = [side for size in self.target_sizes(x.shape[2], x.shape[3]) for side in size]
+        x = inference.pyramid_pooling(
+            x, self.weight, sizes, self.enlarged, self.scale, self.shift, self.slope,
+            self.merge_weight, self.merge_shift, self.merge_slope,
+        )  # fmt: skip
+        return self.expansion(x)
+
+
+class FrozenJoin(_Frozen):
+    """Resizing, weighted skip connection, batch norm and PReLU in one pass; see :class:`Join`."""
+
+    scale: Tensor
+    shift: Tensor
+    slope: Tensor
+
+    def __init__(self, join: Join) -> None:
+        super().__init__()
+        norm, act = cast(nn.BatchNorm2d, join[0]), cast(nn.PReLU, join[1])
+        scale, shift = _affine(norm)
+        vectors = {"scale": scale, "shift": shift, "slope": _slope(act, len(scale))}
+        self._register({}, vectors, act.weight.dtype)
+
+    def forward(self, x: Tensor, skip: Tensor, gate: Tensor) -> Tensor:
+        height, width = skip.shape[2:]
+        return inference.resize(x, height, width, skip, gate, self.scale, self.shift, self.slope)

@@ -132,6 +132,27 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], 1, 1))
 
 
+@register_fake("espkernels::resize")
+def _(
+    x: Tensor, height: int, width: int, skip: Tensor | None = None, gate: Tensor | None = None,
+    scale: Tensor | None = None, shift: Tensor | None = None, slope: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return _empty_pixels(x, x.shape[1], height, width)
+
+
+@register_fake("espkernels::adaptive_average")
+def _(x: Tensor, height: int, width: int) -> Tensor:
+    return _empty_pixels(x, x.shape[1], height, width)
+
+
+@register_fake("espkernels::pyramid_pooling")
+def _(
+    x: Tensor, weight: Tensor, sizes: list[int], enlarged: int, scale: Tensor, shift: Tensor, slope: Tensor,
+    merge_weight: Tensor, merge_shift: Tensor, merge_slope: Tensor,
+) -> Tensor:  # fmt: skip
+    return _empty_pixels(x, x.shape[1], x.shape[2], x.shape[3])
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 

@@ -42,10 +42,6 @@ class _Refused(Exception):
     """Why a forward pass cannot be replayed."""
 
 
-def _whole_mean(x: Tensor, size: Any = (1, 1)) -> Tensor | None:
-    return inference.global_average(x) if x.dim() == 4 and list(size) == [1, 1] else None
-
-
 def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor | None:
     if x.dim() != 4 or dim is None or sorted(d % 4 for d in dim) != [2, 3]:
         return None
@@ -57,11 +53,30 @@ def _dropout(x: Tensor, p: float, train: bool) -> Tensor | None:
     return None if train else x
 
 
+def _bilinear(x: Tensor, size: Any, align_corners: bool, *scales: Any) -> Tensor | None:
+    return inference.resize(x, *size) if align_corners and size is not None else None
+
+
+def _average_pool(x: Tensor, kernel_size: Any, stride: Any = (), padding: Any = 0, *others: Any) -> Tensor | None:
+    usual = [*kernel_size], [*stride], [*padding]
+    counted = list(others[:3]) in ([], [False], [False, True], [False, True, None])
+    return inference.average_pool(x) if counted and usual == ([3, 3], [2, 2], [1, 1]) else None
+
+
+def _adaptive_average(x: Tensor, size: Any) -> Tensor | None:
+    if x.dim() != 4:
+        return None
+    return inference.global_average(x) if list(size) == [1, 1] else inference.adaptive_average(x, *size)
+
+
 # Operations of torch's that an operator of the library does as well; None where it cannot with these arguments.
 _TRANSLATED: dict[Any, Callable[..., Tensor | None]] = {
     _aten.mean.dim: _mean,
-    _aten._adaptive_avg_pool2d.default: _whole_mean,
-    _aten.adaptive_avg_pool2d.default: _whole_mean,
+    _aten._adaptive_avg_pool2d.default: _adaptive_average,
+    _aten.adaptive_avg_pool2d.default: _adaptive_average,
+    _aten.avg_pool2d.default: _average_pool,
+    _aten.upsample_bilinear2d.vec: _bilinear,
+    _aten.upsample_bilinear2d.default: _bilinear,
     _aten.dropout.default: _dropout,
 }
 
@@ -77,6 +92,7 @@ _HARMLESS = {
     _aten.alias.default,
     _aten.detach.default,
     _aten.slice.Tensor,
+    _aten.as_strided_.default,
     _aten.empty.memory_format,
 }
 
