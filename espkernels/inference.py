@@ -17,9 +17,9 @@ from espkernels import backends, ops, reference
 __all__ = ["average_pool", "convolution", "down_sampler", "eesp", "global_average"]
 
 
-def _runs_kernel(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the operator in the library may run: nothing asks for a gradient, and the device has kernels."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+def _runs_kernel(x: Tensor, *others: object) -> bool:
+    """Whether the operator in the library may run: no argument asks for a gradient, and the device has kernels."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in (x, *others)):
         return False
     return not backends.runs_reference(x.device)
 
@@ -60,7 +60,7 @@ def eesp(
         x, reduce_weight, reduce_groups, reduce_shift, reduce_slope, weight, list(dilations),
         pyramid_scale, pyramid_shift, pyramid_slope, expand_weight, groups, shift, residual, slope, stride, hff,
     )  # fmt: skip
-    if _runs_kernel(x, residual):
+    if _runs_kernel(*arguments):
         return torch.ops.espkernels.eesp.default(*arguments)
     reduced = ops.group_pointwise(x, reduce_weight, reduce_groups, None, reduce_shift, None, reduce_slope)
     return ops.pyramid_pointwise(
@@ -104,7 +104,7 @@ def down_sampler(
         reduce_weight, reduce_groups, reduce_shift, reduce_slope, weight, list(dilations),
         pyramid_scale, pyramid_shift, pyramid_slope, expand_weight, groups, shift,
     )  # fmt: skip
-    if _runs_kernel(x, image):
+    if _runs_kernel(x, image, *unit, shortcut_weight, shortcut_shift, slope):
         return torch.ops.espkernels.down_sampler.default(
             x, image, *unit, shortcut_weight, shortcut_shift, slope, hff
         )
@@ -133,7 +133,7 @@ def convolution(
     """
     depthwise = groups == x.shape[1] == weight.shape[0] and tuple(weight.shape[2:]) == (3, 3) and padding == dilation
     few = groups == 1 and dilation == 1 and weight[0].numel() <= 256
-    if (depthwise or few) and _runs_kernel(x):
+    if (depthwise or few) and _runs_kernel(x, weight, shift, slope):
         return torch.ops.espkernels.convolution.default(x, weight, shift, slope, stride, padding, dilation, groups)
     x = x.contiguous(memory_format=torch.channels_last)
     shift, slope = (None if v is None else v.to(x.dtype) for v in (shift, slope))
