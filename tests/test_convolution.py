@@ -56,6 +56,7 @@ def _dense() -> list[Convolution]:
         Convolution("5x5 in steps of 3, padded by 1", height=14, width=21, filter=(5, 5), stride=3),
         Convolution("two rows, five columns", filter=(2, 5), padding=2),
         Convolution("stride above the filter", height=10, width=11, filter=(2, 2), stride=3, padding=0),
+        Convolution("stride far above the size", stride=2**40),
         Convolution("no padding", padding=0),
         Convolution("padding above the filter", padding=4, stride=2),
         Convolution("filter as large as the map", height=5, width=4, filter=(5, 4), padding=0),

@@ -251,7 +251,9 @@ def test_fullgraph() -> None:
     torch.compiler.reset()
     with torch.no_grad():
         expected = network(arguments["x"], picture)
-        assert torch.equal(torch.compile(network, fullgraph=True, backend="aot_eager")(arguments["x"], picture), expected)
+        assert torch.equal(
+            torch.compile(network, fullgraph=True, backend="aot_eager")(arguments["x"], picture), expected
+        )
 
 
 def test_the_reference_backend() -> None:
