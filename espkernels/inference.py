@@ -105,9 +105,7 @@ def down_sampler(
         pyramid_scale, pyramid_shift, pyramid_slope, expand_weight, groups, shift,
     )  # fmt: skip
     if _runs_kernel(x, image, *unit, shortcut_weight, shortcut_shift, slope):
-        return torch.ops.espkernels.down_sampler.default(
-            x, image, *unit, shortcut_weight, shortcut_shift, slope, hff
-        )
+        return torch.ops.espkernels.down_sampler.default(x, image, *unit, shortcut_weight, shortcut_shift, slope, hff)
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.cat([reference.average_pool(x), eesp(x, *unit, None, None, 2, hff)], dim=1)
     if image is None:
