@@ -32,7 +32,8 @@ Tensor run_unit(const Tensor& x, const Unit& u, int64_t stride, bool hff, const 
   check_map(x, "x");
   for (const Tensor* weight : {&u.reduce_weight, &u.weight, &u.expand_weight}) check_same_type(x, *weight);
   check_pointwise_weight(u.reduce_weight, x.size(1), u.reduce_groups);
-  const Layout layout = layout_of(x);
+  // A map of one pixel or column may be dense both ways.
+  const Layout layout = into ? Layout::channels_last : layout_of(x);
   const Tensor map = dense_map(x, layout), reduce = dense_weight(u.reduce_weight), branches = dense_weight(u.weight),
                expand = dense_weight(u.expand_weight);
 
@@ -206,6 +207,7 @@ Tensor global_average(const Tensor& x) {
 
 // Rows or columns of a convolution's result, checked against overflow by the sizes of the tensors it reads.
 int64_t filtered(int64_t size, int64_t filter, int64_t stride, int64_t padding) {
+  STD_TORCH_CHECK(padding <= int64_t{1} << 31, "padding: expected at most 2^31");
   STD_TORCH_CHECK(size + 2 * padding >= filter, "x: is smaller, padding included, than the filter");
   return (size + 2 * padding - filter) / stride + 1;
 }
@@ -412,10 +414,11 @@ Tensor convolution(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
   p.out_channels = channels;
   p.filter_height = weight.size(2);
   p.filter_width = weight.size(3);
-  p.stride = stride;
   p.padding_rows = p.padding_columns = padding;
   p.out_height = filtered(p.height, p.filter_height, stride, padding);
   p.out_width = filtered(p.width, p.filter_width, stride, padding);
+  const int64_t longest = (p.height > p.width ? p.height : p.width) + 2 * padding;
+  p.stride = stride < longest ? stride : longest;  // as in describe
   const std::vector<int64_t> sizes{p.batch, channels, p.out_height, p.out_width};
   const Tensor map = dense_map(x, p.layout);
   const EpilogueTensors epilogue =

@@ -26,9 +26,9 @@ __all__ = [
 ]
 
 
-def _runs_kernel(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the operator in the library may run: nothing asks for a gradient, and the device has kernels."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+def _runs_kernel(x: Tensor, *others: object) -> bool:
+    """Whether the operator in the library may run: no argument asks for a gradient, and the device has kernels."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in (x, *others)):
         return False
     return not backends.runs_reference(x.device)
 
@@ -69,7 +69,7 @@ def eesp(
         x, reduce_weight, reduce_groups, reduce_shift, reduce_slope, weight, list(dilations),
         pyramid_scale, pyramid_shift, pyramid_slope, expand_weight, groups, shift, residual, slope, stride, hff,
     )  # fmt: skip
-    if _runs_kernel(x, residual):
+    if _runs_kernel(*arguments):
         return torch.ops.espkernels.eesp.default(*arguments)
     reduced = ops.group_pointwise(x, reduce_weight, reduce_groups, None, reduce_shift, None, reduce_slope)
     return ops.pyramid_pointwise(
@@ -113,10 +113,8 @@ def down_sampler(
         reduce_weight, reduce_groups, reduce_shift, reduce_slope, weight, list(dilations),
         pyramid_scale, pyramid_shift, pyramid_slope, expand_weight, groups, shift,
     )  # fmt: skip
-    if _runs_kernel(x, image):
-        return torch.ops.espkernels.down_sampler.default(
-            x, image, *unit, shortcut_weight, shortcut_shift, slope, hff
-        )
+    if _runs_kernel(x, image, *unit, shortcut_weight, shortcut_shift, slope):
+        return torch.ops.espkernels.down_sampler.default(x, image, *unit, shortcut_weight, shortcut_shift, slope, hff)
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.cat([reference.average_pool(x), eesp(x, *unit, None, None, 2, hff)], dim=1)
     if image is None:
@@ -144,7 +142,7 @@ def convolution(
     few = groups == 1 and dilation == 1 and weight[0].numel() <= 256
     narrow = groups >= 8 and weight.shape[1] <= 8 and tuple(weight.shape[2:]) == (3, 3)
     narrow = narrow and (stride, padding, dilation) == (1, 1, 1)
-    if (depthwise or few or narrow) and _runs_kernel(x):
+    if (depthwise or few or narrow) and _runs_kernel(x, weight, shift, slope):
         return torch.ops.espkernels.convolution.default(x, weight, shift, slope, stride, padding, dilation, groups)
     x = x.contiguous(memory_format=torch.channels_last)
     shift, slope = (None if v is None else v.to(x.dtype) for v in (shift, slope))
@@ -186,7 +184,7 @@ def resize(
     Returns:
         [B, C, height, width] in channels_last.
     """
-    if _runs_kernel(x, skip, gate):
+    if _runs_kernel(x, skip, gate, scale, shift, slope):
         return torch.ops.espkernels.resize.default(x, height, width, skip, gate, scale, shift, slope)
     x = x.contiguous(memory_format=torch.channels_last)
     scale, shift, slope = (None if v is None else v.to(x.dtype) for v in (scale, shift, slope))
@@ -225,7 +223,7 @@ def pyramid_pooling(
     Returns:
         [B, p, H, W] in channels_last.
     """
-    if _runs_kernel(x):
+    if _runs_kernel(x, weight, scale, shift, slope, merge_weight, merge_shift, merge_slope):
         return torch.ops.espkernels.pyramid_pooling.default(
             x, weight, list(sizes), enlarged, scale, shift, slope, merge_weight, merge_shift, merge_slope
         )
