@@ -70,7 +70,7 @@ def run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
     cases = (
-        (ROOT / "tests" / "torch_free" / "main.cpp").read_text().split("kCases[] = {")[1].split("\n};")[0].count('{"')
+        (ROOT / "tests" / "torch_free" / "cases.h").read_text().split("kCases[] = {")[1].split("\n};")[0].count('{"')
     )
     # Six kernels, group_pointwise with six epilogues and transposed, the unit with two; three splits, types x layouts.
     expected = cases * 13 * 3 * 8
