@@ -32,7 +32,7 @@ __device__ __forceinline__ T narrow(Compute<T> value) {
 }
 
 template <class T, int Count>
-struct alignas(sizeof(T) * Count) Pack {
+struct alignas(sizeof(T) * Count < 16 ? sizeof(T) * Count : 16) Pack {
   T at[Count];
 };
 

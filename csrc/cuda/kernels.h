@@ -23,8 +23,7 @@ struct Kernel {
 };
 
 extern const Kernel<SpatialPyramid> spatial_pyramid;
-
-// The forward with an affine and PReLU a channel of the concatenated map, for passes that are built from it.
-Outcome run_spatial_pyramid(const SpatialPyramid&, const Epilogue&, void* stream);
+extern const Kernel<GroupPointwise> group_pointwise;
+extern const Kernel<GroupPointwiseBackwardWeight> group_pointwise_backward_weight;
 
 }  // namespace espk::cuda

@@ -140,4 +140,7 @@ Outcome with_pyramid_traits(const Pyramid& p, int64_t height, int64_t width, boo
   return choose(PyramidTraits<256, 4, 1, true>{}, PyramidTraits<128, 1, 1, true>{});
 }
 
+// The forward with an affine and PReLU a channel of the concatenated map, for passes that are built from it.
+Outcome run_spatial_pyramid(const SpatialPyramid&, const Epilogue&, void* stream);
+
 }  // namespace espk::cuda

@@ -65,13 +65,45 @@ void check_all(const Case& s, Type type, Layout layout, const Setting& setting) 
   Draw draw;
   const Tensor x = draw.integers({s.batch, s.channels, s.height, s.width});
   const Tensor weight = draw.integers({s.branches(), s.channels, 3, 3});
-  Buffer x_buffer(type, layout, x), weight_buffer(type, Layout::contiguous, weight);
+  const Tensor map = draw.integers({s.batch, s.concatenated(), s.out_height(), s.out_width()});
+  const Tensor pointwise = draw.integers({s.outputs, s.concatenated() / s.groups});
+  const Tensor grad = draw.integers({s.batch, s.outputs, s.out_height(), s.out_width()});
+  const Steps steps = draw.steps(s.outputs, grad.sizes), pyramid_steps = draw.steps(s.concatenated(), {});
+  Buffer x_buffer(type, layout, x), map_buffer(type, layout, map), grad_buffer(type, layout, grad);
+  Buffer weight_buffer(type, Layout::contiguous, weight), pointwise_buffer(type, Layout::contiguous, pointwise);
 
   auto pyramid = described<espk::SpatialPyramid>(s, type, layout);
   pyramid.x = x_buffer.data();
   pyramid.weight = weight_buffer.data();
   check("spatial_pyramid", s, setting, kernels::spatial_pyramid, pyramid, &espk::SpatialPyramid::out,
         spatial_pyramid(s, x, weight));
+
+  // Every step of an epilogue alone, all, and none.
+  const Tensor product = group_pointwise(s, map, pointwise);
+  for (const Steps& some : {Steps{}, Steps{steps.scale, {}, {}, {}}, Steps{{}, steps.shift, {}, {}},
+                            Steps{{}, {}, steps.slope, {}}, Steps{{}, {}, {}, steps.residual}, steps}) {
+    const EpilogueBuffers buffers(type, layout, some);
+    auto forward = described<espk::GroupPointwise>(s, type, layout);
+    forward.x = map_buffer.data();
+    forward.weight = pointwise_buffer.data();
+    forward.epilogue = buffers.epilogue;
+    check("group_pointwise", s, setting, kernels::group_pointwise, forward, &espk::GroupPointwise::out,
+          epilogue(product, some));
+  }
+
+  auto transposed = described<espk::GroupPointwise>(s, type, layout);
+  std::swap(transposed.in_channels, transposed.out_channels);
+  transposed.weight_transposed = true;
+  transposed.x = grad_buffer.data();
+  transposed.weight = pointwise_buffer.data();
+  check("group_pointwise, transposed", s, setting, kernels::group_pointwise, transposed, &espk::GroupPointwise::out,
+        pointwise_gradient_of_input(s, grad, pointwise));
+
+  auto pointwise_to_weight = described<espk::GroupPointwiseBackwardWeight>(s, type, layout);
+  pointwise_to_weight.grad = grad_buffer.data();
+  pointwise_to_weight.x = map_buffer.data();
+  check("group_pointwise_backward_weight", s, setting, kernels::group_pointwise_backward_weight, pointwise_to_weight,
+        &espk::GroupPointwiseBackwardWeight::grad_weight, pointwise_gradient_of_weight(s, grad, map));
 }
 
 }  // namespace
