@@ -128,7 +128,9 @@ Outcome run_typed(const GroupPointwise& p, const Output<T>& out, void* stream) {
 
 int64_t no_scratch(const GroupPointwise&) { return 0; }
 
-Outcome run(const GroupPointwise& p, void*, void* stream) { return run_group_pointwise(p, {}, p.out_channels, 0, stream); }
+Outcome run(const GroupPointwise& p, void*, void* stream) {
+  return run_group_pointwise(p, {}, p.out_channels, 0, stream);
+}
 
 }  // namespace
 

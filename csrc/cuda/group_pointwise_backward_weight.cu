@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(Variant::threads, 1) group_pointwise_backward_
       const int64_t image = step / p.steps_an_image, pixel = step % p.steps_an_image * kPixels;
       const int64_t there = least(kPixels, p.pixels - pixel);
       Factor<T> left = p.grad, right = p.x;
-      left.first += image * p.grad_image + group * p.grad_group + first_output * left.row_stride +
-                    pixel * left.depth_stride;
+      left.first +=
+          image * p.grad_image + group * p.grad_group + first_output * left.row_stride + pixel * left.depth_stride;
       right.first +=
           image * p.x_image + group * p.x_group + first_input * right.row_stride + pixel * right.depth_stride;
       __syncthreads();

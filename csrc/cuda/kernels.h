@@ -23,6 +23,8 @@ struct Kernel {
 };
 
 extern const Kernel<SpatialPyramid> spatial_pyramid;
+extern const Kernel<SpatialPyramidBackwardInput> spatial_pyramid_backward_input;
+extern const Kernel<SpatialPyramidBackwardWeight> spatial_pyramid_backward_weight;
 extern const Kernel<GroupPointwise> group_pointwise;
 extern const Kernel<GroupPointwiseBackwardWeight> group_pointwise_backward_weight;
 

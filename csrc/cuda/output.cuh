@@ -90,7 +90,13 @@ template <class T>
 Output<T> output_of(void* out, Layout layout, const Epilogue& epilogue, int64_t channels, int64_t pixels,
                     int64_t first_channel = 0) {
   const Strides s = strides_of(layout, channels, 1, pixels);
-  Output<T> o{static_cast<T*>(out) + first_channel * s.channel, s.image, s.column, s.channel, epilogue, {}, first_channel,
+  Output<T> o{static_cast<T*>(out) + first_channel * s.channel,
+              s.image,
+              s.column,
+              s.channel,
+              epilogue,
+              {},
+              first_channel,
               false};
   o.vectors = layout == Layout::channels_last && channels % kWidest<T> == 0 && aligned(o.out, 16) &&
               aligned(epilogue.residual, 16);

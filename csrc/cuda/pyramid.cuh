@@ -18,7 +18,7 @@ struct PyramidShape {
 struct PyramidPlan {
   PyramidShape shape;
   Window window;
-  int64_t shared_bytes;
+  int64_t shared_bytes, window_bytes;  // all of it, and the window's part
   bool vector_fill;  // 16 bytes hold whole channels; the address is for the caller to look at
 };
 
@@ -45,6 +45,12 @@ inline PyramidPlan pyramid_plan(const Pyramid& p, const Cut& cut) {
   const int64_t vector = 16 / bytes_of(p.type);
   plan.vector_fill = s.channels_last && p.channels % vector == 0 && cut.channels % vector == 0;
   return plan;
+}
+
+// The window of the input that a cut of the result needs.
+inline Window input_window(const Pyramid& p, const PyramidShape& s) {
+  return window_of(p.layout, (s.cut.rows - 1) * p.stride + 1 + 2 * int64_t{s.halo_rows},
+                   (s.cut.columns - 1) * p.stride + 1 + 2 * int64_t{s.halo_columns}, s.cut.channels);
 }
 
 inline int64_t branch_weight_bytes(const Pyramid& p, const Cut& cut) {
@@ -87,6 +93,12 @@ struct Items {
     if (channels_last) return {outer, inner / channels, inner % channels * vector};
     return {outer, inner % columns, inner / columns * vector};
   }
+
+  // The inverse; `of_vector` counts vectors of channels.
+  __device__ int index(int row_group, int column, int of_vector) const {
+    const int outer = row_group * columns * channels;
+    return outer + (channels_last ? column * channels + of_vector : of_vector * columns + column);
+  }
 };
 
 // The affine and PReLU of one channel.
@@ -105,10 +117,10 @@ struct PyramidTraits {
   static constexpr int threads = Threads, rows = Rows, channels = Channels;
   static constexpr bool staged = Staged;
 
-  // At most `height` x `width` pixels; `bytes` of neighbouring channels are one or two sectors of memory.
-  static Cut cut(const Pyramid& p, int64_t height, int64_t width, int64_t tall, int64_t wide, int64_t bytes) {
+  // At most `tall` x `wide` pixels of a map of `height` x `width`, and `slice` channels where they are neighbours.
+  static Cut cut(const Pyramid& p, int64_t height, int64_t width, int64_t tall, int64_t wide, int64_t slice) {
     const bool last = p.layout == Layout::channels_last;
-    const int64_t slice = last ? bytes / bytes_of(p.type) : 2;
+    if (!last) slice = 2;
     return cut_into(least(tall, round_up(height, rows)), least(last ? wide : 2 * wide, width),
                     least(slice, round_up(p.channels, channels)), height, width, p.channels);
   }
@@ -116,20 +128,21 @@ struct PyramidTraits {
 
 // The one place that chooses. Large blocks reuse more of their halo and hide latency by four rows a thread; where they
 // are too few to fill a device, or too large to share a multiprocessor, small ones.
-// Calls start(traits, plan) with `plan` of a cut of a map of `height` x `width`.
+// Calls start(traits, plan) with plan(cut, traits) of a cut of a map of `height` x `width`, whose window holds elements of `bytes`.
 template <class T, class Plan, class Start>
-Outcome with_pyramid_traits(const Pyramid& p, int64_t height, int64_t width, bool vectors, Plan plan, Start start) {
+auto with_pyramid_traits(const Pyramid& p, int64_t height, int64_t width, int64_t bytes, bool vectors, Plan plan,
+                         Start start) {
   constexpr bool kFast = !std::is_same_v<T, double>;
-  auto choose = [&](auto large, auto small) -> Outcome {
+  auto choose = [&](auto large, auto small) {
     if constexpr (kFast) {
-      const PyramidPlan big = plan(large.cut(p, height, width, 16, 16, 64));
+      const PyramidPlan big = plan(large.cut(p, height, width, 16, 16, 64 / bytes), large);
       if (big.shape.blocks >= enough_blocks() && big.shared_bytes <= kSharedForTwo) return start(large, big);
     }
-    const PyramidPlan little = plan(small.cut(p, height, width, 8, 8, 32));
+    const PyramidPlan little = plan(small.cut(p, height, width, 8, 8, 32 / bytes), small);
     if (little.shared_bytes <= shared_memory_limit()) return start(small, little);
     const PyramidTraits<256, 1, 1, false> direct;
-    PyramidPlan unstaged = plan(direct.cut(p, height, width, 8, 16, 32));
-    unstaged.shared_bytes = branch_weight_bytes(p, unstaged.shape.cut);
+    PyramidPlan unstaged = plan(direct.cut(p, height, width, 8, 16, 32 / bytes), direct);
+    unstaged.shared_bytes -= unstaged.window_bytes;
     return start(direct, unstaged);
   };
   if constexpr (kFast) {

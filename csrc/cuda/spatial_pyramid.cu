@@ -19,7 +19,7 @@ struct Params {
 };
 
 template <class T, class Traits>
-__global__ void __launch_bounds__(Traits::threads) spatial_pyramid_kernel(const Params<T> p) {
+__global__ void __launch_bounds__(Traits::threads, 1) spatial_pyramid_kernel(const Params<T> p) {
   using C = Compute<T>;
   constexpr int kRows = Traits::rows, kVector = Traits::channels;
   const PyramidShape& s = p.shape;
@@ -110,13 +110,11 @@ Outcome start(const SpatialPyramid& p, const Epilogue& epilogue, const PyramidPl
                 plan.shared_bytes, stream, params);
 }
 
-// The window of the input that `cut` needs, in elements of the input.
 PyramidPlan forward_plan(const SpatialPyramid& p, const Cut& cut) {
   PyramidPlan plan = pyramid_plan(p, cut);
-  const Window& w = plan.window =
-      window_of(p.layout, (cut.rows - 1) * p.stride + 1 + 2 * int64_t{plan.shape.halo_rows},
-                (cut.columns - 1) * p.stride + 1 + 2 * int64_t{plan.shape.halo_columns}, cut.channels);
-  plan.shared_bytes = branch_weight_bytes(p, cut) + bytes_of(p.type) * int64_t{w.rows} * w.columns * w.channels;
+  plan.window = input_window(p, plan.shape);
+  plan.window_bytes = bytes_of(p.type) * plan.window.count();
+  plan.shared_bytes = branch_weight_bytes(p, cut) + plan.window_bytes;
   return plan;
 }
 
@@ -130,8 +128,8 @@ Outcome run_spatial_pyramid(const SpatialPyramid& p, const Epilogue& epilogue, v
   return with_type(p.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     return with_pyramid_traits<T>(
-        p, p.out_height, p.out_width, aligned(p.out, 4 * bytes_of(p.type)),
-        [&](const Cut& cut) { return forward_plan(p, cut); },
+        p, p.out_height, p.out_width, bytes_of(p.type), aligned(p.out, 4 * bytes_of(p.type)),
+        [&](const Cut& cut, auto) { return forward_plan(p, cut); },
         [&](auto traits, const PyramidPlan& plan) { return start<T, decltype(traits)>(p, epilogue, plan, stream); });
   });
 }

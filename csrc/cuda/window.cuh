@@ -57,7 +57,7 @@ struct Window {
   int row_step, column_step, channel_step;
   bool channels_last;
 
-  __host__ __device__ int count() const { return rows * columns * channels; }
+  int64_t count() const { return int64_t{rows} * columns * channels; }
 };
 
 inline Window window_of(Layout layout, int64_t rows, int64_t columns, int64_t channels) {

@@ -78,6 +78,20 @@ void check_all(const Case& s, Type type, Layout layout, const Setting& setting) 
   check("spatial_pyramid", s, setting, kernels::spatial_pyramid, pyramid, &espk::SpatialPyramid::out,
         spatial_pyramid(s, x, weight));
 
+  auto to_input = described<espk::SpatialPyramidBackwardInput>(s, type, layout);
+  to_input.grad = map_buffer.data();
+  to_input.weight = weight_buffer.data();
+  check("spatial_pyramid_backward_input", s, setting, kernels::spatial_pyramid_backward_input, to_input,
+        &espk::SpatialPyramidBackwardInput::grad_x, pyramid_gradient_of_input(s, map, weight));
+
+  auto to_weight = described<espk::SpatialPyramidBackwardWeight>(s, type, layout);
+  to_weight.grad = map_buffer.data();
+  to_weight.x = x_buffer.data();
+  Tensor grad_weight = pyramid_gradient_of_weight(s, map, x);
+  grad_weight.sizes = {grad_weight.count()};  // contiguous in either layout
+  check("spatial_pyramid_backward_weight", s, setting, kernels::spatial_pyramid_backward_weight, to_weight,
+        &espk::SpatialPyramidBackwardWeight::grad_weight, grad_weight);
+
   // Every step of an epilogue alone, all, and none.
   const Tensor product = group_pointwise(s, map, pointwise);
   for (const Steps& some : {Steps{}, Steps{steps.scale, {}, {}, {}}, Steps{{}, steps.shift, {}, {}},
