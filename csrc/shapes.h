@@ -28,10 +28,22 @@ struct Pyramid {
   int64_t multiply_adds() const { return 9 * batch * out_channels() * out_height * out_width; }
 };
 
+// prelu(value * scale + shift + residual, slope); a null pointer leaves its step out.
+// scale, shift and slope hold one number a channel in the compute type (float, or double for float64).
+struct Epilogue {
+  const void* scale;
+  const void* shift;
+  const void* slope;
+  const void* residual;  // like the output, in its type and layout
+
+  bool empty() const { return !scale && !shift && !slope && !residual; }
+};
+
 // out [B, K*d, H', W'] of x [B, d, H, W].
 struct SpatialPyramid : Pyramid {
   const void* x;
   const void* weight;
+  Epilogue epilogue;  // without a residual
   void* out;
 };
 
@@ -47,17 +59,6 @@ struct SpatialPyramidBackwardWeight : Pyramid {
   const void* grad;
   const void* x;
   void* grad_weight;
-};
-
-// prelu(value * scale + shift + residual, slope); a null pointer leaves its step out.
-// scale, shift and slope hold one number a channel in the compute type (float, or double for float64).
-struct Epilogue {
-  const void* scale;
-  const void* shift;
-  const void* slope;
-  const void* residual;  // like the output, in its type and layout
-
-  bool empty() const { return !scale && !shift && !slope && !residual; }
 };
 
 // 1x1 convolution in groups: x [B, M, P pixels] with weight [N, M/groups] -> out [B, N, P].
@@ -101,6 +102,28 @@ struct PyramidPointwise : Pyramid {
   int64_t multiply_adds() const {
     return batch * out_height * out_width * out_channels() * (9 + pointwise_channels / groups);
   }
+};
+
+// One EESP unit with its batch norms folded: x [B, M, H, W] is reduced to the d channels of the pyramid by a group
+// pointwise convolution, and the rest is PyramidPointwise.
+struct Eesp : PyramidPointwise {
+  int64_t in_channels, reduce_groups;
+  const void* reduce_weight;  // [d, M / reduce_groups]
+  Epilogue reduce_epilogue;   // without scale and residual
+
+  int64_t multiply_adds() const {
+    return batch * height * width * channels * (in_channels / reduce_groups) + PyramidPointwise::multiply_adds();
+  }
+};
+
+// The strided unit beside an average pooling: out [B, M + N, H', W'] is prelu(concat(pooled x, unit of x) + shortcut),
+// pooled by 3x3 means in steps of 2 whose padding counts, the shortcut a pointwise convolution of a small image.
+struct DownSampler : Eesp {
+  const void* image;            // [B, image_channels, H', W'], or null
+  const void* shortcut_weight;  // [M + N, image_channels]
+  const void* shortcut_shift;   // [M + N]
+  const void* slope;            // [M + N]
+  int64_t image_channels;
 };
 
 }  // namespace espk

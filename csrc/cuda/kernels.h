@@ -27,5 +27,8 @@ extern const Kernel<SpatialPyramidBackwardInput> spatial_pyramid_backward_input;
 extern const Kernel<SpatialPyramidBackwardWeight> spatial_pyramid_backward_weight;
 extern const Kernel<GroupPointwise> group_pointwise;
 extern const Kernel<GroupPointwiseBackwardWeight> group_pointwise_backward_weight;
+extern const Kernel<PyramidPointwise> pyramid_pointwise;
+extern const Kernel<Eesp> eesp;
+extern const Kernel<DownSampler> down_sampler;
 
 }  // namespace espk::cuda

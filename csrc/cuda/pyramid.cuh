@@ -153,7 +153,4 @@ auto with_pyramid_traits(const Pyramid& p, int64_t height, int64_t width, int64_
   return choose(PyramidTraits<256, 4, 1, true>{}, PyramidTraits<128, 1, 1, true>{});
 }
 
-// The forward with an affine and PReLU a channel of the concatenated map, for passes that are built from it.
-Outcome run_spatial_pyramid(const SpatialPyramid&, const Epilogue&, void* stream);
-
 }  // namespace espk::cuda

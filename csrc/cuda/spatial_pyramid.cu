@@ -97,13 +97,13 @@ __global__ void __launch_bounds__(Traits::threads, 1) spatial_pyramid_kernel(con
 }
 
 template <class T, class Traits>
-Outcome start(const SpatialPyramid& p, const Epilogue& epilogue, const PyramidPlan& plan, void* stream) {
+Outcome start(const SpatialPyramid& p, const PyramidPlan& plan, void* stream) {
   Params<T> params{};
   params.x = static_cast<const T*>(p.x);
   params.weight = static_cast<const T*>(p.weight);
   params.out = static_cast<T*>(p.out);
   params.shape = plan.shape;
-  params.epilogue = epilogue;
+  params.epilogue = p.epilogue;
   params.window = plan.window;
   params.vector_fill = aligned(p.x, 16) && plan.vector_fill;
   return launch("spatial_pyramid", spatial_pyramid_kernel<T, Traits>, plan.shape.blocks, Traits::threads,
@@ -120,19 +120,17 @@ PyramidPlan forward_plan(const SpatialPyramid& p, const Cut& cut) {
 
 int64_t no_scratch(const SpatialPyramid&) { return 0; }
 
-Outcome run(const SpatialPyramid& p, void*, void* stream) { return run_spatial_pyramid(p, {}, stream); }
-
-}  // namespace
-
-Outcome run_spatial_pyramid(const SpatialPyramid& p, const Epilogue& epilogue, void* stream) {
+Outcome run(const SpatialPyramid& p, void*, void* stream) {
   return with_type(p.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     return with_pyramid_traits<T>(
         p, p.out_height, p.out_width, bytes_of(p.type), aligned(p.out, 4 * bytes_of(p.type)),
         [&](const Cut& cut, auto) { return forward_plan(p, cut); },
-        [&](auto traits, const PyramidPlan& plan) { return start<T, decltype(traits)>(p, epilogue, plan, stream); });
+        [&](auto traits, const PyramidPlan& plan) { return start<T, decltype(traits)>(p, plan, stream); });
   });
 }
+
+}  // namespace
 
 extern const Kernel<SpatialPyramid> spatial_pyramid = {no_scratch, run};
 

@@ -51,7 +51,7 @@ inline int64_t reach(const Pyramid& p, int64_t size) {
   return furthest;
 }
 
-// Sizes of a window, and the distance of neighbours in it: channels stay together in channels_last, columns otherwise.
+// Sizes of a window, and the distance of neighbours in it; `channels_last` is the order of the map that fills it.
 struct Window {
   int rows, columns, channels;
   int row_step, column_step, channel_step;
@@ -60,6 +60,7 @@ struct Window {
   int64_t count() const { return int64_t{rows} * columns * channels; }
 };
 
+// Neighbours in the map stay neighbours.
 inline Window window_of(Layout layout, int64_t rows, int64_t columns, int64_t channels) {
   const int r = static_cast<int>(rows), c = static_cast<int>(columns), d = static_cast<int>(channels);
   if (layout == Layout::channels_last) return {r, c, d, c * d, d, 1, true};
@@ -107,18 +108,19 @@ __device__ void fill_window(S* to, const Window& window, const MapView<T>& map, 
           Pack<T, kVector> values = {};
           if (inside) values = *reinterpret_cast<const Pack<T, kVector>*>(line + at * map.strides.column + channel);
           if constexpr (fill == Fill::replace && std::is_same_v<S, T>) {
-            *reinterpret_cast<Pack<T, kVector>*>(line_to + i * kVector) = values;
+            *reinterpret_cast<Pack<T, kVector>*>(line_to + c * window.column_step + channel) = values;
           } else {
 #pragma unroll
-            for (int v = 0; v < kVector; ++v) put(line_to[i * kVector + v], widen(values.at[v]));
+            for (int v = 0; v < kVector; ++v) put(line_to[c * window.column_step + channel + v], widen(values.at[v]));
           }
         }
       } else {
-        for (int i = lane; i < window.row_step; i += 32) {
-          const int c = i / window.column_step, channel = i % window.column_step;
+        for (int i = lane; i < window.columns * window.channels; i += 32) {
+          const int c = i / window.channels, channel = i % window.channels;
           const int64_t at = column + c;
           const bool inside = row_inside && at >= 0 && at < map.width && channel < map.channels;
-          put(line_to[i], inside ? widen(line[at * map.strides.column + channel]) : Compute<T>(0));
+          put(line_to[c * window.column_step + channel],
+              inside ? widen(line[at * map.strides.column + channel]) : Compute<T>(0));
         }
       }
     }
@@ -127,10 +129,11 @@ __device__ void fill_window(S* to, const Window& window, const MapView<T>& map, 
       const int channel = line / window.rows, r = line % window.rows;
       const bool line_inside = row + r >= 0 && row + r < map.height && channel < map.channels;
       const T* from = map.first + channel * map.strides.channel + (row + r) * map.strides.row;
+      S* line_to = to + channel * window.channel_step + r * window.row_step;
       for (int c = lane; c < window.columns; c += 32) {
         const int64_t at = column + c;
         const bool inside = line_inside && at >= 0 && at < map.width;
-        put(to[line * window.columns + c], inside ? widen(from[at]) : Compute<T>(0));
+        put(line_to[c * window.column_step], inside ? widen(from[at]) : Compute<T>(0));
       }
     }
   }

@@ -36,9 +36,10 @@ struct Scratch {
   Scratch(const Scratch&) = delete;
 };
 
-template <class Problem>
+// `result` is the problem's pointer to its result, or that of the problem it extends.
+template <class Problem, class Holder>
 void check(const char* what, const Case& s, const Setting& setting, const espk::cuda::Kernel<Problem>& kernel,
-           Problem problem, void* Problem::* result, const Tensor& expected) {
+           Problem problem, void* Holder::* result, const Tensor& expected) {
   Buffer out(problem.type, problem.layout, expected.sizes);
   problem.*result = out.data();
   const Scratch scratch(kernel.scratch_bytes(problem));
@@ -118,6 +119,97 @@ void check_all(const Case& s, Type type, Layout layout, const Setting& setting) 
   pointwise_to_weight.x = map_buffer.data();
   check("group_pointwise_backward_weight", s, setting, kernels::group_pointwise_backward_weight, pointwise_to_weight,
         &espk::GroupPointwiseBackwardWeight::grad_weight, pointwise_gradient_of_weight(s, grad, map));
+
+  // Between its products a unit keeps numbers of the element type, as tensor cores take them.
+  for (const auto& [inner, outer] : {std::pair{Steps{}, Steps{}}, {pyramid_steps, steps}}) {
+    const EpilogueBuffers inner_buffers(type, layout, inner), outer_buffers(type, layout, outer);
+    auto unit = described<espk::PyramidPointwise>(s, type, layout);
+    unit.x = x_buffer.data();
+    unit.weight = weight_buffer.data();
+    unit.pyramid_epilogue = inner_buffers.epilogue;
+    unit.pointwise_channels = s.outputs;
+    unit.groups = s.groups;
+    unit.pointwise_weight = pointwise_buffer.data();
+    unit.epilogue = outer_buffers.epilogue;
+    const Tensor z = rounded(type, epilogue(spatial_pyramid(s, x, weight), inner));
+    check("pyramid_pointwise", s, setting, kernels::pyramid_pointwise, unit, &espk::PyramidPointwise::out,
+          epilogue(group_pointwise(s, z, pointwise), outer));
+  }
+}
+
+// The pointwise convolution of `inputs` channels to `outputs` as a case of its own: a pyramid of one branch gives the
+// sizes that group_pointwise of naive.h reads.
+Case reduction(const Case& s, int64_t inputs, int64_t groups) {
+  return {s.name, s.batch, inputs, s.height, s.width, {1}, 1, true, groups, s.channels};
+}
+
+void check_units(const Case& s, Type type, Layout layout, const Setting& setting) {
+  Draw draw;
+  const int64_t reduce_groups = s.channels % 2 ? 1 : 2, inputs = 6 * reduce_groups;
+  const Case reduce = reduction(s, inputs, reduce_groups);
+  // Multiples of nine, whose means are whole.
+  Tensor x = draw.integers({s.batch, inputs, s.height, s.width});
+  for (double& value : x.values) value *= 9;
+  const Tensor reduce_weight = draw.one_of({0, 0, 1, -1, 0.5}, s.channels * 6);
+  const Tensor weight = draw.integers({s.branches(), s.channels, 3, 3});
+  const Tensor expand = draw.integers({s.outputs, s.concatenated() / s.groups});
+  const Steps reduce_steps{{}, draw.integers({s.channels}), draw.one_of({0.5, 0}, s.channels), {}};
+  const Steps pyramid_steps = draw.steps(s.concatenated(), {});
+  Steps steps = draw.steps(s.outputs, {s.batch, s.outputs, s.out_height(), s.out_width()});
+  steps.scale = {};
+  Tensor matrix = reduce_weight;
+  matrix.sizes = {s.channels, 6};
+
+  const Buffer x_buffer(type, layout, x), reduce_buffer(type, Layout::contiguous, matrix);
+  const Buffer weight_buffer(type, Layout::contiguous, weight), expand_buffer(type, Layout::contiguous, expand);
+  const EpilogueBuffers reduce_buffers(type, layout, reduce_steps), pyramid_buffers(type, layout, pyramid_steps);
+  const EpilogueBuffers buffers(type, layout, steps);
+  auto fill = [&](espk::Eesp& unit) {
+    unit.x = x_buffer.data();
+    unit.in_channels = inputs;
+    unit.reduce_groups = reduce_groups;
+    unit.reduce_weight = reduce_buffer.data();
+    unit.reduce_epilogue = reduce_buffers.epilogue;
+    unit.weight = weight_buffer.data();
+    unit.pyramid_epilogue = pyramid_buffers.epilogue;
+    unit.pointwise_channels = s.outputs;
+    unit.groups = s.groups;
+    unit.pointwise_weight = expand_buffer.data();
+  };
+  const Tensor r = rounded(type, epilogue(group_pointwise(reduce, x, matrix), reduce_steps));
+  const Tensor z = rounded(type, epilogue(spatial_pyramid(s, r, weight), pyramid_steps));
+  const Tensor product = group_pointwise(s, z, expand);
+
+  auto unit = described<espk::Eesp>(s, type, layout);
+  fill(unit);
+  unit.epilogue = buffers.epilogue;
+  check("eesp", s, setting, kernels::eesp, unit, &espk::Eesp::out, epilogue(product, steps));
+
+  if (s.stride != 2) return;
+  const int64_t channels = inputs + s.outputs;
+  const Tensor image = draw.integers({s.batch, 3, s.out_height(), s.out_width()});
+  const Tensor shortcut = draw.integers({channels, 3});
+  const Steps shifted{{}, draw.integers({channels}), {}, {}}, sloped{{}, {}, draw.one_of({0.5, -0.5}, channels), {}};
+  const Case small{s.name, s.batch, 3, s.out_height(), s.out_width(), {1}, 1, true, 1, channels};
+  const Buffer image_buffer(type, layout, image), shortcut_buffer(type, Layout::contiguous, shortcut);
+  const EpilogueBuffers shift_buffers(type, layout, shifted), slope_buffers(type, layout, sloped);
+  const Steps shift_alone{{}, steps.shift, {}, {}};
+  const Tensor both = concatenated(average_pool(x), epilogue(product, shift_alone));
+  for (const bool with_image : {false, true}) {
+    auto sampler = described<espk::DownSampler>(s, type, layout);
+    fill(sampler);
+    sampler.epilogue.shift = buffers.epilogue.shift;
+    sampler.slope = slope_buffers.epilogue.slope;
+    Steps last = sloped;
+    if (with_image) {
+      sampler.image = image_buffer.data();
+      sampler.image_channels = 3;
+      sampler.shortcut_weight = shortcut_buffer.data();
+      sampler.shortcut_shift = shift_buffers.epilogue.shift;
+      last.residual = epilogue(group_pointwise(small, image, shortcut), shifted);
+    }
+    check("down_sampler", s, setting, kernels::down_sampler, sampler, &espk::DownSampler::out, epilogue(both, last));
+  }
 }
 
 }  // namespace
@@ -132,7 +224,10 @@ int main(int, char** argv) {
     emulation::shared_memory_of_architecture = setting.shared_memory;
     emulation::shared_memory_allowed.clear();
     for (Layout layout : {Layout::contiguous, Layout::channels_last}) {
-      for (const Case& s : kCases) check_all(s, type, layout, setting);
+      for (const Case& s : kCases) {
+        check_all(s, type, layout, setting);
+        check_units(s, type, layout, setting);
+      }
     }
   }
   std::printf("%lld launches, %d checks, %d failures\n", static_cast<long long>(emulation::launches), checks, failures);

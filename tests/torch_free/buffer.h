@@ -121,7 +121,7 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   ~Buffer() { std::free(allocation_); }
 
-  void* data() { return allocation_ + front_; }
+  void* data() const { return allocation_ + front_; }
   double get(int64_t i) const { return read(type_, const_cast<Buffer*>(this)->element(i)); }
   std::vector<unsigned char> bits() const { return {allocation_ + front_, allocation_ + bytes_}; }
   bool guards_intact() const {
