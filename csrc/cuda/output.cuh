@@ -39,6 +39,7 @@ __device__ __forceinline__ Compute<T> finished(const Output<T>& o, int64_t image
     const Shortcut& s = o.shortcut;
     const T* from = static_cast<const T*>(s.image) + image * s.strides.image + pixel * s.strides.column;
     C sum = static_cast<const C*>(s.shift)[whole];
+#pragma unroll 1
     for (int64_t c = 0; c < s.channels; ++c) {
       sum += widen(static_cast<const T*>(s.weight)[whole * s.channels + c]) * widen(from[c * s.strides.channel]);
     }
@@ -75,6 +76,7 @@ __device__ void write_patch(const Compute<T>* patch, const Output<T>& o, int64_t
     }
     return;
   }
+#pragma unroll 1
   for (int i = lane; i < 256; i += 32) {
     const int row = channels_last ? i / 16 : i % 16, c = channels_last ? i % 16 : i / 16;
     const int64_t pixel = pixel_of(row);

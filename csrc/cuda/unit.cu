@@ -36,7 +36,8 @@ UnitMemory memory_of(const Unit& u, const UnitPlan& plan) {
     end = most(end, m.branch_weights + m.reduce_weight + next(32 * (128 + pad)));
   }
   m.patches = end;
-  m.total = end + warps * kUnitColumns * kPatchElements * compute;
+  m.centers = m.patches + warps * kUnitColumns * kPatchElements * compute;
+  m.total = m.centers + int64_t{plan.shape.cut.rows} * plan.shape.cut.columns * 4;
   return m;
 }
 
@@ -132,10 +133,11 @@ Outcome run_typed(const Unit& u, const UnitPlan& plan, void* stream) {
     using Traits = decltype(traits);
     return launch("unit", unit_kernel<T, Traits>, plan.shape.blocks, Traits::threads, plan.memory.total, stream, p);
   };
-  if constexpr (!std::is_same_v<T, double>) {
-    if (plan.threads == 256) return start(UnitTraits<256>{});
+  if constexpr (std::is_same_v<T, double>) {
+    return start(UnitTraits<128, 1>{});
+  } else {
+    return plan.threads == 256 ? start(UnitTraits<256, 2>{}) : start(UnitTraits<128, 4>{});
   }
-  return start(UnitTraits<128>{});
 }
 
 Outcome run_one_kernel(const Unit& u, const UnitPlan& plan, void* stream) {

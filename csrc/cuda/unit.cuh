@@ -11,12 +11,13 @@
 
 namespace espk::cuda {
 
-// Threads of a block. A thread carries the sums of up to kCarried pixels of four channels from branch to branch.
+// Threads of a block and blocks of a multiprocessor, which bound the registers: 128 a thread where 512 threads are to
+// be there. A thread carries the sums of up to kCarried pixels of four channels from branch to branch.
 constexpr int kCarried = 8, kCarriedChannels = 4;
 
-template <int Threads>
+template <int Threads, int Blocks>
 struct UnitTraits {
-  static constexpr int threads = Threads, warps = Threads / 32;
+  static constexpr int threads = Threads, warps = Threads / 32, blocks = Blocks;
 };
 
 // A warp's share of the expansion is one row of fragments by two; the columns staged at a time are the next.
@@ -24,7 +25,7 @@ constexpr int kUnitColumns = 2;
 
 // Shared memory of a block, offsets in bytes. The reduction's factors lie where the expansion's come after it.
 struct UnitMemory {
-  int64_t branch_weights, concatenated, expand_weight, patches, reduce_weight, total;
+  int64_t branch_weights, concatenated, expand_weight, patches, centers, reduce_weight, total;
 };
 
 // The pooled half of a down-sampler: the means of `map`, finished and written in front of the unit's half.
@@ -164,7 +165,7 @@ __device__ void load_unit_branch(Compute<T>* to, const UnitParams<T>& p, int k) 
 }
 
 template <class T, class Traits>
-__global__ void __launch_bounds__(Traits::threads, 1) unit_kernel(const UnitParams<T> p) {
+__global__ void __launch_bounds__(Traits::threads, Traits::blocks) unit_kernel(const UnitParams<T> p) {
   using C = Compute<T>;
   constexpr int kVector = kCarriedChannels;
   const PyramidShape& s = p.shape;
@@ -181,6 +182,14 @@ __global__ void __launch_bounds__(Traits::threads, 1) unit_kernel(const UnitPara
   const int step = Traits::threads / vectors, first_pixel = thread / vectors;
   const int pixels = s.cut.rows * s.cut.columns, pitch = p.padded + kPad<T>;
   const int depth = static_cast<int>(round_up(p.depth, 16)), expand_pitch = depth + kPad<T>;
+
+  // Where each pixel's own tap lies in the window: looked up, since eight of them in registers would cost more.
+  int* centers = reinterpret_cast<int*>(memory + p.memory.centers);
+  for (int pixel = thread; pixel < pixels; pixel += Traits::threads) {
+    const int stride = static_cast<int>(s.stride);
+    centers[pixel] = (pixel / s.cut.columns * stride + s.halo_rows) * p.window.row_step +
+                     (pixel % s.cut.columns * stride + s.halo_columns) * p.window.column_step;
+  }
 
   for (int64_t block = blockIdx.x; block < s.blocks; block += gridDim.x) {
     const Place place(s.cut, block);
@@ -200,35 +209,44 @@ __global__ void __launch_bounds__(Traits::threads, 1) unit_kernel(const UnitPara
       load_unit_branch(branch, p, k);
       __syncthreads();
       if (first_pixel < step) {
-        C w[12][kVector];
-#pragma unroll
-        for (int i = 0; i < 12; ++i) load<kVector>(w[i], branch + i * p.padded + channel);
+        // Tap by tap over all pixels: four weights in registers at a time instead of 36.
         const bool tall = s.dilations[k] < s.height, wide = s.dilations[k] < s.width;
         const int d = tall || wide ? static_cast<int>(s.dilations[k]) : 0;
+        int center[kCarried];  // pixels that are none look at the first
 #pragma unroll
         for (int i = 0; i < kCarried; ++i) {
-          const int pixel = first_pixel + i * step;
-          if (pixel >= pixels) continue;
-          const int row = pixel / s.cut.columns * static_cast<int>(s.stride) + s.halo_rows;
-          const int column = pixel % s.cut.columns * static_cast<int>(s.stride) + s.halo_columns;
-          const T* center = window + row * p.window.row_step + column * p.window.column_step + channel;
+          center[i] = centers[first_pixel + i * step < pixels ? first_pixel + i * step : 0];
+        }
 #pragma unroll
-          for (int tap = 0; tap < 9; ++tap) {
-            const int up = tap / 3 - 1, along = tap % 3 - 1;
-            if ((up != 0 && !tall) || (along != 0 && !wide)) continue;
+        for (int tap = 0; tap < 9; ++tap) {
+          const int up = tap / 3 - 1, along = tap % 3 - 1;
+          if ((up != 0 && !tall) || (along != 0 && !wide)) continue;
+          const T* from = window + up * d * p.window.row_step + along * d * p.window.column_step + channel;
+          C w[kVector];
+          load<kVector>(w, branch + tap * p.padded + channel);
+#pragma unroll
+          for (int i = 0; i < kCarried; ++i) {
             C values[kVector];
-            load<kVector>(values, center + up * d * p.window.row_step + along * d * p.window.column_step);
+            load<kVector>(values, from + center[i]);
 #pragma unroll
-            for (int v = 0; v < kVector; ++v) carried[i][v] += w[tap][v] * values[v];
+            for (int v = 0; v < kVector; ++v) carried[i][v] += w[v] * values[v];
           }
+        }
+        C scale[kVector], shift[kVector], slope[kVector];
+        load<kVector>(scale, branch + 9 * p.padded + channel);
+        load<kVector>(shift, branch + 10 * p.padded + channel);
+        load<kVector>(slope, branch + 11 * p.padded + channel);
+#pragma unroll
+        for (int i = 0; i < kCarried; ++i) {
           C results[kVector];
 #pragma unroll
           for (int v = 0; v < kVector; ++v) {
-            const C value = carried[i][v] * w[9][v] + w[10][v];
-            results[v] = value <= 0 ? value * w[11][v] : value;
+            const C value = carried[i][v] * scale[v] + shift[v];
+            results[v] = value <= 0 ? value * slope[v] : value;
             if (!s.hff) carried[i][v] = 0;
           }
-          store<kVector>(concatenated + pixel * pitch + channel, results);
+          const int pixel = first_pixel + i * step;
+          if (pixel < pixels) store<kVector>(concatenated + pixel * pitch + channel, results);
         }
       }
       for (int j = 0; j < p.groups_a_branch; ++j) {
@@ -248,6 +266,7 @@ __global__ void __launch_bounds__(Traits::threads, 1) unit_kernel(const UnitPara
             __syncwarp();
             product.store_all(patches);
             __syncwarp();
+#pragma unroll 1
             for (int i = 0; i < kUnitColumns; ++i) {
               const int64_t at = n + column + i * 16;
               write_patch(patches + i * kPatchElements, p.out, place.image, group * p.outputs + at, p.outputs - at,
@@ -273,7 +292,7 @@ struct PoolParams {
 };
 
 template <class T>
-__global__ void __launch_bounds__(256) pool_kernel(const PoolParams<T> p) {
+__global__ void __launch_bounds__(256, 2) pool_kernel(const PoolParams<T> p) {
   for (int64_t block = blockIdx.x; block < p.shape.blocks; block += gridDim.x) {
     pool_rectangle(p.pooling, p.shape, Place(p.shape.cut, block));
   }
