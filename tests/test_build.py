@@ -251,8 +251,11 @@ def test_with_sources_that_do_not_compile(machine: Machine) -> None:
 
 
 def test_with_cuda_asked_for(machine: Machine) -> None:
-    said = machine(EVERYTHING, COMPILERS, ESPKERNELS_BUILD_CUDA="1")
-    assert said == "error: ESPKERNELS_BUILD_CUDA=1, but this version has no CUDA sources yet."
+    said = machine(EVERYTHING, COMPILERS, ESPKERNELS_BUILD_CUDA="1", CUDA_HOME="/does/not/exist")
+    assert said == (
+        "error: ESPKERNELS_BUILD_CUDA=1, but there is no CUDA toolkit here (bin/nvcc and lib64/libcudart_static.a, "
+        "looked for in /does/not/exist): install it, or set CUDA_HOME."
+    )
 
 
 def test_with_a_wrong_switch(machine: Machine) -> None:

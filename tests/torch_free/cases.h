@@ -38,6 +38,7 @@ inline const Case kCases[] = {
     {"two vectors of columns and one", 1, 35, 4, 33, {1, 2}, 1, true, 7, 21},
     {"several strips, stride 2", 1, 8, 40, 37, {1, 2, 3, 4}, 2, true, 4, 36},
     {"no window fits in shared memory", 1, 4, 60, 70, {1, 50}, 1, true, 2, 4},
+    {"result outgrows the cache", 1, 20, 52, 61, {1, 2, 3, 4}, 1, true, 4, 8},
     {"batch 0", 0, 4, 5, 6, {1, 2}, 1, true, 2, 4},
 };
 
