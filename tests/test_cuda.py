@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str
 ops: Any = torch.ops.espkernels_cuda
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
+# All in one test a sample: where there is no device, thousands of skips would say no more than hundreds.
+KINDS = list(itertools.product(DTYPES, LAYOUTS))
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
 
 
@@ -58,36 +59,34 @@ def stored(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @each_sample
-@each_layout
-@each_dtype
-def test_spatial_pyramid(sample: Sample, layout: torch.memory_format, dtype: torch.dtype) -> None:
-    arguments = build("spatial_pyramid", sample)
-    grad = gradient(reference.spatial_pyramid(**arguments), sample)
-    expected = Answers("spatial_pyramid", arguments, grad).values
-    x, weight, *options = on_device(arguments, dtype, layout).values()
-    grad = grad.to("cuda", dtype, memory_format=layout)
+def test_spatial_pyramid(sample: Sample) -> None:
+    for dtype, layout in KINDS:
+        arguments = build("spatial_pyramid", sample)
+        grad = gradient(reference.spatial_pyramid(**arguments), sample)
+        expected = Answers("spatial_pyramid", arguments, grad).values
+        x, weight, *options = on_device(arguments, dtype, layout).values()
+        grad = grad.to("cuda", dtype, memory_format=layout)
 
-    out = ops.spatial_pyramid(x, weight, *options)
-    assert_exact("output", out.cpu(), expected["output"])
-    assert_exact("x", ops.spatial_pyramid_backward_input(grad, weight, *options, *x.shape[2:]).cpu(), expected["x"])
-    assert_exact("weight", ops.spatial_pyramid_backward_weight(grad, x, *options).cpu(), expected["weight"])
+        out = ops.spatial_pyramid(x, weight, *options)
+        assert_exact("output", out.cpu(), expected["output"])
+        assert_exact("x", ops.spatial_pyramid_backward_input(grad, weight, *options, *x.shape[2:]).cpu(), expected["x"])
+        assert_exact("weight", ops.spatial_pyramid_backward_weight(grad, x, *options).cpu(), expected["weight"])
 
 
 @each_sample
-@each_layout
-@each_dtype
-def test_group_pointwise(sample: Sample, layout: torch.memory_format, dtype: torch.dtype) -> None:
-    arguments = build("group_pointwise", sample)
-    there = on_device(arguments, dtype, layout)
-    assert_exact("output", ops.group_pointwise(*there.values()).cpu(), reference.group_pointwise(**arguments))
+def test_group_pointwise(sample: Sample) -> None:
+    for dtype, layout in KINDS:
+        arguments = build("group_pointwise", sample)
+        there = on_device(arguments, dtype, layout)
+        assert_exact("output", ops.group_pointwise(*there.values()).cpu(), reference.group_pointwise(**arguments))
 
-    plain = {name: arguments[name] for name in ("x", "weight", "groups")}
-    grad = gradient(reference.group_pointwise(**plain), sample)
-    expected = Answers("group_pointwise", plain, grad).values
-    x, weight, groups = (there[name] for name in plain)
-    grad = grad.to("cuda", dtype, memory_format=layout)
-    assert_exact("x", ops.group_pointwise_backward_input(grad, weight, groups).cpu(), expected["x"])
-    assert_exact("weight", ops.group_pointwise_backward_weight(grad, x, groups).cpu(), expected["weight"])
+        plain = {name: arguments[name] for name in ("x", "weight", "groups")}
+        grad = gradient(reference.group_pointwise(**plain), sample)
+        expected = Answers("group_pointwise", plain, grad).values
+        x, weight, groups = (there[name] for name in plain)
+        grad = grad.to("cuda", dtype, memory_format=layout)
+        assert_exact("x", ops.group_pointwise_backward_input(grad, weight, groups).cpu(), expected["x"])
+        assert_exact("weight", ops.group_pointwise_backward_weight(grad, x, groups).cpu(), expected["weight"])
 
 
 def expected_unit(arguments: Arguments, dtype: torch.dtype) -> Tensor:
@@ -102,12 +101,11 @@ def expected_unit(arguments: Arguments, dtype: torch.dtype) -> Tensor:
 
 
 @each_sample
-@each_layout
-@each_dtype
-def test_pyramid_pointwise(sample: Sample, layout: torch.memory_format, dtype: torch.dtype) -> None:
-    arguments = build("pyramid_pointwise", sample)
-    out = ops.pyramid_pointwise(*on_device(arguments, dtype, layout).values())
-    assert_exact("output", out.cpu(), expected_unit(arguments, dtype))
+def test_pyramid_pointwise(sample: Sample) -> None:
+    for dtype, layout in KINDS:
+        arguments = build("pyramid_pointwise", sample)
+        out = ops.pyramid_pointwise(*on_device(arguments, dtype, layout).values())
+        assert_exact("output", out.cpu(), expected_unit(arguments, dtype))
 
 
 def reduction(sample: Sample) -> Arguments:
@@ -167,38 +165,37 @@ def moved(values: list[Any], dtype: torch.dtype, layout: torch.memory_format) ->
 
 
 @each_sample
-@each_layout
-@each_dtype
-def test_eesp(sample: Sample, layout: torch.memory_format, dtype: torch.dtype) -> None:
-    first, rest, expected = unit_problem(sample, dtype)
-    residual = gradient(expected, sample)
-    slope = torch.full((sample.outputs,), 0.5, dtype=torch.float64)
-    values = [*first.values(), *rest, residual, slope, sample.stride, sample.hff]
-    out = ops.eesp(*moved(values, dtype, layout))
-    assert_exact("output", out.cpu(), reference.epilogue(expected, None, None, residual, slope))
+def test_eesp(sample: Sample) -> None:
+    for dtype, layout in KINDS:
+        first, rest, expected = unit_problem(sample, dtype)
+        residual = gradient(expected, sample)
+        slope = torch.full((sample.outputs,), 0.5, dtype=torch.float64)
+        values = [*first.values(), *rest, residual, slope, sample.stride, sample.hff]
+        out = ops.eesp(*moved(values, dtype, layout))
+        assert_exact("output", out.cpu(), reference.epilogue(expected, None, None, residual, slope))
 
 
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if s.stride == 2], ids=str)
 @pytest.mark.parametrize("with_image", [False, True])
-@each_dtype
-def test_down_sampler(sample: Sample, with_image: bool, dtype: torch.dtype) -> None:
-    first, rest, unit = unit_problem(sample, dtype)
-    x = first.pop("x")
-    channels = x.shape[1] + sample.outputs
-    slope = torch.full((channels,), 0.5, dtype=torch.float64)
-    pooled = torch.nn.functional.avg_pool2d(x, 3, stride=2, padding=1)
-    expected = torch.cat([pooled, unit], dim=1)
-    image = shortcut_weight = shortcut_shift = None
-    if with_image:
-        image = torch.ones(sample.batch, 3, *sample.output_size, dtype=torch.float64)
-        shortcut_weight = torch.arange(3.0 * channels, dtype=torch.float64).view(channels, 3) % 5 - 2
-        shortcut_shift = torch.arange(channels, dtype=torch.float64) % 3
-        expected = expected + reference.group_pointwise(image, shortcut_weight, 1, None, shortcut_shift)
-    values = [x, image, *first.values(), *rest, shortcut_weight, shortcut_shift, slope, sample.hff]
-    out = ops.down_sampler(*moved(values, dtype, torch.channels_last))
-    # The pooled half is rounded in the type of the sums, where a ninth of nine is exact.
-    assert_exact("output", out.cpu(), reference.epilogue(expected, slope=slope))
-    assert out.is_contiguous(memory_format=torch.channels_last)
+def test_down_sampler(sample: Sample, with_image: bool) -> None:
+    for dtype in DTYPES:
+        first, rest, unit = unit_problem(sample, dtype)
+        x = first.pop("x")
+        channels = x.shape[1] + sample.outputs
+        slope = torch.full((channels,), 0.5, dtype=torch.float64)
+        pooled = torch.nn.functional.avg_pool2d(x, 3, stride=2, padding=1)
+        expected = torch.cat([pooled, unit], dim=1)
+        image = shortcut_weight = shortcut_shift = None
+        if with_image:
+            image = torch.ones(sample.batch, 3, *sample.output_size, dtype=torch.float64)
+            shortcut_weight = torch.arange(3.0 * channels, dtype=torch.float64).view(channels, 3) % 5 - 2
+            shortcut_shift = torch.arange(channels, dtype=torch.float64) % 3
+            expected = expected + reference.group_pointwise(image, shortcut_weight, 1, None, shortcut_shift)
+        values = [x, image, *first.values(), *rest, shortcut_weight, shortcut_shift, slope, sample.hff]
+        out = ops.down_sampler(*moved(values, dtype, torch.channels_last))
+        # The pooled half is rounded in the type of the sums, where a ninth of nine is exact.
+        assert_exact("output", out.cpu(), reference.epilogue(expected, slope=slope))
+        assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 def layer(batch: int = 2) -> Sample:
