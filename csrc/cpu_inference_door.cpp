@@ -103,7 +103,8 @@ Tensor down_sampler(const Tensor& x, std::optional<Tensor> image, const Tensor& 
   check_map(x, "x");
   STD_TORCH_CHECK(image.has_value() == shortcut_weight.has_value() && image.has_value() == shortcut_shift.has_value(),
                   "image, shortcut_weight, shortcut_shift: expected all three or none");
-  STD_TORCH_CHECK(expand_weight.dim() == 2 && slope.dim() == 1, "expand_weight, slope: expected [N, K*d/groups], [M+N]");
+  STD_TORCH_CHECK(expand_weight.dim() == 2 && slope.dim() == 1,
+                  "expand_weight, slope: expected [N, K*d/groups], [M+N]");
   const int64_t pooled_channels = x.size(1), unit_channels = expand_weight.size(0);
   const int64_t channels = pooled_channels + unit_channels;
   STD_TORCH_CHECK(slope.size(0) == channels, "slope: expected one number a channel of the result");
@@ -231,10 +232,9 @@ Tensor convolution(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
     const ScalarType compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     auto filled = [&](double value) { return torch::stable::full({channels}, value, compute); };
     const bool plain = !shift && !slope;
-    const EpilogueTensors epilogue =
-        plain ? EpilogueTensors{}
-              : dense_epilogue(x, p.layout, sizes, filled(1), shift ? *shift : filled(0), std::nullopt,
-                               slope ? *slope : filled(1));
+    const EpilogueTensors epilogue = plain ? EpilogueTensors{}
+                                           : dense_epilogue(x, p.layout, sizes, filled(1), shift ? *shift : filled(0),
+                                                            std::nullopt, slope ? *slope : filled(1));
     Tensor out = result_map(sizes, x, p.layout);
     p.x = map.const_data_ptr();
     p.weight = dense.const_data_ptr();

@@ -25,7 +25,7 @@ void launch(const char* name, const Kernel<Problem>& kernel, const Problem& prob
   void* shared = prepared ? prepared : scratch(Slot::shared, kernel.shared_bytes(problem));
   if (!prepared) kernel.before(problem, shared);
   if (Recording* record = recording()) record->launch(name, kernel, problem, shared);
-  run_units(kernel, problem, shared, true);
+  run_units(kernel, problem, shared);
 }
 
 // What a pack was made for; it stands in front of the prepared weights and takes one cache line of them.
@@ -42,11 +42,8 @@ inline PackLabel label_of(const GroupPointwise& p, int64_t bytes) {
 }
 
 inline PackLabel label_of(const PyramidPointwise& p, int64_t bytes) {
-  return {&kernels(),
-          int64_t(p.type),
-          int64_t(p.layout),
-          bytes,
-          {p.groups, p.branches, p.channels, p.pointwise_channels}};
+  return {
+      &kernels(), int64_t(p.type), int64_t(p.layout), bytes, {p.groups, p.branches, p.channels, p.pointwise_channels}};
 }
 
 template <class Problem>

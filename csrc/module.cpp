@@ -68,7 +68,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(espk::isa()); }, "The instruction set in use.");
   m.def("available_isas", available_isas, "The instruction sets in this binary that this machine runs, oldest first.");
   m.def("set_isa", set_isa, "Uses another instruction set from the next call on, in the whole process.");
-  m.def("begin_recording", begin_recording, "Kernel calls of this thread are recorded; address and bytes of the input.");
+  m.def("begin_recording", begin_recording,
+        "Kernel calls of this thread are recorded; address and bytes of the input.");
   m.def("end_recording", end_recording, "The plan; address and bytes of the result. ValueError where there is none.");
   m.def("drop_recording", drop_recording, "Ends a recording, if there is one, and forgets it.");
   py::class_<espk::Plan>(m, "Plan", "The kernel calls of a recorded forward pass.")
@@ -87,10 +88,14 @@ PYBIND11_MODULE(_C, m) {
             return plan.profile(reinterpret_cast<const char*>(input), reinterpret_cast<char*>(output), rounds);
           },
           "Median seconds of each step on one input.")
-      .def("steps", [](const espk::Plan& plan) {
-        py::list rows;
-        for (const auto& step : plan.steps) rows.append(py::make_tuple(step->name, step->multiply_adds(), step->bytes));
-        return rows;
-      }, "Name, multiply-adds and bytes of the maps of each step.");
+      .def(
+          "steps",
+          [](const espk::Plan& plan) {
+            py::list rows;
+            for (const auto& step : plan.steps)
+              rows.append(py::make_tuple(step->name, step->multiply_adds(), step->bytes));
+            return rows;
+          },
+          "Name, multiply-adds and bytes of the maps of each step.");
   m.def("build_info", build_info, "Compiler, architecture and interface that this binary was built with.");
 }

@@ -2,7 +2,9 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <thread>
 
 namespace espk {
 namespace {
@@ -49,7 +51,8 @@ Place Recording::find(const void* pointer, int64_t bytes, Step& step) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   for (std::size_t i = 0; i < ranges_.size(); ++i) {
     const auto begin = reinterpret_cast<uintptr_t>(ranges_[i].data);
-    if (address >= begin && address + static_cast<uintptr_t>(bytes) <= begin + static_cast<uintptr_t>(ranges_[i].bytes)) {
+    if (address >= begin &&
+        address + static_cast<uintptr_t>(bytes) <= begin + static_cast<uintptr_t>(ranges_[i].bytes)) {
       step.touches.push_back(static_cast<int64_t>(i));
       step.bytes += bytes;
       return {static_cast<int64_t>(i), static_cast<int64_t>(address - begin)};
@@ -104,9 +107,61 @@ std::vector<char*> Plan::buffers(const char* input, char* output, char* arena) c
   return begins;
 }
 
-void Plan::run_image(const char* input, char* output, char* arena, bool parallel) const {
+void Plan::run_alone(const char* input, char* output, char* arena) const {
   const std::vector<char*> begins = buffers(input, output, arena);
-  for (const auto& step : steps) step->run(begins.data(), parallel);
+  for (const auto& step : steps) step->run(begins.data(), 1, 0, step->units(1));
+}
+
+// All threads go through the steps side by side. Each takes the units of its own share first, so that what it wrote in one
+// step is in its cache for the next, then what is left of the others'; a step ends when all its units are done, not when
+// all threads have come: one that the pool starts late, or never, is not waited for. A step costs two waits on a cache
+// line, where going back to the pool after each costs several microseconds.
+void Plan::run_together(const char* input, char* output, char* arena, int64_t threads, double* seconds) const {
+  struct alignas(kAlign) Share {
+    std::atomic<int64_t> next{0};
+  };
+  struct Progress {
+    std::vector<Share> shares;
+    std::atomic<int64_t> done{0};
+    int64_t units = 0;
+  };
+  const std::vector<char*> begins = buffers(input, output, arena);
+  std::vector<Progress> progress(steps.size());
+  for (std::size_t s = 0; s < steps.size(); ++s) {
+    progress[s].units = steps[s]->units(threads);
+    progress[s].shares = std::vector<Share>(static_cast<std::size_t>(threads));
+  }
+  auto work = [&](int64_t thread) {
+    for (std::size_t s = 0; s < steps.size(); ++s) {
+      Progress& now = progress[s];
+      const auto start = std::chrono::steady_clock::now();
+      for (int64_t i = 0; i < threads; ++i) {
+        const int64_t owner = (thread + i) % threads;
+        const int64_t first = now.units * owner / threads, end = now.units * (owner + 1) / threads;
+        const int64_t few = (end - first + 2) / 3;
+        std::atomic<int64_t>& next = now.shares[static_cast<std::size_t>(owner)].next;
+        for (;;) {
+          const int64_t from = first + next.fetch_add(few, std::memory_order_relaxed);
+          if (from >= end) break;
+          const int64_t to = std::min(from + few, end);
+          steps[s]->run(begins.data(), threads, from, to);
+          now.done.fetch_add(to - from, std::memory_order_release);
+        }
+      }
+      for (int64_t waits = 0; now.done.load(std::memory_order_acquire) < now.units; ++waits) {
+        if (waits > 10'000) std::this_thread::yield();
+      }
+      if (seconds && thread == 0) {
+        seconds[s] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      }
+    }
+  };
+  parallel_for(
+      threads, 1,
+      [](void* given, int64_t begin, int64_t end) {
+        for (int64_t thread = begin; thread < end; ++thread) (*static_cast<decltype(work)*>(given))(thread);
+      },
+      &work);
 }
 
 Bytes Plan::take_arena() const {
@@ -142,7 +197,7 @@ void Plan::run(const char* input, char* output, int64_t images) const {
           const Context& c = *static_cast<Context*>(given);
           Bytes arena = c.plan.take_arena();
           for (int64_t i = begin; i < end; ++i) {
-            c.plan.run_image(c.input + i * c.plan.input_bytes, c.output + i * c.plan.output_bytes, arena.get(), false);
+            c.plan.run_alone(c.input + i * c.plan.input_bytes, c.output + i * c.plan.output_bytes, arena.get());
           }
           c.plan.give_back(std::move(arena));
         },
@@ -151,21 +206,22 @@ void Plan::run(const char* input, char* output, int64_t images) const {
   if (alone == images) return;
   Bytes arena = take_arena();
   for (int64_t i = alone; i < images; ++i) {
-    run_image(input + i * input_bytes, output + i * output_bytes, arena.get(), true);
+    if (threads > 1) {
+      run_together(input + i * input_bytes, output + i * output_bytes, arena.get(), threads, nullptr);
+    } else {
+      run_alone(input + i * input_bytes, output + i * output_bytes, arena.get());
+    }
   }
   give_back(std::move(arena));
 }
 
 std::vector<double> Plan::profile(const char* input, char* output, int64_t rounds) const {
   Bytes arena = take_arena();
-  const std::vector<char*> begins = buffers(input, output, arena.get());
   std::vector<std::vector<double>> seconds(steps.size());
+  std::vector<double> one(steps.size());
   for (int64_t round = 0; round < rounds; ++round) {
-    for (std::size_t s = 0; s < steps.size(); ++s) {
-      const auto start = std::chrono::steady_clock::now();
-      steps[s]->run(begins.data(), true);
-      seconds[s].push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    }
+    run_together(input, output, arena.get(), thread_count(), one.data());
+    for (std::size_t s = 0; s < steps.size(); ++s) seconds[s].push_back(one[s]);
   }
   give_back(std::move(arena));
   std::vector<double> medians;

@@ -24,7 +24,8 @@ struct AlignedFree {
 using Bytes = std::unique_ptr<char, AlignedFree>;
 
 inline Bytes aligned_bytes(int64_t count) {
-  return Bytes(static_cast<char*>(::operator new(static_cast<std::size_t>(count > 0 ? count : 1), std::align_val_t{64})));
+  return Bytes(
+      static_cast<char*>(::operator new(static_cast<std::size_t>(count > 0 ? count : 1), std::align_val_t{64})));
 }
 
 // A place in a buffer; buffer 0 is the input, -1 no place at all.
@@ -53,13 +54,14 @@ class Step {
  public:
   explicit Step(const char* name) : name(name) {}
   virtual ~Step() = default;
-  // buffers: where each buffer begins in this replay.
-  virtual void run(char* const* buffers, bool parallel) const = 0;
+  // Units that `threads` threads cut the step into, and a run of them. buffers: where each buffer begins in this replay.
+  virtual int64_t units(int64_t threads) const = 0;
+  virtual void run(char* const* buffers, int64_t threads, int64_t begin, int64_t end) const = 0;
   virtual int64_t multiply_adds() const = 0;
 
   const char* const name;
   std::vector<int64_t> touches;  // buffers
-  int64_t bytes = 0;             // of the maps that it reads and writes
+  int64_t bytes = 0;  // of the maps that it reads and writes
 };
 
 template <class Problem>
@@ -68,17 +70,26 @@ class StepOf final : public Step {
   StepOf(const char* name, const Kernel<Problem>& kernel, const Problem& problem)
       : Step(name), kernel_(kernel), problem_(problem) {}
 
-  void run(char* const* buffers, bool parallel) const override {
-    Problem problem = problem_;
+  int64_t units(int64_t threads) const override { return kernel_.units(shared_by(threads)); }
+
+  void run(char* const* buffers, int64_t threads, int64_t begin, int64_t end) const override {
+    Problem problem = shared_by(threads);
     Mover mover{buffers, places_.data()};
     visit_pointers(mover, problem);
-    run_units(kernel_, problem, prepared_.get(), parallel);
+    kernel_.run(problem, prepared_.get(), begin, end);
   }
 
   int64_t multiply_adds() const override { return problem_.multiply_adds(); }
 
  private:
   friend class Recording;
+
+  Problem shared_by(int64_t threads) const {
+    Problem problem = problem_;
+    if constexpr (requires { problem.threads; }) problem.threads = threads;
+    return problem;
+  }
+
   const Kernel<Problem>& kernel_;
   Problem problem_;
   Bytes prepared_;
@@ -90,7 +101,7 @@ class Plan {
  public:
   // Runs every step for each of `images` inputs that lie one behind the other, and so do the outputs.
   void run(const char* input, char* output, int64_t images) const;
-  // Seconds of each step, the median over `rounds`.
+  // Seconds of each step on all threads, the median over `rounds`.
   std::vector<double> profile(const char* input, char* output, int64_t rounds) const;
 
   int64_t input_bytes = 0, output_bytes = 0, arena_bytes = 0;
@@ -98,13 +109,14 @@ class Plan {
 
  private:
   friend class Recording;
-  void run_image(const char* input, char* output, char* arena, bool parallel) const;
+  void run_alone(const char* input, char* output, char* arena) const;
+  void run_together(const char* input, char* output, char* arena, int64_t threads, double* seconds) const;
   std::vector<char*> buffers(const char* input, char* output, char* arena) const;
   Bytes take_arena() const;
   void give_back(Bytes arena) const;
 
   std::vector<int64_t> offsets_;  // of each buffer in the arena
-  int64_t result_ = 0;            // the buffer that is the output
+  int64_t result_ = 0;  // the buffer that is the output
   mutable std::mutex mutex_;
   mutable std::vector<Bytes> arenas_;
 };
@@ -122,6 +134,7 @@ class Recording {
   template <class Problem>
   void launch(const char* name, const Kernel<Problem>& kernel, const Problem& problem, const void* prepared) {
     if constexpr (requires(Finder& finder, Problem& p) { visit_pointers(finder, p); }) {
+      if (kernel.after) return refuse(std::string(name) + " has a second stage");
       auto step = std::make_unique<StepOf<Problem>>(name, kernel, problem);
       const int64_t bytes = kernel.shared_bytes(problem);
       step->prepared_ = aligned_bytes(bytes);

@@ -26,7 +26,8 @@ struct InputStrip {
   int64_t pixel(const Convolution& p) const { return pixels ? p.in_channels : 1; }
 };
 
-constexpr int64_t kRows = 4;  // of the result in one unit: few enough for many threads, and three rows in four read once
+constexpr int64_t kRows =
+    4;  // of the result in one unit: few enough for many threads, and three rows in four read once
 
 int64_t offsets_offset(const Convolution& p) { return round_up(weights_of(p).bytes(), 64); }
 

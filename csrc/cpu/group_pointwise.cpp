@@ -6,10 +6,40 @@
 namespace espk::ESPK_ISA {
 namespace {
 
-// In channels_last the batch is one long image: pixels lie in one row. A chunk is a run of pixels of one image.
+PointwiseWeights weights_of(const GroupPointwise& p) {
+  return {p.type,
+          p.layout == Layout::channels_last,
+          p.groups,
+          p.in_channels / p.groups,
+          p.out_channels / p.groups,
+          p.weight_transposed};
+}
+
+// In channels_last the batch is one long image: pixels lie in one row. A chunk is a run of pixels of one image. A unit is a
+// chunk of one part of the channels: one group, all groups where they are narrow, or for a few pixels, as a classifier has
+// them, a part of one group's outputs.
 struct Chunks {
   int64_t images, pixels, size, count;  // count a whole image
+  int64_t parts, columns;               // parts of all channels; outputs of one part
 
+  template <class C>
+  static Chunks of(const GroupPointwise& p) {
+    Chunks chunks(p);
+    const PointwiseWeights weights = weights_of(p);
+    chunks.parts = weights.is_narrow<C>() ? 1 : p.groups;
+    chunks.columns = weights.out;
+    // Cut where blocks of columns begin.
+    constexpr int64_t kBlock = kMostVectors * kLanes<C>;
+    if (weights.pixels && p.groups == 1 && chunks.pixels < 8 && weights.out > kBlock && !weights.is_narrow<C>()) {
+      chunks.columns = kBlock;
+      chunks.parts = ceil_div(weights.out, kBlock);
+    }
+    return chunks;
+  }
+
+  int64_t units() const { return images * count * parts; }
+
+ private:
   explicit Chunks(const GroupPointwise& p) {
     const bool last = p.layout == Layout::channels_last;
     images = last ? 1 : p.batch;
@@ -21,36 +51,32 @@ struct Chunks {
   }
 };
 
-PointwiseWeights weights_of(const GroupPointwise& p) {
-  return {p.type,
-          p.layout == Layout::channels_last,
-          p.groups,
-          p.in_channels / p.groups,
-          p.out_channels / p.groups,
-          p.weight_transposed};
-}
-
 int64_t shared_bytes(const GroupPointwise& p) { return weights_of(p).bytes(); }
 
 void before(const GroupPointwise& p, void* shared) { weights_of(p).prepare(p.weight, shared); }
 
 int64_t units(const GroupPointwise& p) {
-  const Chunks chunks(p);
-  return chunks.images * chunks.count * p.groups;
+  int64_t count = 0;
+  with_type(p.type, [&](auto* type) { count = Chunks::of<Compute<std::remove_pointer_t<decltype(type)>>>(p).units(); });
+  return count;
 }
 
 template <class T>
 void run_type(const GroupPointwise& p, void* shared, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  const Chunks chunks(p);
+  const Chunks chunks = Chunks::of<C>(p);
   const PointwiseWeights weights = weights_of(p);
-  const bool pixels = weights.pixels;
+  const bool pixels = weights.pixels, is_narrow = weights.is_narrow<C>();
+  const NarrowGroups<C> narrow = weights.narrow<C>();
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t group = unit % p.groups, chunk = unit / p.groups % chunks.count;
-    const int64_t image = unit / p.groups / chunks.count;
+    const int64_t part = unit % chunks.parts, chunk = unit / chunks.parts % chunks.count;
+    const int64_t image = unit / chunks.parts / chunks.count;
     const int64_t first = chunk * chunks.size, count = least(chunks.size, chunks.pixels - first);
-    const int64_t in = weights.in, out = weights.out;
-    const C* packed = static_cast<const C*>(shared) + group * weights.group_size<C>();
+    const bool cut = chunks.columns < weights.out;
+    const int64_t group = cut || is_narrow ? 0 : part, first_column = cut ? part * chunks.columns : 0;
+    const int64_t in = is_narrow ? p.in_channels : weights.in;
+    const int64_t out = is_narrow ? p.out_channels : least(chunks.columns, weights.out - first_column);
+    const C* packed = static_cast<const C*>(shared) + group * weights.group_size<C>() + first_column * weights.in;
     // One row of `map` is a pixel, or a plane.
     const T* map = static_cast<const T*>(p.x) + (pixels ? first * p.in_channels + group * in
                                                         : (image * p.in_channels + group * in) * chunks.pixels + first);
@@ -66,7 +92,7 @@ void run_type(const GroupPointwise& p, void* shared, int64_t begin, int64_t end)
       row = columns;
     }
     MatrixProduct<C> product{};
-    product.depth = in;
+    product.depth = weights.in;
     if (pixels) {
       product.rows = count;
       product.columns = out;
@@ -83,11 +109,13 @@ void run_type(const GroupPointwise& p, void* shared, int64_t begin, int64_t end)
       product.b = values;
       product.b_depth = row;
     }
-    set_epilogue(product, p.epilogue, group * out, pixels);
+    const int64_t channel = group * weights.out + first_column;
+    set_epilogue(product, p.epilogue, channel, pixels);
     const int64_t at =
-        pixels ? first * p.out_channels + group * out : (image * p.out_channels + group * out) * chunks.pixels + first;
+        pixels ? first * p.out_channels + channel : (image * p.out_channels + channel) * chunks.pixels + first;
     const T* residual = p.epilogue.residual ? static_cast<const T*>(p.epilogue.residual) + at : nullptr;
-    multiply_into(product, static_cast<T*>(p.out) + at, residual, pixels ? p.out_channels : chunks.pixels);
+    multiply_into(product, static_cast<T*>(p.out) + at, residual, pixels ? p.out_channels : chunks.pixels,
+                  is_narrow ? &narrow : nullptr);
   }
 }
 

@@ -16,9 +16,15 @@ extern const Kernel<AveragePool> average_pool;
 extern const Kernel<GlobalAverage> global_average;
 
 extern const Kernels kernels = {
-    spatial_pyramid, spatial_pyramid_backward_input,  spatial_pyramid_backward_weight,
-    group_pointwise, group_pointwise_backward_weight, pyramid_pointwise,
-    convolution,     average_pool,                    global_average,
+    spatial_pyramid,
+    spatial_pyramid_backward_input,
+    spatial_pyramid_backward_weight,
+    group_pointwise,
+    group_pointwise_backward_weight,
+    pyramid_pointwise,
+    convolution,
+    average_pool,
+    global_average,
 };
 
 }  // namespace espk::ESPK_ISA

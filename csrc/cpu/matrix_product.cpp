@@ -54,13 +54,26 @@ void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_
       for (int q = 0; q < kQuads; ++q) quad[q] += a_depth;
     }
   }
-  const bool plain = !p.scale && !p.shift && !p.residual && !p.slope && !p.add;
   C* out = p.out + row * p.out_row + column;
-  if (plain && store_rows == I) {
+  if (store_rows == I && valid % N == 0 && !p.add) {
+    // The whole block from its registers; whether a step is there is asked for each vector, and always guessed right.
+    const C *scale = p.scale, *shift = p.shift, *slope = p.slope;
+    const C* residual = p.residual ? p.residual + row * p.residual_row + column : nullptr;
+    const bool of_columns = p.epilogue_of_columns;
 #pragma GCC unroll 16
     for (int i = 0; i < I; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < J; ++j) store_first<N>(out + i * p.out_row + j * N, sum[i][j], J == 1 ? valid : N);
+      for (int j = 0; j < J; ++j) {
+        V v = sum[i][j];
+        auto parameter = [&](const C* values) {
+          return of_columns ? load<N>(values + column + j * N) : broadcast<C, N>(values[row + i]);
+        };
+        if (scale) v = v * parameter(scale);
+        if (shift) v = v + parameter(shift);
+        if (residual) v = v + load<N>(residual + i * p.residual_row + j * N);
+        if (slope) v = v > V{} ? v : v * parameter(slope);
+        store<N>(out + i * p.out_row + j * N, v);
+      }
     }
     return;
   }
@@ -76,7 +89,7 @@ void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_
       V v = load<N>(results + (i * J + j) * N);
       if (p.add) {
         v += load_first<N>(out + j * N, count);
-      } else if (!plain) {
+      } else {
         v = finish<C, N>(p, v, row + i, column + j * N, count);
       }
       store_first<N>(out + j * N, v, count);
@@ -91,23 +104,25 @@ void multiply_columns(const MatrixProduct<C>& p, int64_t column, int64_t valid) 
   const int64_t b_depth = p.b_packed ? int64_t{J} * N : p.b_depth;
   if (p.a_packed) {
     for (int64_t row = 0; row < p.rows; row += kPackedRows) {
-      multiply_block<C, N, kPackedRows, J, PartialB, false>(p, p.a + row * p.depth, 1, kPackedRows, b, b_depth, row, column,
-                                                     least(kPackedRows, p.rows - row), valid);
+      multiply_block<C, N, kPackedRows, J, PartialB, false>(p, p.a + row * p.depth, 1, kPackedRows, b, b_depth, row,
+                                                            column, least(kPackedRows, p.rows - row), valid);
     }
     return;
   }
   constexpr int I = block_rows(J);
   int64_t row = 0;
   for (; row + I <= p.rows; row += I) {
-    multiply_block<C, N, I, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, I, valid);
+    multiply_block<C, N, I, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column,
+                                                  I, valid);
   }
   constexpr int Half = I / 2;
   for (; row + Half <= p.rows; row += Half) {
-    multiply_block<C, N, Half, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, Half,
-                                            valid);
+    multiply_block<C, N, Half, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row,
+                                                     column, Half, valid);
   }
   for (; row < p.rows; ++row) {
-    multiply_block<C, N, 1, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, 1, valid);
+    multiply_block<C, N, 1, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column,
+                                                  1, valid);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "matrix_product.h"
+#include "narrow_groups.h"
 #include "zero_bordered_tile.h"
 
 namespace espk::ESPK_ISA {
@@ -19,11 +20,22 @@ struct PointwiseWeights {
     return pixels ? packed_columns_size<C>(in, out) : packed_rows_size(in, out);
   }
 
+  // Pixels of narrow groups have their weights packed for all groups together.
+  template <class C>
+  NarrowGroups<C> narrow() const {
+    return {groups, in, out};
+  }
+  template <class C>
+  bool is_narrow() const {
+    return pixels && narrow<C>().pays();
+  }
+
   int64_t bytes() const {
     int64_t total = 0;
     with_type(type, [&](auto* t) {
       using C = Compute<std::remove_pointer_t<decltype(t)>>;
-      total = groups * group_size<C>() * static_cast<int64_t>(sizeof(C));
+      const int64_t size = is_narrow<C>() ? narrow<C>().packed_size() : groups * group_size<C>();
+      total = size * static_cast<int64_t>(sizeof(C));
     });
     return total;
   }
@@ -32,6 +44,12 @@ struct PointwiseWeights {
     with_type(type, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
       using C = Compute<T>;
+      if (is_narrow<C>()) {
+        const T* from = static_cast<const T*>(weight);
+        return pack_narrow_groups(narrow<C>(), static_cast<C*>(shared), [&](int64_t g, int64_t o, int64_t i) {
+          return load_one(from + g * in * out + (transposed ? i * out + o : o * in + i));
+        });
+      }
       for (int64_t g = 0; g < groups; ++g) {
         const T* from = static_cast<const T*>(weight) + g * in * out;
         C* to = static_cast<C*>(shared) + g * group_size<C>();
@@ -58,15 +76,18 @@ inline void set_epilogue(MatrixProduct<C>& product, const Epilogue& epilogue, in
 
 // The product into `out` of stored type T, rows `out_row` apart, with the epilogue's residual lying like `out`.
 // Types other than the compute type go through a map of results.
+// With `narrow`, the product is that of all groups at once.
 template <class T>
-inline void multiply_into(MatrixProduct<Compute<T>>& product, T* out, const T* residual, int64_t out_row) {
+inline void multiply_into(MatrixProduct<Compute<T>>& product, T* out, const T* residual, int64_t out_row,
+                          const NarrowGroups<Compute<T>>* narrow = nullptr) {
   using C = Compute<T>;
+  auto run = [&] { return narrow ? multiply_narrow_groups(*narrow, product) : multiply(product); };
   if constexpr (std::is_same_v<T, C>) {
     product.out = out;
     product.out_row = out_row;
     product.residual = residual;
     product.residual_row = out_row;
-    multiply(product);
+    run();
   } else {
     const int64_t size = product.rows * product.columns;
     C* results = static_cast<C*>(scratch(Slot::results, 2 * size * static_cast<int64_t>(sizeof(C))));
@@ -79,7 +100,7 @@ inline void multiply_into(MatrixProduct<Compute<T>>& product, T* out, const T* r
       product.residual = results + size;
       product.residual_row = product.columns;
     }
-    multiply(product);
+    run();
     for (int64_t i = 0; i < product.rows; ++i) {
       copy_row(out + i * out_row, results + i * product.columns, product.columns);
     }

@@ -136,13 +136,15 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
         ESPK_ISA::sweep(sweep);
       }
 
-      for (int64_t group = 0; group < p.groups; ++group) {
+      const bool is_narrow = weights.is_narrow<C>();
+      const NarrowGroups<C> narrow = weights.narrow<C>();
+      for (int64_t group = 0; group < (is_narrow ? 1 : p.groups); ++group) {
         MatrixProduct<C> product{};
         product.depth = weights.in;
         const C* packed = pointwise + group * weights.group_size<C>();
         if (pixels) {
           product.rows = count;
-          product.columns = weights.out;
+          product.columns = is_narrow ? p.pointwise_channels : weights.out;
           product.a = z + group * weights.in;
           product.a_row = pitch;
           product.a_depth = 1;
@@ -161,7 +163,8 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
         const int64_t at = pixels ? (image * out_plane + pixel) * p.out_pixel + group * weights.out
                                   : (image * p.pointwise_channels + group * weights.out) * out_plane + pixel;
         const T* residual = p.epilogue.residual ? static_cast<const T*>(p.epilogue.residual) + at : nullptr;
-        multiply_into(product, static_cast<T*>(p.out) + at, residual, pixels ? p.out_pixel : out_plane);
+        multiply_into(product, static_cast<T*>(p.out) + at, residual, pixels ? p.out_pixel : out_plane,
+                      is_narrow ? &narrow : nullptr);
       }
     }
   }

@@ -267,6 +267,40 @@ inline V in_turn(V a, V b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, (I / 2 + Upper * N / 2 + I % 2 * N)...);
 }
 
+// Numbers that name lanes, as wide as the lanes.
+template <class C>
+using Index = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
+
+// Lane i of the result is lane places[i] of `low` followed by `high`: one instruction where kHasPick says so.
+#if defined(__AVX512F__)
+template <class C>
+constexpr bool kHasPick = true;
+
+template <class C>
+inline Vector<C, kLanes<C>> pick(Vector<C, kLanes<C>> low, Vector<C, kLanes<C>> high, const Index<C>* places) {
+  const __m512i at = _mm512_loadu_si512(places);
+  if constexpr (sizeof(C) == 8) {
+    return (Vector<C, kLanes<C>>)_mm512_permutex2var_pd((__m512d)low, at, (__m512d)high);
+  } else {
+    return (Vector<C, kLanes<C>>)_mm512_permutex2var_ps((__m512)low, at, (__m512)high);
+  }
+}
+#else
+template <class C>
+constexpr bool kHasPick = false;
+
+template <class C>
+inline Vector<C, kLanes<C>> pick(Vector<C, kLanes<C>> low, Vector<C, kLanes<C>> high, const Index<C>* places) {
+  constexpr int N = kLanes<C>;
+  C both[2 * N];
+  store<N>(both, low);
+  store<N>(both + N, high);
+  Vector<C, N> picked{};
+  for (int i = 0; i < N; ++i) picked[i] = both[places[i]];
+  return picked;
+}
+#endif
+
 // The sum of the lanes of each of N vectors of N lanes, as one vector: a tree of N - 1 additions.
 template <int N, class C>
 inline Vector<C, N> sum_lanes(const Vector<C, N> (&v)[N]) {
