@@ -157,6 +157,7 @@ void check_all(const Case& s, Type type, Layout layout) {
     unit.weight = weight_buffer.data();
     unit.pyramid_epilogue = inner_buffers.epilogue;
     unit.pointwise_channels = s.outputs;
+    unit.out_pixel = s.outputs;
     unit.groups = s.groups;
     unit.pointwise_weight = pointwise_buffer.data();
     unit.epilogue = outer_buffers.epilogue;
@@ -245,6 +246,7 @@ void check_huge(Layout layout) {
   unit.weight = weight.data();
   unit.pointwise_weight = pointwise.data();
   unit.pointwise_channels = 16;
+  unit.out_pixel = 16;
   unit.groups = 4;
   check_last_image("pyramid_pointwise", kernels.pyramid_pointwise, unit, &espk::PyramidPointwise::x,
                    &espk::PyramidPointwise::out, narrow, wide);
