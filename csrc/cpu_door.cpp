@@ -5,6 +5,10 @@
 #include "door.h"
 
 namespace espk {
+
+bool is_here(const Tensor& t) { return t.is_cpu(); }
+const char* const device_name = "CPU";
+
 namespace {
 
 Tensor spatial_pyramid(const Tensor& x, const Tensor& weight, std::vector<int64_t> dilations, int64_t stride,

@@ -2,7 +2,13 @@
 // columns, ' of the result; the checks and the mathematics are beside the public functions in espkernels/ops.py.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(espkernels, m) {
+// The CUDA library has the same operators in a namespace of its own.
+#if !defined(ESPK_NAMESPACE)
+#define ESPK_NAMESPACE espkernels
+#endif
+#define ESPK_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+
+ESPK_LIBRARY(ESPK_NAMESPACE, m) {
   // x [B, d, H, W], weight [K, d, 3, 3] -> [B, K*d, H', W'], H' = (H - 1) / stride + 1
   m.def("spatial_pyramid(Tensor x, Tensor weight, int[] dilations, int stride, bool hff) -> Tensor");
   // grad [B, K*d, H', W'], weight [K, d, 3, 3] -> [B, d, height, width]

@@ -107,6 +107,28 @@ struct PyramidPointwise : Pyramid {
   }
 };
 
+// One EESP unit with its batch norms folded: x [B, M, H, W] is reduced to the d channels of the pyramid by a group
+// pointwise convolution, and the rest is PyramidPointwise.
+struct Eesp : PyramidPointwise {
+  int64_t in_channels, reduce_groups;
+  const void* reduce_weight;  // [d, M / reduce_groups]
+  Epilogue reduce_epilogue;   // without scale and residual
+
+  int64_t multiply_adds() const {
+    return batch * height * width * channels * (in_channels / reduce_groups) + PyramidPointwise::multiply_adds();
+  }
+};
+
+// The strided unit beside an average pooling: out [B, M + N, H', W'] is prelu(concat(pooled x, unit of x) + shortcut),
+// pooled by 3x3 means in steps of 2 whose padding counts, the shortcut a pointwise convolution of a small image.
+struct DownSampler : Eesp {
+  const void* image;            // [B, image_channels, H', W'], or null
+  const void* shortcut_weight;  // [M + N, image_channels]
+  const void* shortcut_shift;   // [M + N]
+  const void* slope;            // [M + N]
+  int64_t image_channels;
+};
+
 // Dense convolution of any filter size, padded with zeros: x [B, M, H, W] in either layout with weight [N, M, h, w]
 // -> out [B, N, H', W'] in channels_last.
 struct Convolution {
