@@ -1,0 +1,128 @@
+"""The tile of each kernel, chosen by the shape alone: the one place to look at, and to change, for speed.
+
+Plain functions of integers, without Triton or a device, so that a test can ask them. A choice depends on nothing but its
+arguments: the sums that a tile orders are then the same on every device and in every run. None was timed on a GPU; the
+reasons beside the constants are counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Tile", "block_of", "eesp_tile", "fused_tile", "pointwise_tile", "power_of_two", "product_tile", "pyramid_tile"]
+
+# Two programs for each multiprocessor of a large GPU: with fewer, a smaller tile fills more of it.
+ENOUGH_PROGRAMS = 264
+WARPS = 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes: ``channels`` x (``rows`` x ``columns``) outputs, ``inputs`` at a time; warps."""
+
+    channels: int
+    rows: int
+    columns: int
+    inputs: int = 1
+    warps: int = WARPS
+
+    @property
+    def pixels(self) -> int:
+        return self.rows * self.columns
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is at least ``size`` and 1."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def block_of(size: int, least: int, most: int) -> int:
+    """The power of two from ``least`` to ``most`` that covers ``size`` with the least padding, the larger of equals."""
+    best = least
+    block = least
+    while block <= min(most, max(power_of_two(size), least)):
+        if -(-size // block) * block <= -(-size // best) * best:
+            best = block
+        block *= 2
+    return best
+
+
+def _pixel_tile(pixels: int, height: int, width: int, columns: int) -> tuple[int, int]:
+    columns = min(power_of_two(width), columns, pixels)
+    rows = min(power_of_two(height), pixels // columns)
+    return rows, columns
+
+
+def pyramid_tile(channels: int, height: int, width: int, channels_last: bool) -> Tile:
+    """The tile of the depthwise kernels over a map [channels, height, width]: 512 numbers, four a thread.
+
+    Nine taps, their 64-bit addresses and masks of eight numbers took 200 registers a thread, of four about half.
+
+    Threads lie along what is dense: columns of a plane, whose rows above and below are still in L1 for the next tap,
+    or channels of a pixel, at least eight so that a 32-byte sector is read whole.
+    """
+    if channels_last:
+        block = block_of(channels, min(power_of_two(channels), 8), 32)
+        rows, columns = _pixel_tile(512 // block, height, width, 8)
+        return Tile(block, rows, columns)
+    rows, columns = _pixel_tile(512, height, width, 64)
+    return Tile(min(power_of_two(channels), 512 // (rows * columns)), rows, columns)
+
+
+def product_tile(outputs: int, inputs: int, dot: bool) -> tuple[int, int]:
+    """Outputs and inputs a step of a matrix product: what tl.dot takes, or what a sum of products holds in registers."""
+    if dot:
+        return min(max(power_of_two(outputs), 16), 64), min(max(power_of_two(inputs), 16), 32)
+    return min(power_of_two(outputs), 8), min(power_of_two(inputs), 4)
+
+
+def pointwise_tile(outputs: int, inputs: int, pixels: int, repeats: int, dot: bool) -> Tile:
+    """The tile of a 1x1 convolution of one group; ``repeats`` counts images times groups."""
+    channels, step = product_tile(outputs, inputs, dot)
+    columns = 128 if dot else 64
+    while columns > 32 and repeats * -(-outputs // channels) * -(-pixels // columns) < ENOUGH_PROGRAMS:
+        columns //= 2
+    return Tile(channels, 1, columns, step)
+
+
+def gradient_tile(outputs: int, inputs: int, dot: bool) -> Tile:
+    """The sums of one program of a pointwise weight gradient, ``columns`` pixels a step."""
+    if dot:
+        return Tile(min(power_of_two(max(outputs, 16)), 64), 1, 64, min(power_of_two(max(inputs, 16)), 64))
+    return Tile(min(power_of_two(outputs), 8), 1, 32, min(power_of_two(inputs), 8))
+
+
+def gradient_chunks(steps: int, repeats: int) -> int:
+    """Into how many partial sums the ``steps`` pixel blocks of a weight gradient are cut, ``repeats`` blocks beside."""
+    return max(1, min(-(-steps // 4), -(-ENOUGH_PROGRAMS // max(repeats, 1))))
+
+
+def fused_tile(channels: int, outputs: int, branches: int, height: int, width: int, images: int, dot: bool) -> Tile:
+    """The tile of pyramid_pointwise in K groups: ``outputs`` and ``channels`` are those of one group and branch."""
+    block, _ = product_tile(outputs, channels, dot)
+    inputs = max(power_of_two(channels), 16) if dot else power_of_two(channels)
+    # z [inputs, pixels] and its nine taps stay in registers, and a sum of products holds block x inputs x pixels.
+    pixels = max(16, min(64, 2048 // inputs)) if dot else 16
+    if not dot:
+        block = max(1, min(block, 4096 // (inputs * pixels)))
+    rows, columns = _pixel_tile(pixels, height, width, 16)
+    rows = max(rows, 16 // columns) if dot else rows
+    return Tile(block, rows, columns, inputs)
+
+
+def branches_together(channels: int, branches: int, groups: int, tile: Tile, height: int, width: int, images: int) -> bool:
+    """Whether one program of pyramid_pointwise carries the prefix sums through all branches.
+
+    It reads the map once and computes each branch once, where a program a group computes (K + 1) / 2 times as many, but
+    there are K times fewer programs: it waits for maps that fill the device.
+    """
+    programs = images * -(-height // tile.rows) * -(-width // tile.columns)
+    return groups == branches and channels <= 128 and programs >= ENOUGH_PROGRAMS
+
+
+def group_tile(channels: int, outputs: int, height: int, width: int, dot: bool) -> Tile:
+    """The tile of pyramid_pointwise with one program a group, ``channels`` inputs of which it takes in steps."""
+    block, inputs = product_tile(outputs, channels, dot)
+    rows, columns = _pixel_tile(64 if dot else 32, height, width, 16)
+    rows = max(rows, 16 // columns) if dot else rows
+    return Tile(block, rows, columns, inputs)
