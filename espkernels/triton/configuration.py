@@ -1,15 +1,27 @@
 """The tile of each kernel, chosen by the shape alone: the one place to look at, and to change, for speed.
 
-Plain functions of integers, without Triton or a device, so that a test can ask them. A choice depends on nothing but its
-arguments: the sums that a tile orders are then the same on every device and in every run. None was timed on a GPU; the
-reasons beside the constants are counts.
+Plain functions of integers, without Triton or a device, so that a test can ask them. A choice depends on nothing but
+its arguments: the sums that a tile orders are then the same on every device and in every run. None was timed on a GPU;
+the reasons beside the constants are counts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Tile", "block_of", "eesp_tile", "fused_tile", "pointwise_tile", "power_of_two", "product_tile", "pyramid_tile"]
+__all__ = [
+    "Tile",
+    "block_of",
+    "branches_together",
+    "fused_tile",
+    "gradient_chunks",
+    "gradient_tile",
+    "group_tile",
+    "pointwise_tile",
+    "power_of_two",
+    "product_tile",
+    "pyramid_tile",
+]
 
 # Two programs for each multiprocessor of a large GPU: with fewer, a smaller tile fills more of it.
 ENOUGH_PROGRAMS = 264
@@ -70,7 +82,7 @@ def pyramid_tile(channels: int, height: int, width: int, channels_last: bool) ->
 
 
 def product_tile(outputs: int, inputs: int, dot: bool) -> tuple[int, int]:
-    """Outputs and inputs a step of a matrix product: what tl.dot takes, or what a sum of products holds in registers."""
+    """Outputs and inputs a step of a matrix product: what tl.dot takes, or what a sum of products holds."""
     if dot:
         return min(max(power_of_two(outputs), 16), 64), min(max(power_of_two(inputs), 16), 32)
     return min(power_of_two(outputs), 8), min(power_of_two(inputs), 4)
@@ -97,20 +109,25 @@ def gradient_chunks(steps: int, repeats: int) -> int:
     return max(1, min(-(-steps // 4), -(-ENOUGH_PROGRAMS // max(repeats, 1))))
 
 
-def fused_tile(channels: int, outputs: int, branches: int, height: int, width: int, images: int, dot: bool) -> Tile:
-    """The tile of pyramid_pointwise in K groups: ``outputs`` and ``channels`` are those of one group and branch."""
-    block, _ = product_tile(outputs, channels, dot)
-    inputs = max(power_of_two(channels), 16) if dot else power_of_two(channels)
-    # z [inputs, pixels] and its nine taps stay in registers, and a sum of products holds block x inputs x pixels.
-    pixels = max(16, min(64, 2048 // inputs)) if dot else 16
-    if not dot:
-        block = max(1, min(block, 4096 // (inputs * pixels)))
+def _unit_tile(channels: int, inputs: int, height: int, width: int, dot: bool) -> Tile:
+    # Four numbers of z a thread, as in the depthwise kernels: with sixteen every kernel spilled registers.
+    pixels = 32 if inputs <= 16 else 16
     rows, columns = _pixel_tile(pixels, height, width, 16)
-    rows = max(rows, 16 // columns) if dot else rows
-    return Tile(block, rows, columns, inputs)
+    rows = max(rows, pixels // columns) if dot else rows  # tl.dot takes no fewer, so small maps are padded
+    if not dot:
+        channels = max(1, min(channels, 2048 // (inputs * rows * columns)))  # a sum holds all products
+    return Tile(channels, rows, columns, inputs, min(max(power_of_two(inputs * rows * columns // 128), 4), 16))
 
 
-def branches_together(channels: int, branches: int, groups: int, tile: Tile, height: int, width: int, images: int) -> bool:
+def fused_tile(channels: int, outputs: int, height: int, width: int, dot: bool) -> Tile:
+    """The tile of pyramid_pointwise in K groups, all ``channels`` of z at once; ``outputs`` are those of one group."""
+    block, _ = product_tile(outputs, channels, dot)
+    return _unit_tile(min(block, 32), max(power_of_two(channels), 16 if dot else 1), height, width, dot)
+
+
+def branches_together(
+    channels: int, branches: int, groups: int, tile: Tile, height: int, width: int, images: int
+) -> bool:
     """Whether one program of pyramid_pointwise carries the prefix sums through all branches.
 
     It reads the map once and computes each branch once, where a program a group computes (K + 1) / 2 times as many, but
@@ -120,9 +137,7 @@ def branches_together(channels: int, branches: int, groups: int, tile: Tile, hei
     return groups == branches and channels <= 128 and programs >= ENOUGH_PROGRAMS
 
 
-def group_tile(channels: int, outputs: int, height: int, width: int, dot: bool) -> Tile:
-    """The tile of pyramid_pointwise with one program a group, ``channels`` inputs of which it takes in steps."""
-    block, inputs = product_tile(outputs, channels, dot)
-    rows, columns = _pixel_tile(64 if dot else 32, height, width, 16)
-    rows = max(rows, 16 // columns) if dot else rows
-    return Tile(block, rows, columns, inputs)
+def group_tile(inputs: int, outputs: int, height: int, width: int, dot: bool) -> Tile:
+    """The tile of pyramid_pointwise with one program a group, whose ``inputs`` channels of z it takes in steps."""
+    block, step = product_tile(outputs, inputs, dot)
+    return _unit_tile(block, step, height, width, dot)

@@ -1,4 +1,4 @@
-"""1x1 convolution in groups with its epilogue, and the same kernel with the weight turned: the gradient of its input."""
+"""1x1 convolution in groups with its epilogue; with the weight turned the same kernel is the gradient of its input."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -12,7 +12,17 @@ from torch import Tensor
 
 from espkernels.triton.configuration import Tile
 
-__all__ = ["compute_type", "dense_vector", "flat_map", "launch", "leaders", "tiles", "within"]
+__all__ = ["Shortcut", "compute_type", "dense_vector", "flat_map", "launch", "leaders", "tiles", "within"]
+
+
+class Shortcut(NamedTuple):
+    """The pooled image [B, few, H', W'] of a down-sampler and its 1x1 convolution; all None where there is none."""
+
+    image: Tensor | None = None
+    strides: tuple[int, ...] | None = None
+    channels: int | None = None
+    weight: Tensor | None = None  # [channels of the result, few], dense
+    shift: Tensor | None = None  # [channels of the result]
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
@@ -30,15 +40,15 @@ def compute_type(x: Tensor) -> Any:
 
 
 def dense_vector(vector: Tensor | None) -> Tensor | None:
-    """One number a channel without gaps, as every kernel reads its vectors and weights; a copy only where it has some."""
+    """One number a channel without gaps, as every kernel reads its vectors; a copy only where it has some."""
     return None if vector is None else vector.contiguous()
 
 
 def flat_map(x: Tensor, layout: torch.memory_format) -> Tensor:
     """A map [B, C, H, W] as [images, C, pixels] for kernels to which a pixel is a pixel.
 
-    A view wherever the pixels lie at equal steps, so for every dense map; channels_last ones become one image. Any other
-    map is copied in ``layout``, as on the CPU.
+    A view wherever the pixels lie at equal steps, so for every dense map; channels_last ones become one image. Any
+    other map is copied in ``layout``, as on the CPU.
     """
     batch, channels, height, width = x.shape
     if layout == torch.channels_last:

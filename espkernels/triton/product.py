@@ -28,10 +28,9 @@ def multiply_add(
     """
     if WAY == "sums":
         return sum + tl.sum(a.to(TYPE)[:, :, None] * b.to(TYPE)[None, :, :], axis=1)
-    elif WAY == "stored":
+    if WAY == "stored":
         return tl.dot(a, b, sum)
-    else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum, input_precision=WAY)
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), sum, input_precision=WAY)
 
 
 def way(x: Tensor, outputs: int, inputs: int, stored: bool) -> str:

@@ -40,7 +40,7 @@ def spatial_pyramid_kernel(
     """One tile of the map for all K branches, the prefix sum of the branches carried in registers.
 
     Bytes: d read and K*d' written a pixel (d' for the pixels of the result); the map is loaded 8 times for each run of
-    equal dilations and once for the centres, all but the first time from L1. Multiply-adds: 9*K*d a pixel of the result.
+    equal dilations and once for the centres, all but the first time from L1. Multiply-adds: 9*K*d for each of those.
     """
     row, column, rest = place(tl.program_id(0).to(tl.int64), out_height, out_width, ROWS, COLUMNS)
     blocks = tl.cdiv(channels, CHANNELS)
