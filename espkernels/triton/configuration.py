@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 __all__ = [
     "Tile",
+    "WholeMap",
     "block_of",
     "branches_together",
+    "eesp_tile",
     "fused_tile",
     "gradient_chunks",
     "gradient_tile",
@@ -141,3 +143,35 @@ def group_tile(inputs: int, outputs: int, height: int, width: int, dot: bool) ->
     """The tile of pyramid_pointwise with one program a group, whose ``inputs`` channels of z it takes in steps."""
     block, step = product_tile(outputs, inputs, dot)
     return _unit_tile(block, step, height, width, dot)
+
+
+@dataclass(frozen=True)
+class WholeMap:
+    """What one program of the whole unit computes: ``outputs`` channels of a branch from a map of ``pixels``."""
+
+    outputs: int
+    channels: int  # of the reduced map, a step
+    inputs: int  # of the reduction, a step
+    pixels: int
+    warps: int
+
+
+def eesp_tile(
+    outputs: int, reduced_channels: int, inputs: int, pixels: int, dot: bool, reduce_dot: bool
+) -> WholeMap | None:
+    """The tile of the EESP unit in one launch, or None where two launches are better: see espkernels/triton/eesp.py.
+
+    ``outputs`` of a branch, ``reduced_channels`` and ``inputs`` of one group of the reduction.
+    """
+    if pixels > 256:
+        return None
+    block, channels = product_tile(outputs, reduced_channels, dot)
+    _, step = product_tile(reduced_channels, inputs, reduce_dot)
+    map_pixels = max(power_of_two(pixels), 16)
+    # The reduced map of a step, 16 KiB in float32, is what a gather passes through shared memory.
+    channels = max(min(channels, 4096 // map_pixels), 16 if dot or reduce_dot else 1)
+    if not dot:
+        block = max(1, min(block, 4096 // (channels * map_pixels)))
+    if not reduce_dot:
+        step = max(1, min(step, 8192 // (channels * map_pixels)))
+    return WholeMap(min(block, 32), channels, step, map_pixels, 8 if map_pixels > 64 else WARPS)
