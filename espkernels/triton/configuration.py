@@ -163,15 +163,14 @@ def eesp_tile(
 
     ``outputs`` of a branch, ``reduced_channels`` and ``inputs`` of one group of the reduction.
     """
-    if pixels > 256:
+    if pixels > 64:
         return None
     block, channels = product_tile(outputs, reduced_channels, dot)
     _, step = product_tile(reduced_channels, inputs, reduce_dot)
     map_pixels = max(power_of_two(pixels), 16)
-    # The reduced map of a step, 16 KiB in float32, is what a gather passes through shared memory.
-    channels = max(min(channels, 4096 // map_pixels), 16 if dot or reduce_dot else 1)
+    channels = min(channels, 16)  # four numbers a thread once more
     if not dot:
         block = max(1, min(block, 4096 // (channels * map_pixels)))
     if not reduce_dot:
         step = max(1, min(step, 8192 // (channels * map_pixels)))
-    return WholeMap(min(block, 32), channels, step, map_pixels, 8 if map_pixels > 64 else WARPS)
+    return WholeMap(min(block, 16), channels, step, map_pixels, 8)

@@ -3,8 +3,9 @@
 Bytes, in maps of the unit's own size (N = M channels at stride 1, d = N / K): two launches move 1 read of x, 1 / K
 written and 1 / K read of the reduced map, 1 read of the residual and 1 written, 3.5 at K = 4. One launch moves 3, and
 2 where the residual is x and still in L2. It holds the reduced map of a whole image in one program, K times over, one
-program a group, so it is for maps of at most 256 pixels: a tile of a larger one would have to reduce its halo again,
-(16 + 8)^2 / 16^2 = 2.25 times the pixels at dilation 4, and read x as often, for half a map of traffic saved.
+program a group, so it is for maps of at most 64 pixels, 7 x 7 at the end of the network: 256 pixels in registers
+spilled a kilobyte a thread, and a tile of a larger map would have to reduce its halo again, (16 + 8)^2 / 16^2 = 2.25
+times the pixels at dilation 4, and read x as often, for half a map of traffic saved.
 """
 
 from __future__ import annotations
@@ -135,15 +136,18 @@ def eesp_kernel(
             reduced = multiply_add(w, v, reduced, REDUCE_WAY, TYPE)
         reduced = prelu_affine(reduced, None, reduce_shift, reduce_slope, channel, valid, TYPE)
         sum = tl.zeros((CHANNELS, OUT_PIXELS), TYPE)
-        for k in tl.static_range(len(DILATIONS)):
-            if (k == branch) | ((k < branch) & HFF):
-                for t in tl.static_range(9):
-                    pixels = gathered(
-                        reduced, row * STRIDE, column * STRIDE, inside,
-                        (t // 3 - 1) * DILATIONS[k], (t % 3 - 1) * DILATIONS[k], height, width, CHANNELS, OUT_PIXELS,
-                    )  # fmt: skip
-                    tap = tl.load(weight + (k * channels + channel) * 9 + t, mask=valid, other=0).to(TYPE)
-                    sum += pixels * tap[:, None]
+        # A loop, not unrolled: each gather passes through shared memory, and 9 * K of them took 20 seconds to compile.
+        for k in range(0 if HFF else branch, branch + 1):
+            dilation = tl.full((), 0, tl.int64)
+            for j in tl.static_range(len(DILATIONS)):
+                dilation = tl.where(k == j, DILATIONS[j], dilation)
+            for t in tl.static_range(9):
+                pixels = gathered(
+                    reduced, row * STRIDE, column * STRIDE, inside,
+                    (t // 3 - 1) * dilation, (t % 3 - 1) * dilation, height, width, CHANNELS, OUT_PIXELS,
+                )  # fmt: skip
+                tap = tl.load(weight + (k * channels + channel) * 9 + t, mask=valid, other=0).to(TYPE)
+                sum += pixels * tap[:, None]
         z = prelu_affine(sum, pyramid_scale, pyramid_shift, pyramid_slope, branch * channels + channel, valid, TYPE)
         w = tl.load(
             pointwise_weight + (output * channels)[:, None] + channel[None, :],

@@ -27,10 +27,12 @@ def multiply_add(
     products are exact in float32; any other is the ``input_precision`` of float32 operands.
     """
     if WAY == "sums":
-        return sum + tl.sum(a.to(TYPE)[:, :, None] * b.to(TYPE)[None, :, :], axis=1)
-    if WAY == "stored":
-        return tl.dot(a, b, sum)
-    return tl.dot(a.to(tl.float32), b.to(tl.float32), sum, input_precision=WAY)
+        sum += tl.sum(a.to(TYPE)[:, :, None] * b.to(TYPE)[None, :, :], axis=1)
+    elif WAY == "stored":
+        sum = tl.dot(a, b, sum)
+    else:
+        sum = tl.dot(a.to(tl.float32), b.to(tl.float32), sum, input_precision=WAY)
+    return sum
 
 
 def way(x: Tensor, outputs: int, inputs: int, stored: bool) -> str:
