@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ class NoDriver:
 
 
 @pytest.fixture(params=TARGETS, ids=str)
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Makes every launch a compilation for the target; the kernels that came out, by name."""
     target, _ = TARGETS[request.param]
     kernels: dict[str, Any] = {}
@@ -70,9 +69,8 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             monkeypatch.setattr(module, "launch", compile_instead)
     monkeypatch.setattr(torch.version, "hip", "6.0" if target.backend == "hip" else None)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(ROOM.parent.parent / "build" / "triton"))
-    driver.set_active(NoDriver(target))
-    yield kernels
-    driver.reset_active()
+    monkeypatch.setattr(driver, "_active", NoDriver(target))
+    return kernels
 
 
 def check(kernels: dict[str, Any], target: str, expected: set[str], tmp_path: Path) -> None:

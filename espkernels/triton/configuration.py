@@ -7,13 +7,14 @@ the reasons beside the constants are counts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = [
     "Tile",
     "WholeMap",
     "block_of",
     "branches_together",
+    "candidates",
     "eesp_tile",
     "fused_tile",
     "gradient_chunks",
@@ -45,26 +46,28 @@ class Tile:
         return self.rows * self.columns
 
 
+def candidates(tile: Tile) -> tuple[Tile, ...]:
+    """What autotuning tries beside ``tile``: twice its pixels, twice its warps, and both. No sum changes its order."""
+    wider = replace(tile, columns=2 * tile.columns)
+    return tile, wider, replace(tile, warps=2 * tile.warps), replace(wider, warps=2 * tile.warps)
+
+
 def power_of_two(size: int) -> int:
     """The least power of two that is at least ``size`` and 1."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 def block_of(size: int, least: int, most: int) -> int:
-    """The power of two from ``least`` to ``most`` that covers ``size`` with the least padding, the larger of equals."""
-    best = least
-    block = least
-    while block <= min(most, max(power_of_two(size), least)):
-        if -(-size // block) * block <= -(-size // best) * best:
-            best = block
-        block *= 2
-    return best
+    """The largest power of two from ``least`` to ``most`` that pads ``size`` hardly more than the best of them does."""
+    blocks = [least << i for i in range(most.bit_length()) if least << i <= min(most, max(power_of_two(size), least))]
+    padded = {block: -(-size // block) * block for block in blocks}
+    # A seventh: 56 columns run as 64, but 20 channels as 24 rather than 32.
+    return max(block for block in blocks if 7 * padded[block] <= 8 * min(padded.values()))
 
 
 def _pixel_tile(pixels: int, height: int, width: int, columns: int) -> tuple[int, int]:
-    columns = min(power_of_two(width), columns, pixels)
-    rows = min(power_of_two(height), pixels // columns)
-    return rows, columns
+    columns = block_of(width, min(power_of_two(width), 8), min(columns, pixels))
+    return block_of(height, 1, pixels // columns), columns
 
 
 def pyramid_tile(channels: int, height: int, width: int, channels_last: bool) -> Tile:
@@ -80,7 +83,7 @@ def pyramid_tile(channels: int, height: int, width: int, channels_last: bool) ->
         rows, columns = _pixel_tile(512 // block, height, width, 8)
         return Tile(block, rows, columns)
     rows, columns = _pixel_tile(512, height, width, 64)
-    return Tile(min(power_of_two(channels), 512 // (rows * columns)), rows, columns)
+    return Tile(block_of(channels, 1, 512 // (rows * columns)), rows, columns)
 
 
 def product_tile(outputs: int, inputs: int, dot: bool) -> tuple[int, int]:

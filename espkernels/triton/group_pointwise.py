@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from espkernels.layout import empty_map, layout_of
-from espkernels.triton.configuration import pointwise_tile
+from espkernels.triton.configuration import Tile, pointwise_tile
 from espkernels.triton.epilogue import epilogue
 from espkernels.triton.launch import compute_type, dense_vector, flat_map, launch
 from espkernels.triton.product import multiply_add, way
+from espkernels.triton.tuning import run_fastest
 
 __all__ = ["group_pointwise", "group_pointwise_backward_input"]
 
@@ -114,19 +114,23 @@ def _run(
     slope: Tensor | None,
     out: Tensor,
 ) -> None:
-    layout = torch.channels_last if layout_of(out) == torch.channels_last else torch.contiguous_format
-    maps = [None if tensor is None else flat_map(tensor, layout) for tensor in (x, residual, out)]
-    flat_x, flat_residual, flat_out = maps
-    assert flat_x is not None and flat_out is not None
+    layout = layout_of(out)
+    flat_x, flat_out = flat_map(x, layout), flat_map(out, layout)
+    flat_residual = None if residual is None else flat_map(residual, layout)
     images, channels, pixels = flat_x.shape
     inputs, outputs = channels // groups, out.shape[1] // groups
     how = way(x, outputs, inputs, stored=True)
-    tile = pointwise_tile(outputs, inputs, pixels, images * groups, how != "sums")
-    programs = images * groups * -(-outputs // tile.channels) * -(-pixels // tile.pixels)
-    launch(
-        group_pointwise_kernel, programs,
-        flat_x, flat_x.stride(), weight, weight_strides, dense_vector(scale), dense_vector(shift),
-        flat_residual, None if flat_residual is None else flat_residual.stride(), dense_vector(slope),
-        flat_out, flat_out.stride(), groups, inputs, outputs, pixels,
-        OUTPUTS=tile.channels, INPUTS=tile.inputs, PIXELS=tile.pixels, WAY=how, TYPE=compute_type(x), warps=tile.warps,
-    )  # fmt: skip
+    vectors = tuple(map(dense_vector, (scale, shift, slope)))
+
+    def start(tile: Tile) -> None:
+        launch(
+            group_pointwise_kernel, images * groups * -(-outputs // tile.channels) * -(-pixels // tile.pixels),
+            flat_x, flat_x.stride(), weight, weight_strides, vectors[0], vectors[1],
+            flat_residual, None if flat_residual is None else flat_residual.stride(), vectors[2],
+            flat_out, flat_out.stride(), groups, inputs, outputs, pixels,
+            OUTPUTS=tile.channels, INPUTS=tile.inputs, PIXELS=tile.pixels, WAY=how, TYPE=compute_type(x),
+            warps=tile.warps,
+        )  # fmt: skip
+
+    problem = ("group_pointwise", x.shape, x.stride(), x.dtype, x.device, weight.shape, groups, how)
+    run_fastest(problem, pointwise_tile(outputs, inputs, pixels, images * groups, how != "sums"), start)

@@ -231,15 +231,11 @@ def run(
         DILATIONS=within(dilations, height, width), STRIDE=within([stride], height, width)[0], HFF=hff, WAY=how,
         TYPE=compute_type(x),
     )  # fmt: skip
-    if branches_together(channels, branches, groups, together, *size, batch):
-        tile, kernel, programs, sizes = together, all_branches_kernel, batch, (outputs,)
-    else:
-        tile = group_tile(inputs, outputs, *size, how != "sums")
-        kernel, programs, sizes = (
-            one_group_kernel,
-            batch * groups * -(-outputs // tile.channels),
-            (groups, inputs, outputs),
-        )
+    tile, kernel, programs = together, all_branches_kernel, batch
+    sizes: tuple[int, ...] = (outputs,)
+    if not branches_together(channels, branches, groups, together, *size, batch):
+        tile, kernel = group_tile(inputs, outputs, *size, how != "sums"), one_group_kernel
+        programs, sizes = batch * groups * -(-outputs // tile.channels), (groups, inputs, outputs)
     programs *= -(-size[0] // tile.rows) * -(-size[1] // tile.columns)
     launch(
         kernel, programs, *arguments, *sizes, height, width, *size, **constants,

@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from espkernels.layout import empty_map, layout_of, out_size
-from espkernels.triton.configuration import pyramid_tile
+from espkernels.triton.configuration import Tile, pyramid_tile
 from espkernels.triton.launch import compute_type, launch, tiles, within
 from espkernels.triton.taps import convolve, moved, place, taps_around
+from espkernels.triton.tuning import run_fastest
 
 __all__ = ["spatial_pyramid"]
 
@@ -77,11 +78,17 @@ def spatial_pyramid(x: Tensor, weight: Tensor, dilations: Sequence[int], stride:
     batch, channels, height, width = x.shape
     out = empty_map(x, len(dilations) * channels, out_size(height, stride), out_size(width, stride))
     size = out.shape[2], out.shape[3]
-    tile = pyramid_tile(channels, *size, layout_of(x) == torch.channels_last)
-    launch(
-        spatial_pyramid_kernel, batch * tiles(tile, channels, *size),
-        x, x.stride(), weight.contiguous(), out, out.stride(), channels, height, width, *size,
-        DILATIONS=within(dilations, height, width), STRIDE=within([stride], height, width)[0], HFF=hff,
-        CHANNELS=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns, TYPE=compute_type(x), warps=tile.warps,
-    )  # fmt: skip
+    dilations, (stride,) = within(dilations, height, width), within([stride], height, width)
+    filters = weight.contiguous()
+
+    def start(tile: Tile) -> None:
+        launch(
+            spatial_pyramid_kernel, batch * tiles(tile, channels, *size),
+            x, x.stride(), filters, out, out.stride(), channels, height, width, *size,
+            DILATIONS=dilations, STRIDE=stride, HFF=hff, CHANNELS=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns,
+            TYPE=compute_type(x), warps=tile.warps,
+        )  # fmt: skip
+
+    problem = ("spatial_pyramid", x.shape, x.stride(), x.dtype, x.device, dilations, stride)
+    run_fastest(problem, pyramid_tile(channels, *size, layout_of(x) == torch.channels_last), start)
     return out

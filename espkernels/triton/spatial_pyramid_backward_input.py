@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from espkernels.layout import empty_map, layout_of
-from espkernels.triton.configuration import pyramid_tile
+from espkernels.triton.configuration import Tile, pyramid_tile
 from espkernels.triton.launch import compute_type, launch, leaders, tiles, within
 from espkernels.triton.taps import moved, place
+from espkernels.triton.tuning import run_fastest
 
 __all__ = ["spatial_pyramid_backward_input"]
 
@@ -105,12 +106,17 @@ def spatial_pyramid_backward_input(
     grad_x = empty_map(grad, channels, height, width)
     dilations, (stride,) = within(dilations, height, width), within([stride], height, width)
     size = -(-height // stride), -(-width // stride)
-    tile = pyramid_tile(channels, *size, layout_of(grad) == torch.channels_last)
-    launch(
-        spatial_pyramid_backward_input_kernel, grad.shape[0] * stride * stride * tiles(tile, channels, *size),
-        grad, grad.stride(), weight.contiguous(), grad_x, grad_x.stride(),
-        channels, height, width, *size, grad.shape[2], grad.shape[3],
-        DILATIONS=dilations, LEADERS=leaders(dilations), STRIDE=stride, HFF=hff,
-        CHANNELS=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns, TYPE=compute_type(grad), warps=tile.warps,
-    )  # fmt: skip
+    filters = weight.contiguous()
+
+    def start(tile: Tile) -> None:
+        launch(
+            spatial_pyramid_backward_input_kernel, grad.shape[0] * stride * stride * tiles(tile, channels, *size),
+            grad, grad.stride(), filters, grad_x, grad_x.stride(),
+            channels, height, width, *size, grad.shape[2], grad.shape[3],
+            DILATIONS=dilations, LEADERS=leaders(dilations), STRIDE=stride, HFF=hff,
+            CHANNELS=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns, TYPE=compute_type(grad), warps=tile.warps,
+        )  # fmt: skip
+
+    problem = ("spatial_pyramid_backward_input", grad.shape, grad.stride(), grad.dtype, grad.device, dilations, stride)
+    run_fastest(problem, pyramid_tile(channels, *size, layout_of(grad) == torch.channels_last), start)
     return grad_x
