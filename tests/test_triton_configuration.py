@@ -14,7 +14,7 @@ def test_powers_and_blocks() -> None:
     assert [power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 1024, 1025)] == [1, 1, 2, 4, 4, 8, 1024, 2048]
     # 24 in three eights and no padding, rather than 32 with a quarter of it idle; of nearly equals the largest.
     assert [block_of(n, 8, 32) for n in (8, 16, 20, 24, 28, 32, 40, 64, 80)] == [8, 16, 8, 8, 32, 32, 8, 32, 16]
-    assert [block_of(n, 8, 64) for n in (7, 14, 24, 48, 56, 112, 192)] == [8, 16, 8, 16, 64, 16, 64]
+    assert [block_of(n, 8, 64) for n in (7, 14, 24, 48, 56, 112, 192)] == [8, 16, 8, 16, 64, 64, 64]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
