@@ -33,7 +33,11 @@ def runs() -> Iterator[dict[str, Run]]:
 
 def interpreted(file: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", str(HERE / file)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "ESPKERNELS_BACKEND": "", "PYTEST_ADDOPTS": ""}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1", "ESPKERNELS_BACKEND": "", "PYTEST_ADDOPTS": "",
+        # Two of them share the machine, and NumPy's products are tiny.
+        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+    }  # fmt: skip
     return subprocess.run(command, cwd=HERE.parent, env=environment, text=True, capture_output=True)
 
 

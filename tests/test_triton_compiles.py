@@ -161,8 +161,7 @@ def test_operators(
     "name, kernels",
     [
         ("s1-224x224-level5", {"eesp_kernel"}),
-        ("s1-224x224-level4", {"group_pointwise_kernel", "one_group_kernel"}),
-        ("s1.25-224x224-level3_0", {"group_pointwise_kernel", "one_group_kernel", "pooled_kernel"}),
+        ("s2-224x224-level5_0", {"group_pointwise_kernel", "one_group_kernel", "pooled_kernel"}),
     ],
 )
 def test_units(

@@ -17,12 +17,13 @@ EDGES = named(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("sample", EDGES, ids=str)
-def test_exact_on_integers(sample: Sample) -> None:
-    for layout in LAYOUTS.values():
-        compare_exactly("group_pointwise", sample, torch.float32, layout)
-    if sample.channels < 10:
-        compare_exactly("group_pointwise", sample, torch.float64, torch.contiguous_format)
+@pytest.mark.parametrize("position", range(len(EDGES)), ids=[str(sample) for sample in EDGES])
+def test_exact_on_integers(position: int) -> None:
+    # The layouts by turns; float64, always sums of products, where those are few.
+    sample, layout = EDGES[position], list(LAYOUTS.values())[position % 2]
+    compare_exactly("group_pointwise", sample, torch.float32, layout)
+    if sample.channels < 6:
+        compare_exactly("group_pointwise", sample, torch.float64, layout)
 
 
 @pytest.mark.parametrize("sample", named("width 17", "channels 20"), ids=str)

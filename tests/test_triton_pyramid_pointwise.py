@@ -30,14 +30,13 @@ def test_exact_on_integers(sample: Sample) -> None:
 
 
 @pytest.mark.parametrize("sample", BRANCHES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_all_branches_in_one_program(sample: Sample, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_branches_in_one_program(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
     # Large maps choose it; a small one is made to.
     import espkernels.triton.pyramid_pointwise as kernels
 
     monkeypatch.setattr(kernels, "branches_together", lambda *_: True)
     problem = answers("pyramid_pointwise", sample)
-    for layout in LAYOUTS.values():
+    for layout, dtype in zip(LAYOUTS.values(), (torch.float32, torch.float64), strict=True):
         arguments = cast(problem.arguments, dtype, layout, requires_grad=False)
         with espkernels.use_backend("triton"):
             output = espkernels.pyramid_pointwise(**on_device(arguments))
