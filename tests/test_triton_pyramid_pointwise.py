@@ -16,11 +16,14 @@ pytestmark = gpu_or_interpreter()
 
 # Groups that are branches, parts of branches and several branches.
 EDGES = named(
-    "width 17", "one pixel", "batch 0", "map smaller than the dilation", "stride 2 odd", "without hff", "branches 3",
-    "branches 4 without hff", "one group", "one input a group", "five groups of odd sizes", "outputs 17 a group",
+    "width 17", "one pixel", "batch 0", "map smaller than the dilation", "stride 2 odd", "branches 3",
+    "branches 4 without hff", "one group", "five groups of odd sizes", "outputs 17 a group",
     "channels 20",
 )  # fmt: skip
-BRANCHES = named("width 17", "stride 2 odd", "without hff", "branches 3", "channels 20")
+BRANCHES = [
+    *named("width 17", "stride 2 odd", "branches 3", "channels 20"),
+    Sample("groups without hff", batch=1, channels=3, height=3, width=5, hff=False),
+]
 
 
 @pytest.mark.parametrize("sample", EDGES, ids=str)
