@@ -5,13 +5,10 @@ are bound or allocated once where the engine allows. Some are given the model in
 depends on the row; the fastest way counts, for the peers as for this library.
 
 * torch and this library take contiguous and channels_last maps. torch.compile freezes the weights and autotunes.
-* onnxruntime has no fused PReLU: the same slopes as ``relu(x) - slope * relu(-x)`` are the second way.
+* onnxruntime has no fused PReLU: with others in its place is the second way (:mod:`bench.onnx_export`).
 * OpenVINO takes its maps as [B, C, H, W] and, declared so to its preprocessing, as [B, H, W, C], which spares a
   channels_last caller two transpositions.
 * ncnn runs a batch in one go, and image by image. pnnx converts a TorchScript trace for it.
-
-ONNX comes from the TorchScript exporter: it needs no package beside torch and onnx, and its graph is that of the other
-exporter but for nodes that onnxruntime and OpenVINO remove.
 
 LiteRT is not among them. Its converter, litert-torch 0.10, brings xdsl 0.28, which wants typing-extensions below 4.13,
 and constraints.txt pins a later one; it also brings jax, transformers and torchao, over a gigabyte in all.
@@ -29,14 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.comparison import LAYOUTS
+from bench.onnx_export import export
 from espkernels import backends
 from espkernels.freeze import freeze
 
-__all__ = ["ENGINES", "OURS", "Engine", "Job", "Opened", "ReluTwice", "why_not"]
+__all__ = ["ENGINES", "OURS", "Engine", "Job", "Opened", "why_not"]
 
 OURS = "ours"
 
@@ -82,26 +79,6 @@ class Engine:
         return tuple(way for way in self.ways if batch > 1 or way != "batch")
 
 
-class ReluTwice(nn.Module):
-    """PReLU in two operations that every engine fuses or vectorises: relu(x) - slope * relu(-x)."""
-
-    def __init__(self, act: nn.PReLU) -> None:
-        super().__init__()
-        self.slope = nn.Parameter(act.weight.detach().view(-1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x) - self.slope * F.relu(-x)
-
-
-def _without_prelu(model: nn.Module) -> nn.Module:
-    for name, child in model.named_children():
-        if isinstance(child, nn.PReLU):
-            model._modules[name] = ReluTwice(child)
-        else:
-            _without_prelu(child)
-    return model
-
-
 def _torch(prepare: Callable[[nn.Module], Any]) -> Callable[[Job], Opened]:
     def opened(job: Job) -> Opened:
         torch.set_num_threads(job.threads)
@@ -127,25 +104,17 @@ def _compiled(model: nn.Module) -> Any:
     return torch.compile(model, mode="max-autotune", dynamic=False)
 
 
-def _onnx(job: Job) -> str:
-    """The model as an ONNX file, exported once for all engines and thread counts of a row."""
-    path = job.folder / f"{'relu' if job.way == 'relu' else 'model'}.onnx"
-    if not path.exists():
-        model = _without_prelu(job.model) if job.way == "relu" else job.model
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(model, (job.input,), str(path), dynamo=False, input_names=["x"], output_names=["y"])
-    return str(path)
-
-
 def _onnxruntime(job: Job) -> Opened:
     import onnxruntime
 
+    path = job.folder / f"{job.way}.onnx"
+    if not path.exists():
+        export(job.model, job.input, path, relu=job.way == "relu")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads, options.inter_op_num_threads = job.threads, 1
-    session = onnxruntime.InferenceSession(_onnx(job), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     x = job.input.numpy()
     output = torch.empty(job.output_shape)
@@ -158,8 +127,10 @@ def _openvino(job: Job) -> Opened:
     import openvino
     from openvino.preprocess import PrePostProcessor
 
-    model = openvino.Core().read_model(_onnx(job))
     x, output = job.input, torch.empty(job.output_shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = openvino.convert_model(job.model, example_input=x, input=[tuple(x.shape)])
     if job.way == "channels_last":
         processor = PrePostProcessor(model)
         processor.input().model().set_layout(openvino.Layout("NCHW"))
@@ -256,7 +227,7 @@ ENGINES = {
     "eager": Engine(tuple(LAYOUTS), (), _torch(lambda model: model)),
     "compile": Engine(tuple(LAYOUTS), (), _torch(_compiled)),
     "onnxruntime": Engine(("prelu", "relu"), ("onnxruntime", "onnx"), _onnxruntime),
-    "openvino": Engine(tuple(LAYOUTS), ("openvino", "onnx"), _openvino),
+    "openvino": Engine(tuple(LAYOUTS), ("openvino",), _openvino),
     "ncnn": Engine(("batch", "images"), ("ncnn", "pnnx"), _ncnn),
 }
 

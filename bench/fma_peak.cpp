@@ -31,37 +31,37 @@ constexpr int kChains = 12;
 constexpr long kSteps = 1000000;
 
 static void chains() {
-    const Vector factor = Vector{} + 0.999f, term = Vector{} + 1e-3f;
-    Vector sums[kChains] = {};
-    for (long step = 0; step < kSteps; ++step) {
+  const Vector factor = Vector{} + 0.999f, term = Vector{} + 1e-3f;
+  Vector sums[kChains] = {};
+  for (long step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 12
-        for (int i = 0; i < kChains; ++i) {
-            sums[i] = sums[i] * factor + term;
-            asm volatile("" : IN_REGISTER(sums[i]));  // else the compiler sees that nobody reads them
-        }
+    for (int i = 0; i < kChains; ++i) {
+      sums[i] = sums[i] * factor + term;
+      asm volatile("" : IN_REGISTER(sums[i]));  // else the compiler sees that nobody reads them
     }
+  }
 }
 
 int main(int argc, char** argv) {
-    const int threads = argc > 1 ? std::max(1, std::atoi(argv[1])) : 1;
-    double best = 0;
-    for (int repeat = 0; repeat < 30; ++repeat) {
-        std::atomic<int> ready{0};
-        std::vector<double> seconds(threads);
-        std::vector<std::thread> running;
-        for (int t = 0; t < threads; ++t) {
-            running.emplace_back([&, t] {
-                ready.fetch_add(1);
-                while (ready.load() < threads) {
-                }
-                const auto start = std::chrono::steady_clock::now();
-                chains();
-                seconds[t] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-            });
+  const int threads = argc > 1 ? std::max(1, std::atoi(argv[1])) : 1;
+  double best = 0;
+  for (int repeat = 0; repeat < 30; ++repeat) {
+    std::atomic<int> ready{0};
+    std::vector<double> seconds(threads);
+    std::vector<std::thread> running;
+    for (int t = 0; t < threads; ++t) {
+      running.emplace_back([&, t] {
+        ready.fetch_add(1);
+        while (ready.load() < threads) {
         }
-        for (auto& thread : running) thread.join();
-        const double slowest = *std::max_element(seconds.begin(), seconds.end());
-        best = std::max(best, 2.0 * kLanes * kChains * kSteps * threads / slowest);
+        const auto start = std::chrono::steady_clock::now();
+        chains();
+        seconds[t] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      });
     }
-    std::printf("%.6g\n", best);
+    for (auto& thread : running) thread.join();
+    const double slowest = *std::max_element(seconds.begin(), seconds.end());
+    best = std::max(best, 2.0 * kLanes * kChains * kSteps * threads / slowest);
+  }
+  std::printf("%.6g\n", best);
 }
