@@ -112,6 +112,8 @@ def _maps() -> list[Sample]:
         Sample("more rows than a thread takes", batch=3, channels=7, height=33, width=9),
         Sample("several blocks", batch=1, channels=12, height=37, width=45, outputs=24),
         Sample("several blocks, stride 2", batch=1, channels=12, height=37, width=46, stride=2, outputs=24),
+        Sample("result outgrows the cache", batch=1, channels=20, height=52, width=61),
+        Sample("result outgrows the cache, stride 2", batch=1, channels=24, height=91, width=95, stride=2),
         Sample("wide", batch=1, channels=2, height=2, width=300),
         Sample("level 2 of the network", batch=1, channels=16, height=28, width=28, outputs=64),
         Sample("without hff", channels=8, height=9, width=17, hff=False),

@@ -101,9 +101,10 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
       const PyramidStrip<C>& s = map + 1 < maps ? strip : last_strip;
       C* tile = tiles + map * strip.tile.size();
       if (pixels) {
-        fill_pixels(s.tile, tile, x + map * lanes, first * p.stride, p.height, p.width, moving, p.channels, s.valid);
+        fill_pixels(s.tile, tile, x + map * lanes, first * p.stride, p.height, {0, p.width}, moving, p.channels,
+                    s.valid);
       } else {
-        fill_plane(s.tile, tile, x + map * p.height * p.width, first * p.stride, p.height, p.width, moving);
+        fill_plane(s.tile, tile, x + map * p.height * p.width, first * p.stride, p.height, {0, p.width}, moving);
       }
     }
 

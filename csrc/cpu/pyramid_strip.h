@@ -8,7 +8,8 @@
 namespace espk::ESPK_ISA {
 
 // `innermost` is what a vector runs along: the columns of a plane, or the channels of one block of a pixel.
-// The tile holds `rows` output rows; `step` of them are swept at a time (all, unless said otherwise).
+// The tile holds `rows` output rows; `step` of them are swept at a time (all, unless said otherwise), and it is
+// `out_columns` output columns wide (all).
 template <class C>
 struct PyramidStrip {
   const Pyramid& problem;
@@ -22,11 +23,14 @@ struct PyramidStrip {
   PyramidStrip(const Pyramid& p, int64_t rows, int64_t innermost) : PyramidStrip(p, rows, innermost, rows) {}
 
   PyramidStrip(const Pyramid& p, int64_t rows, int64_t innermost, int64_t step)
+      : PyramidStrip(p, rows, innermost, step, p.out_width) {}
+
+  PyramidStrip(const Pyramid& p, int64_t rows, int64_t innermost, int64_t step, int64_t out_columns)
       : problem(p),
         pixels(p.layout == Layout::channels_last),
         lanes(vector_lanes<C>(innermost)),
         valid(innermost),
-        columns(pixels ? p.out_width : ceil_div(p.out_width, lanes)),
+        columns(pixels ? out_columns : ceil_div(out_columns, lanes)),
         shape(choose_block(pixels, step, columns)),
         tile(p.stride, pixels ? lanes : 1, reach(p, p.height), reach(p, p.width), rows + shape.rows - 1,
              round_up(columns, shape.columns) * (pixels ? 1 : lanes)) {

@@ -21,7 +21,7 @@ void run_planes(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
     const int64_t rows = least(strips.rows, p.out_height - first);
     if (rows <= 0) continue;
     fill_plane(strip.tile, tile, static_cast<const T*>(p.x) + plane * p.height * p.width, first * p.stride, p.height,
-               p.width, strips.count > 1);
+               {0, p.width}, strips.count > 1);
     Sweep<C> sweep = strip.sweep(tile, rows, weights.of_channel(channel));
     T* out = static_cast<T*>(p.out) + (image * p.out_channels() + channel) * out_plane + first * p.out_width;
     const int64_t branch = p.channels * out_plane;
@@ -42,46 +42,84 @@ void run_planes(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
   }
 }
 
+// How a map of pixels is cut: strips of rows, and panels of columns where rows are long. A unit is one block of channels
+// of a patch, or all blocks in turn where the result outgrows the second-level cache: their numbers share cache lines,
+// which then leave the cache once, and not half written and once a block.
+struct Patches {
+  Strips strips;
+  int64_t columns, panels, blocks, blocks_of_unit;
+
+  int64_t units_of_image() const { return strips.count * panels * ceil_div(blocks, blocks_of_unit); }
+};
+
+template <class C>
+Patches patches_of(const SpatialPyramid& p) {
+  constexpr int64_t kWidest = 28, kNearBytes = 768 * 1024;
+  Patches cut{};
+  cut.panels = ceil_div(p.out_width, kWidest);
+  cut.columns = ceil_div(p.out_width, cut.panels);
+  cut.panels = ceil_div(p.out_width, cut.columns);
+  cut.blocks = pyramid_maps<C>(p);
+  const int64_t result = p.out_channels() * p.out_height * p.out_width * bytes_of(p.type);
+  cut.blocks_of_unit = result > kNearBytes ? cut.blocks : 1;
+  const int64_t lanes = least(kLanes<C>, p.channels);
+  const int64_t columns = least(p.width, cut.columns * p.stride) + 2 * reach(p, p.width);
+  const int64_t row_bytes = p.stride * columns * lanes * static_cast<int64_t>(sizeof(C));
+  cut.strips = choose_strips(p.out_height, row_bytes, ceil_div(2 * reach(p, p.height) + 1, p.stride),
+                             p.batch * cut.panels * ceil_div(cut.blocks, cut.blocks_of_unit));
+  return cut;
+}
+
 template <class T>
 void run_pixels(const SpatialPyramid& p, void* shared, int64_t begin, int64_t end) {
   using C = Compute<T>;
   const BranchWeights<C> weights(p, shared);
-  const Strips strips = pyramid_strips<C>(p);
-  const int64_t blocks = ceil_div(p.channels, kLanes<C>);
-  const int64_t pixel = p.out_channels();
+  const Patches cut = patches_of<C>(p);
+  const int64_t pixel = p.out_channels(), turns = ceil_div(cut.blocks, cut.blocks_of_unit);
   C* tile = nullptr;
   int tile_lanes = 0;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t block = unit % blocks, image = unit / blocks / strips.count;
-    const int64_t first = unit / blocks % strips.count * strips.rows, rows = least(strips.rows, p.out_height - first);
+    const int64_t patch = unit / turns, image = patch / cut.panels / cut.strips.count;
+    const int64_t first_column = patch % cut.panels * cut.columns;
+    const int64_t first = patch / cut.panels % cut.strips.count * cut.strips.rows;
+    const int64_t rows = least(cut.strips.rows, p.out_height - first);
+    const int64_t columns = least(cut.columns, p.out_width - first_column);
     if (rows <= 0) continue;
-    const int64_t first_channel = block * kLanes<C>, channels = least(kLanes<C>, p.channels - first_channel);
-    const PyramidStrip<C> strip(p, strips.rows, channels);
-    if (strip.lanes != tile_lanes) {
-      tile = strip.zeroed_tiles();
-      tile_lanes = strip.lanes;
-    }
-    const T* x = static_cast<const T*>(p.x) + image * p.height * p.width * p.channels + first_channel;
-    fill_pixels(strip.tile, tile, x, first * p.stride, p.height, p.width, strips.count > 1, p.channels, channels);
-    Sweep<C> sweep = strip.sweep(tile, rows, weights.of_block(block));
-    T* out = static_cast<T*>(p.out) + (image * p.out_height + first) * p.out_width * pixel + first_channel;
-    if constexpr (std::is_same_v<T, C>) {
-      sweep.out = out;
-      sweep.out_segment = p.channels;
-      sweep.out_column = pixel;
-      sweep.out_row = p.out_width * pixel;
-      ESPK_ISA::sweep(sweep);
-    } else {
-      const int64_t count = rows * p.out_width;
-      C* results = static_cast<C*>(scratch(Slot::map, p.branches * count * channels * static_cast<int64_t>(sizeof(C))));
-      sweep.out = results;
-      sweep.out_segment = channels;
-      sweep.out_column = p.branches * channels;
-      sweep.out_row = p.out_width * sweep.out_column;
-      ESPK_ISA::sweep(sweep);
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t k = 0; k < p.branches; ++k) {
-          copy_row(out + i * pixel + k * p.channels, results + (i * p.branches + k) * channels, channels);
+    const int64_t first_block = unit % turns * cut.blocks_of_unit;
+    for (int64_t block = first_block; block < first_block + cut.blocks_of_unit; ++block) {
+      const int64_t first_channel = block * kLanes<C>, channels = least(kLanes<C>, p.channels - first_channel);
+      const PyramidStrip<C> strip(p, cut.strips.rows, channels, cut.strips.rows, cut.columns);
+      if (strip.lanes != tile_lanes) {
+        tile = strip.zeroed_tiles();
+        tile_lanes = strip.lanes;
+      }
+      const T* x = static_cast<const T*>(p.x) + image * p.height * p.width * p.channels + first_channel;
+      fill_pixels(strip.tile, tile, x, first * p.stride, p.height, {first_column * p.stride, p.width},
+                  cut.strips.count * cut.panels > 1, p.channels, channels);
+      Sweep<C> sweep = strip.sweep(tile, rows, weights.of_block(block));
+      sweep.columns = columns;
+      T* out = static_cast<T*>(p.out) + ((image * p.out_height + first) * p.out_width + first_column) * pixel +
+               first_channel;
+      if constexpr (std::is_same_v<T, C>) {
+        sweep.out = out;
+        sweep.out_segment = p.channels;
+        sweep.out_column = pixel;
+        sweep.out_row = p.out_width * pixel;
+        ESPK_ISA::sweep(sweep);
+      } else {
+        const int64_t count = rows * columns;
+        C* results =
+            static_cast<C*>(scratch(Slot::map, p.branches * count * channels * static_cast<int64_t>(sizeof(C))));
+        sweep.out = results;
+        sweep.out_segment = channels;
+        sweep.out_column = p.branches * channels;
+        sweep.out_row = columns * sweep.out_column;
+        ESPK_ISA::sweep(sweep);
+        for (int64_t i = 0; i < count; ++i) {
+          T* to = out + (i / columns * p.out_width + i % columns) * pixel;
+          for (int64_t k = 0; k < p.branches; ++k) {
+            copy_row(to + k * p.channels, results + (i * p.branches + k) * channels, channels);
+          }
         }
       }
     }
@@ -96,7 +134,8 @@ int64_t units(const SpatialPyramid& p) {
   int64_t count = 0;
   with_type(p.type, [&](auto* type) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
-    count = p.batch * pyramid_maps<C>(p) * pyramid_strips<C>(p).count;
+    count = p.layout == Layout::channels_last ? p.batch * patches_of<C>(p).units_of_image()
+                                              : p.batch * p.channels * pyramid_strips<C>(p).count;
   });
   return count;
 }

@@ -86,10 +86,10 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
       const T* grad = static_cast<const T*>(p.grad) + image * p.out_channels() * out_plane;
       const int64_t channel = k * p.channels + first_channel;
       if (pixels) {
-        fill_pixels(tile, tiles + k * tile.size(), grad + channel, first, p.out_height, p.out_width, strips.count > 1,
-                    p.out_channels(), channels);
+        fill_pixels(tile, tiles + k * tile.size(), grad + channel, first, p.out_height, {0, p.out_width},
+                    strips.count > 1, p.out_channels(), channels);
       } else {
-        fill_plane(tile, tiles + k * tile.size(), grad + channel * out_plane, first, p.out_height, p.out_width,
+        fill_plane(tile, tiles + k * tile.size(), grad + channel * out_plane, first, p.out_height, {0, p.out_width},
                    strips.count > 1);
       }
     }

@@ -96,7 +96,7 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(p.x) + image * p.channels * p.height * p.width;
     const T* grad = static_cast<const T*>(p.grad) + image * p.out_channels() * out_plane;
     if (pixels) {
-      fill_pixels(strip.tile, tile, x + first_channel, first * p.stride, p.height, p.width, strips.count > 1,
+      fill_pixels(strip.tile, tile, x + first_channel, first * p.stride, p.height, {0, p.width}, strips.count > 1,
                   p.channels, channels);
       add_strip(strip, sums, tile, rows, [&](int64_t k, int64_t y, C* to) {
         with_lanes<C>(strip.lanes, [&](auto lanes) {
@@ -108,7 +108,8 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
         });
       });
     } else {
-      fill_plane(strip.tile, tile, x + map * p.height * p.width, first * p.stride, p.height, p.width, strips.count > 1);
+      fill_plane(strip.tile, tile, x + map * p.height * p.width, first * p.stride, p.height, {0, p.width},
+                 strips.count > 1);
       add_strip(strip, sums, tile, rows, [&](int64_t k, int64_t y, C* to) {
         copy_row(to, grad + (k * p.channels + map) * out_plane + (first + y) * p.out_width, p.out_width);
         fill_zero(to + p.out_width, strip.columns * strip.lanes - p.out_width);

@@ -190,6 +190,13 @@ inline Vector<Compute<T>, N> load_first(const T* p, int64_t n) {
     if constexpr (N == 8) return (Vector<float, N>)_mm256_maskz_loadu_ps((__mmask8)mask, p);
     if constexpr (N == 4) return (Vector<float, N>)_mm_maskz_loadu_ps((__mmask8)mask, p);
   }
+  if constexpr (sizeof(T) == 2 && N >= 8) {
+    alignas(32) T few[N];
+    const unsigned mask = (1u << n) - 1u;
+    if constexpr (N == 16) _mm256_store_si256((__m256i*)few, _mm256_maskz_loadu_epi16((__mmask16)mask, p));
+    if constexpr (N == 8) _mm_store_si128((__m128i*)few, _mm_maskz_loadu_epi16((__mmask8)mask, p));
+    return load<N>(few);
+  }
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4 && N == 8) {
     return (Vector<float, N>)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), first_integers()));
@@ -209,6 +216,13 @@ inline void store_first(T* p, Vector<Compute<T>, N> v, int64_t n) {
     if constexpr (N == 16) return _mm512_mask_storeu_ps(p, (__mmask16)mask, (__m512)v);
     if constexpr (N == 8) return _mm256_mask_storeu_ps(p, (__mmask8)mask, (__m256)v);
     if constexpr (N == 4) return _mm_mask_storeu_ps(p, (__mmask8)mask, (__m128)v);
+  }
+  if constexpr (sizeof(T) == 2 && N >= 8) {
+    alignas(32) T few[N];
+    store<N>(few, v);
+    const unsigned mask = (1u << (n < N ? n : N)) - 1u;
+    if constexpr (N == 16) return _mm256_mask_storeu_epi16(p, (__mmask16)mask, _mm256_load_si256((const __m256i*)few));
+    if constexpr (N == 8) return _mm_mask_storeu_epi16(p, (__mmask8)mask, _mm_load_si128((const __m128i*)few));
   }
 #endif
   if (n >= N) return store<N>(p, v);

@@ -55,49 +55,72 @@ inline void gather_in(Compute<T>* to, const T* from, int64_t count, int64_t step
   int64_t i = 0;
   if (step == 1) return copy_row(to, from, count);
   if (step == 2) {
-    // The last vector ends at the last number wanted, so that nothing behind it is read.
+    constexpr std::make_index_sequence<N> lanes{};
+    // The last whole vector ends before the last number wanted, so that nothing behind it is read.
     for (; i + N < count; i += N) {
       const T* p = from + 2 * i;
-      store<N>(to + i, every_other<0>(load<N>(p), load<N>(p + N), std::make_index_sequence<N>{}));
+      store<N>(to + i, every_other<0>(load<N>(p), load<N>(p + N), lanes));
     }
+    for (; i < count; i += N) {
+      const int64_t left = least(count - i, N), read = 2 * left - 1;
+      const T* p = from + 2 * i;
+      const auto lower = load_first<N>(p, read);
+      const auto upper = read > N ? load_first<N>(p + N, read - N) : decltype(lower){};
+      store_first<N>(to + i, every_other<0>(lower, upper, lanes), left);
+    }
+    return;
   }
   for (; i < count; ++i) to[i] = load_one(from + i * step);
 }
 
-// Calls copy(position, column, count) for the columns of each phase that the tile has room for.
-template <class Copy>
-inline void for_phases(const Tile& tile, int64_t width, Copy&& copy) {
-  const int64_t before = tile.border_columns / tile.stride;
-  for (int64_t phase = 0; phase < tile.stride && phase < width; ++phase) {
-    const int64_t count = least(tile.positions - before, ceil_div(width - phase, tile.stride));
-    copy(phase * tile.positions + before, phase, count);
+// The columns of a map `width` wide that a tile holds: position 0 of its first phase is column first - border_columns.
+struct Columns {
+  int64_t first, width;
+};
+
+// Calls copy(position, column, count) for the columns of each phase that lie in the map, and zero(position, count) for
+// the positions beside them.
+template <class Copy, class Zero>
+inline void for_phases(const Tile& tile, Columns columns, Copy&& copy, Zero&& zero) {
+  for (int64_t phase = 0; phase < tile.stride; ++phase) {
+    const int64_t leftmost = columns.first - tile.border_columns + phase, position = phase * tile.positions;
+    const int64_t begin = least(leftmost < 0 ? ceil_div(-leftmost, tile.stride) : 0, tile.positions);
+    const int64_t end = most(begin, least(tile.positions, ceil_div(columns.width - leftmost, tile.stride)));
+    zero(position, begin);
+    if (begin < end) copy(position + begin, leftmost + begin * tile.stride, end - begin);
+    zero(position + end, tile.positions - end);
   }
 }
 
-// The two functions below write the map's rows and columns; the caller zeroes a tile when its memory or its sizes change,
-// and the columns beside the map stay zero from fill to fill. So do the rows above and below it where the tile always
-// starts at the same row; `moving` says that it does not, and zeroes those rows.
+// The two functions below write the map's rows and columns; the caller zeroes a tile when its memory or its sizes change.
+// What lies beside the map stays zero from fill to fill where the tile always starts at the same row and column; `moving`
+// says that it does not, and zeroes it.
 
-// Rows first_row .. of the plane `from` [height][width] into a tile of one lane.
+// Rows first_row .. of the plane `from` [height][columns.width] into a tile of one lane.
 template <class T>
 inline void fill_plane(const Tile& tile, Compute<T>* to, const T* from, int64_t first_row, int64_t height,
-                       int64_t width, bool moving) {
+                       Columns columns, bool moving) {
   for (int64_t r = 0; r < tile.rows; ++r, to += tile.row_pitch()) {
     const int64_t y = first_row - tile.border_rows + r;
     if (y < 0 || y >= height) {
       if (moving) fill_zero(to, tile.row_pitch());
       continue;
     }
-    for_phases(tile, width, [&](int64_t position, int64_t column, int64_t count) {
-      gather_in(to + position, from + y * width + column, count, tile.stride);
-    });
+    for_phases(
+        tile, columns,
+        [&](int64_t position, int64_t column, int64_t count) {
+          gather_in(to + position, from + y * columns.width + column, count, tile.stride);
+        },
+        [&](int64_t position, int64_t count) {
+          if (moving) fill_zero(to + position, count);
+        });
   }
 }
 
 // Rows first_row .. of `channels` channels of a map whose pixels lie `pixel` elements apart, tile.lanes a position.
 template <class T>
 inline void fill_pixels(const Tile& tile, Compute<T>* to, const T* from, int64_t first_row, int64_t height,
-                        int64_t width, bool moving, int64_t pixel, int64_t channels) {
+                        Columns columns, bool moving, int64_t pixel, int64_t channels) {
   with_lanes<Compute<T>>(tile.lanes, [&](auto lanes) {
     constexpr int N = decltype(lanes)::value;
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -107,17 +130,22 @@ inline void fill_pixels(const Tile& tile, Compute<T>* to, const T* from, int64_t
         if (moving) fill_zero(out, tile.row_pitch());
         continue;
       }
-      for_phases(tile, width, [&](int64_t position, int64_t column, int64_t count) {
-        const T* p = from + (y * width + column) * pixel;
-        const int64_t step = tile.stride * pixel;
-        if (channels == N) {
-          for (int64_t i = 0; i < count; ++i) store<N>(out + (position + i) * N, load<N>(p + i * step));
-        } else {
-          for (int64_t i = 0; i < count; ++i) {
-            store<N>(out + (position + i) * N, load_first<N>(p + i * step, channels));
-          }
-        }
-      });
+      for_phases(
+          tile, columns,
+          [&](int64_t position, int64_t column, int64_t count) {
+            const T* p = from + (y * columns.width + column) * pixel;
+            const int64_t step = tile.stride * pixel;
+            if (channels == N) {
+              for (int64_t i = 0; i < count; ++i) store<N>(out + (position + i) * N, load<N>(p + i * step));
+            } else {
+              for (int64_t i = 0; i < count; ++i) {
+                store<N>(out + (position + i) * N, load_first<N>(p + i * step, channels));
+              }
+            }
+          },
+          [&](int64_t position, int64_t count) {
+            if (moving) fill_zero(out + position * N, count * N);
+          });
     }
   });
 }

@@ -65,6 +65,7 @@ const Case kCases[] = {
     {"a vector of channels and a rest", 1, 20, 7, 7, {1, 1, 1, 2}, 1, true, 4, 48},
     {"two vectors of columns and one", 1, 35, 4, 33, {1, 2}, 1, true, 7, 21},
     {"several strips, stride 2", 1, 8, 40, 37, {1, 2, 3, 4}, 2, true, 4, 36},
+    {"result outgrows the cache", 1, 20, 52, 61, {1, 2, 3, 4}, 1, true, 4, 8},
     {"batch 0", 0, 4, 5, 6, {1, 2}, 1, true, 2, 4},
 };
 
