@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import espkernels
+import espkernels.info
 from bench import engines, fma_peak, layers, onnx_export, peers, peers_report
 from bench.cases import Case
 from bench.comparison import Provider, WrongResult
