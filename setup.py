@@ -28,9 +28,9 @@ BUILD = Path("build/ninja")
 OLDEST_TORCH = (2, 10)
 STABLE_ABI = "0x020a000000000000"
 
-TORCH_SOURCES = ["csrc/ops.cpp", "csrc/cpu_door.cpp"]
+TORCH_SOURCES = ["csrc/ops.cpp", "csrc/cpu_door.cpp", "csrc/cpu_inference_door.cpp"]
 PYBIND_SOURCES = ["csrc/module.cpp"]
-DISPATCH_SOURCES = ["csrc/cpu/dispatch.cpp"]
+DISPATCH_SOURCES = ["csrc/cpu/dispatch.cpp", "csrc/plan.cpp"]
 KERNEL_SOURCES = [
     "csrc/cpu/depthwise_taps.cpp",
     "csrc/cpu/matrix_product.cpp",
@@ -41,6 +41,9 @@ KERNEL_SOURCES = [
     "csrc/cpu/group_pointwise.cpp",
     "csrc/cpu/group_pointwise_backward_weight.cpp",
     "csrc/cpu/pyramid_pointwise.cpp",
+    "csrc/cpu/convolution.cpp",
+    "csrc/cpu/average_pool.cpp",
+    "csrc/cpu/global_average.cpp",
     "csrc/cpu/kernels.cpp",
 ]
 

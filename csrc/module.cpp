@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "plan.h"
 
 namespace py = pybind11;
 
@@ -24,6 +24,28 @@ void set_isa(const std::string& name) {
   std::string message = "isa: got '" + name + "', this binary on this machine has";
   for (const std::string& available : available_isas()) message += " " + available;
   throw py::value_error(message);
+}
+
+// Recording is of the calling thread: begin, one forward pass, then end with what it returned, or drop.
+void begin_recording(uintptr_t input, int64_t bytes) {
+  espk::Recording*& current = espk::recording();
+  if (current) throw std::runtime_error("this thread is recording already");
+  current = new espk::Recording(reinterpret_cast<const void*>(input), bytes);
+}
+
+void drop_recording() {
+  delete espk::recording();
+  espk::recording() = nullptr;
+}
+
+std::unique_ptr<espk::Plan> end_recording(uintptr_t result, int64_t bytes) {
+  const std::unique_ptr<espk::Recording> record(espk::recording());
+  espk::recording() = nullptr;
+  if (!record) throw std::runtime_error("this thread is not recording");
+  std::string refusal;
+  std::unique_ptr<espk::Plan> plan = record->finish(reinterpret_cast<const void*>(result), bytes, refusal);
+  if (!plan) throw py::value_error(refusal);
+  return plan;
 }
 
 py::dict build_info() {
@@ -46,5 +68,29 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(espk::isa()); }, "The instruction set in use.");
   m.def("available_isas", available_isas, "The instruction sets in this binary that this machine runs, oldest first.");
   m.def("set_isa", set_isa, "Uses another instruction set from the next call on, in the whole process.");
+  m.def("begin_recording", begin_recording, "Kernel calls of this thread are recorded; address and bytes of the input.");
+  m.def("end_recording", end_recording, "The plan; address and bytes of the result. ValueError where there is none.");
+  m.def("drop_recording", drop_recording, "Ends a recording, if there is one, and forgets it.");
+  py::class_<espk::Plan>(m, "Plan", "The kernel calls of a recorded forward pass.")
+      .def_readonly("input_bytes", &espk::Plan::input_bytes)
+      .def_readonly("output_bytes", &espk::Plan::output_bytes)
+      .def_readonly("arena_bytes", &espk::Plan::arena_bytes)
+      .def(
+          "run",
+          [](const espk::Plan& plan, uintptr_t input, uintptr_t output, int64_t images) {
+            plan.run(reinterpret_cast<const char*>(input), reinterpret_cast<char*>(output), images);
+          },
+          py::call_guard<py::gil_scoped_release>(), "Replays on `images` inputs at an address, into an address.")
+      .def(
+          "profile",
+          [](const espk::Plan& plan, uintptr_t input, uintptr_t output, int64_t rounds) {
+            return plan.profile(reinterpret_cast<const char*>(input), reinterpret_cast<char*>(output), rounds);
+          },
+          "Median seconds of each step on one input.")
+      .def("steps", [](const espk::Plan& plan) {
+        py::list rows;
+        for (const auto& step : plan.steps) rows.append(py::make_tuple(step->name, step->multiply_adds(), step->bytes));
+        return rows;
+      }, "Name, multiply-adds and bytes of the maps of each step.");
   m.def("build_info", build_info, "Compiler, architecture and interface that this binary was built with.");
 }

@@ -28,6 +28,27 @@ STABLE_TORCH_LIBRARY(espkernels, m) {
       "Tensor? pyramid_scale, Tensor? pyramid_shift, Tensor? pyramid_slope, Tensor? scale, Tensor? shift, "
       "Tensor? residual, Tensor? slope, int stride, bool hff, Tensor? packed=None) -> Tensor");
 
+  // Inference only. One EESP unit with its batch norms folded: reduce x [B, M, H, W] to d channels, shift and PReLU, then
+  // pyramid_pointwise -> [B, N, H', W'].
+  m.def(
+      "eesp(Tensor x, Tensor reduce_weight, int reduce_groups, Tensor reduce_shift, Tensor reduce_slope, Tensor weight, "
+      "int[] dilations, Tensor pyramid_scale, Tensor pyramid_shift, Tensor pyramid_slope, Tensor expand_weight, "
+      "int groups, Tensor shift, Tensor? residual, Tensor? slope, int stride, bool hff) -> Tensor");
+  // prelu(concat(average_pool(x), eesp(x)) + shortcut(image)): x [B, M, H, W], image [B, I, H', W'] -> [B, M+N, H', W']
+  m.def(
+      "down_sampler(Tensor x, Tensor? image, Tensor reduce_weight, int reduce_groups, Tensor reduce_shift, "
+      "Tensor reduce_slope, Tensor weight, int[] dilations, Tensor pyramid_scale, Tensor pyramid_shift, "
+      "Tensor pyramid_slope, Tensor expand_weight, int groups, Tensor shift, Tensor? shortcut_weight, "
+      "Tensor? shortcut_shift, Tensor slope, bool hff) -> Tensor");
+  // x [B, M, H, W], weight [N, M/groups, h, w], shift and slope [N] -> [B, N, H', W'] in channels_last
+  m.def(
+      "convolution(Tensor x, Tensor weight, Tensor? shift, Tensor? slope, int stride, int padding, int dilation, "
+      "int groups) -> Tensor");
+  // x [B, C, H, W] -> [B, C, H', W'], H' = (H - 1) / 2 + 1: 3x3 means, zeros of the padding counted
+  m.def("average_pool(Tensor x) -> Tensor");
+  // x [B, C, H, W] -> [B, C, 1, 1]
+  m.def("global_average(Tensor x) -> Tensor");
+
   // The weights of one call in the order in which the kernels of this machine read them, as bytes for `packed`. A pack
   // that was made for another layout, dtype, size or instruction set is not used: the call packs for itself.
   m.def("pack_group_pointwise(Tensor weight, int groups, bool channels_last) -> Tensor");

@@ -28,10 +28,22 @@ struct Pyramid {
   int64_t multiply_adds() const { return 9 * batch * out_channels() * out_height * out_width; }
 };
 
+// prelu(value * scale + shift + residual, slope); a null pointer leaves its step out.
+// scale, shift and slope hold one number a channel in the compute type (float, or double for float64).
+struct Epilogue {
+  const void* scale;
+  const void* shift;
+  const void* slope;
+  const void* residual;  // like the output, in its type and layout
+
+  bool empty() const { return !scale && !shift && !slope && !residual; }
+};
+
 // out [B, K*d, H', W'] of x [B, d, H, W].
 struct SpatialPyramid : Pyramid {
   const void* x;
   const void* weight;
+  Epilogue epilogue;  // without a residual
   void* out;
 };
 
@@ -47,17 +59,6 @@ struct SpatialPyramidBackwardWeight : Pyramid {
   const void* grad;
   const void* x;
   void* grad_weight;
-};
-
-// prelu(value * scale + shift + residual, slope); a null pointer leaves its step out.
-// scale, shift and slope hold one number a channel in the compute type (float, or double for float64).
-struct Epilogue {
-  const void* scale;
-  const void* shift;
-  const void* slope;
-  const void* residual;  // like the output, in its type and layout
-
-  bool empty() const { return !scale && !shift && !slope && !residual; }
 };
 
 // 1x1 convolution in groups: x [B, M, P pixels] with weight [N, M/groups] -> out [B, N, P].
@@ -90,17 +91,59 @@ struct GroupPointwiseBackwardWeight {
 // The EESP unit after its reduction: the pyramid of x, an affine and PReLU a channel of the concatenated map, then a
 // group pointwise convolution with its epilogue. The concatenated map never reaches memory.
 struct PyramidPointwise : Pyramid {
+  int64_t threads;  // how many will share the units: they are cut to come out even, which changes no bit
   const void* x;
   const void* weight;
   Epilogue pyramid_epilogue;  // without a residual
   int64_t pointwise_channels, groups;
   const void* pointwise_weight;  // [pointwise_channels, K*d / groups]
   Epilogue epilogue;
+  int64_t out_pixel;  // channels_last: from pixel to pixel of out and of the residual, which may lie in a wider map
   void* out;
 
   int64_t multiply_adds() const {
     return batch * out_height * out_width * out_channels() * (9 + pointwise_channels / groups);
   }
+};
+
+// Dense convolution of any filter size, padded with zeros: x [B, M, H, W] in either layout with weight [N, M, h, w]
+// -> out [B, N, H', W'] in channels_last.
+struct Convolution {
+  Type type;
+  Layout layout;  // of x
+  int64_t batch, in_channels, height, width, out_channels, out_height, out_width;
+  int64_t filter_height, filter_width, stride, padding_rows, padding_columns;
+  const void* x;
+  const void* weight;
+  Epilogue epilogue;  // without a residual
+  void* out;
+
+  int64_t depth() const { return in_channels * filter_height * filter_width; }
+  int64_t multiply_adds() const { return batch * out_height * out_width * out_channels * depth(); }
+};
+
+// prelu(3x3 means of x [B, C, H, W] in steps of 2, padded by one row and column of zeros that count, + residual).
+struct AveragePool {
+  Type type;
+  Layout layout;
+  int64_t batch, channels, height, width, out_height, out_width;
+  const void* x;
+  Epilogue epilogue;  // without scale and shift
+  int64_t out_pixel;  // channels_last: as in PyramidPointwise
+  void* out;
+
+  int64_t multiply_adds() const { return 9 * batch * channels * out_height * out_width; }
+};
+
+// The mean of each channel of x [B, C, pixels] -> out [B, C].
+struct GlobalAverage {
+  Type type;
+  Layout layout;
+  int64_t batch, channels, pixels;
+  const void* x;
+  void* out;
+
+  int64_t multiply_adds() const { return batch * channels * pixels; }
 };
 
 }  // namespace espk

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espkernels import inference, ops, replay
 from espkernels import nn as layers
-from espkernels import ops
 from espkernels.replace import replace
 
 __all__ = ["FrozenConvolution", "FrozenDownSampler", "FrozenEESP", "freeze"]
@@ -37,7 +37,8 @@ def freeze(model: M) -> M:
     root = nn.ModuleList([frozen])  # a parent for a model that is itself a layer
     replace(root)
     _freeze_children(root)
-    return root[0]  # type: ignore[return-value]
+    whole = root[0]
+    return whole if isinstance(whole, _Frozen) else replay.replayed(whole)  # type: ignore[return-value]
 
 
 def _freeze_children(parent: nn.Module) -> None:
@@ -59,6 +60,8 @@ def _frozen(module: nn.Module) -> nn.Module | None:
         return FrozenDownSampler(module)
     if isinstance(module, (layers.CBR, layers.CB)):
         return FrozenConvolution(module.conv, module.bn, getattr(module, "act", None))
+    if type(module) is nn.Linear:
+        return FrozenLinear(module)
     if type(module) is nn.Sequential:
         kinds = tuple(type(part) for part in module)
         if kinds in ((nn.Conv2d, nn.BatchNorm2d, nn.PReLU), (nn.Conv2d, nn.BatchNorm2d)):
@@ -102,14 +105,21 @@ class _Frozen(nn.Module):
         for name, vector in vectors.items():
             self.register_buffer(name, vector.to(_vector_dtype(dtype)).contiguous())
         self._pack()
-        self.register_load_state_dict_post_hook(lambda module, keys: module._pack())
 
     def _pack(self) -> None:
         """Makes the packs anew; nothing to do for a module that has none."""
 
+    def _changed(self) -> None:
+        self._pack()
+        replay.forget()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._changed()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)
-        self._pack()
+        self._changed()
         return result
 
 
@@ -120,16 +130,21 @@ class FrozenConvolution(_Frozen):
     shift: Tensor
     slope: Tensor | None
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, act: nn.PReLU | None = None) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, act: nn.PReLU | None = None) -> None:
         super().__init__()
-        scale, shift = _affine(norm)
-        weight = conv.weight.detach().double() * scale.view(-1, 1, 1, 1)
-        if conv.bias is not None:
-            shift = shift + conv.bias.detach().double() * scale
+        weight = conv.weight.detach().double()
+        shift = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().double()
+        if norm is not None:
+            scale, offset = _affine(norm)
+            weight, shift = weight * scale.view(-1, 1, 1, 1), shift * scale + offset
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
         self.pointwise = (
             tuple(conv.kernel_size) == (1, 1) and tuple(conv.stride) == (1, 1) and conv.padding in ((0, 0), 0, "valid")
         )
+        # One number each, as all convolutions of these networks have.
+        self.square = all(
+            isinstance(value, tuple) and len(set(value)) == 1 for value in (conv.stride, conv.padding, conv.dilation)
+        ) and conv.padding_mode == "zeros"
         vectors = {"shift": shift}
         if act is None:
             self.slope = None
@@ -141,21 +156,49 @@ class FrozenConvolution(_Frozen):
         self.packed = ops.pack_group_pointwise(self.weight, self.groups, True) if self.pointwise else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
         if self.pointwise:
+            x = x.contiguous(memory_format=torch.channels_last)
             return ops.group_pointwise(
                 x, self.weight, self.groups, None, self.shift, None, self.slope, packed=self.packed
             )
-        shift = self.shift.to(x.dtype)
-        x = F.conv2d(x, self.weight, shift, self.stride, self.padding, self.dilation, self.groups)
+        if self.square:
+            stride, padding, dilation = self.stride[0], int(self.padding[0]), self.dilation[0]
+            return inference.convolution(
+                x, self.weight, self.shift, self.slope, stride, padding, dilation, self.groups
+            )
+        x = F.conv2d(x, self.weight, self.shift.to(x.dtype), self.stride, self.padding, self.dilation, self.groups)
         return x if self.slope is None else F.prelu(x, self.slope.to(x.dtype))
+
+
+class FrozenLinear(_Frozen):
+    """A linear layer: [B, M] -> [B, N]."""
+
+    weight: Tensor
+    shift: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        vectors: dict[str, Tensor] = {}
+        if linear.bias is None:
+            self.shift = None
+        else:
+            vectors["shift"] = linear.bias.detach()
+        self._register({"weight": linear.weight.detach()}, vectors, linear.weight.dtype)
+
+    def _pack(self) -> None:
+        self.packed = ops.pack_group_pointwise(self.weight, 1, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 2:
+            return F.linear(x, self.weight, None if self.shift is None else self.shift.to(x.dtype))
+        y = ops.group_pointwise(x[:, :, None, None], self.weight, 1, None, self.shift, packed=self.packed)
+        return y.flatten(1)
 
 
 class FrozenEESP(_Frozen):
     """An EESP unit in two kernels: the reduction, and all of the rest (paper Fig. 1c).
 
-    [B, M, H, W] -> [B, N, H', W'] in channels_last. ``residual`` and ``slope`` of the call replace the unit's own:
-    the down-sampler adds its shortcut and ends with its own PReLU.
+    [B, M, H, W] -> [B, N, H', W'] in channels_last.
     """
 
     reduce_weight: Tensor
@@ -196,36 +239,23 @@ class FrozenEESP(_Frozen):
         }
         self._register(weights, vectors, reduce_weight.dtype)
 
-    def _pack(self) -> None:
-        self.packed_reduce = ops.pack_group_pointwise(self.reduce_weight, self.reduce_groups, True)
-        self.packed = ops.pack_pyramid_pointwise(
-            self.weight, self.expand_weight, self.groups,
-            self.pyramid_scale, self.pyramid_shift, self.pyramid_slope, True,
+    @property
+    def unit(self) -> tuple[Any, ...]:
+        """The arguments that :func:`espkernels.inference.eesp` and ``down_sampler`` have in common."""
+        return (
+            self.reduce_weight, self.reduce_groups, self.reduce_shift, self.reduce_slope, self.weight, self.dilations,
+            self.pyramid_scale, self.pyramid_shift, self.pyramid_slope, self.expand_weight, self.groups, self.shift,
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         same_shape = self.stride == 1 and x.shape[1] == self.expand_weight.shape[0]
-        return self.expand(x, x if same_shape and self.slope is not None else None, self.slope)
-
-    def expand(self, x: Tensor, residual: Tensor | None, slope: Tensor | None) -> Tensor:
-        reduced = ops.group_pointwise(
-            x, self.reduce_weight, self.reduce_groups, None, self.reduce_shift, None, self.reduce_slope,
-            packed=self.packed_reduce,
-        )  # fmt: skip
-        return ops.pyramid_pointwise(
-            reduced, self.weight, self.dilations, self.expand_weight, self.groups,
-            self.pyramid_scale, self.pyramid_shift, self.pyramid_slope, None, self.shift, residual, slope,
-            self.stride, self.hff, packed=self.packed,
-        )  # fmt: skip
+        residual = x if same_shape and self.slope is not None else None
+        return inference.eesp(x, *self.unit, residual, self.slope, self.stride, self.hff)
 
 
 class FrozenDownSampler(_Frozen):
-    """The strided unit with its shortcut from the image (paper section 3.2, Fig. 2): [B, M, H, W] -> [B, N, H', W'].
-
-    PReLU acts a channel, so the pooled half and the strided half are finished apart, each in the epilogue of its last
-    kernel: the shortcut is split the same way.
-    """
+    """The strided unit with its shortcut from the image (paper section 3.2, Fig. 2): [B, M, H, W] -> [B, N, H', W']."""
 
     slope: Tensor
     shortcut_weight: Tensor
@@ -234,9 +264,7 @@ class FrozenDownSampler(_Frozen):
     def __init__(self, unit: layers.DownSampler) -> None:
         super().__init__()
         self.eesp = FrozenEESP(unit.eesp)
-        self.pool = unit.avg
-        self.pooled_channels = unit.eesp.proj_1x1.conv.in_channels
-        channels = self.pooled_channels + self.eesp.expand_weight.shape[0]
+        channels = unit.eesp.proj_1x1.conv.in_channels + self.eesp.expand_weight.shape[0]
         vectors = {"slope": _slope(unit.act, channels)}
         weights: dict[str, Tensor] = {}
         if hasattr(unit, "inp_reinf"):
@@ -248,14 +276,11 @@ class FrozenDownSampler(_Frozen):
         self._register(weights, vectors, unit.act.weight.dtype)
 
     def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        pooled = self.pool(x)
-        m = self.pooled_channels
-        if image is None:
-            first = F.prelu(pooled, self.slope[:m].to(x.dtype))
-            return torch.cat([first, self.eesp.expand(x, None, self.slope[m:])], 1)
-        image = self.image_convolution(layers.pooled_image(image, (pooled.shape[2], pooled.shape[3])))
-        weight, shift = self.shortcut_weight, self.shortcut_shift
-        first = ops.group_pointwise(image, weight[:m], 1, None, shift[:m], pooled, self.slope[:m])
-        shortcut = ops.group_pointwise(image, weight[m:], 1, None, shift[m:])
-        return torch.cat([first, self.eesp.expand(x, shortcut, self.slope[m:])], 1)
+        shortcut_weight = shortcut_shift = None
+        if image is not None:
+            size = ((x.shape[2] - 1) // 2 + 1, (x.shape[3] - 1) // 2 + 1)
+            image = self.image_convolution(layers.pooled_image(image, size))
+            shortcut_weight, shortcut_shift = self.shortcut_weight, self.shortcut_shift
+        return inference.down_sampler(
+            x, image, *self.eesp.unit, shortcut_weight, shortcut_shift, self.slope, self.eesp.hff
+        )

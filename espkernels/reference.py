@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["epilogue", "group_pointwise", "pyramid_pointwise", "spatial_pyramid"]
+__all__ = [
+    "average_pool",
+    "convolution",
+    "down_sampler",
+    "eesp",
+    "epilogue",
+    "global_average",
+    "group_pointwise",
+    "pyramid_pointwise",
+    "spatial_pyramid",
+]
 
 
 def spatial_pyramid(x: Tensor, weight: Tensor, dilations: Sequence[int], stride: int = 1, hff: bool = True) -> Tensor:
@@ -90,3 +100,93 @@ def pyramid_pointwise(
     """
     z = epilogue(spatial_pyramid(x, weight, dilations, stride, hff), pyramid_scale, pyramid_shift, None, pyramid_slope)
     return group_pointwise(z, pointwise_weight, groups, scale, shift, residual, slope)
+
+
+def eesp(
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_groups: int,
+    reduce_shift: Tensor,
+    reduce_slope: Tensor,
+    weight: Tensor,
+    dilations: Sequence[int],
+    pyramid_scale: Tensor,
+    pyramid_shift: Tensor,
+    pyramid_slope: Tensor,
+    expand_weight: Tensor,
+    groups: int,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    slope: Tensor | None = None,
+    stride: int = 1,
+    hff: bool = True,
+) -> Tensor:
+    """One EESP unit with its batch norms folded (Fig. 1c): reduce to d channels, then :func:`pyramid_pointwise`.
+
+    ``x`` [B, M, H, W], ``reduce_weight`` [d, M/reduce_groups] -> [B, N, H', W'].
+    """
+    reduced = group_pointwise(x, reduce_weight, reduce_groups, None, reduce_shift, None, reduce_slope)
+    return pyramid_pointwise(
+        reduced, weight, dilations, expand_weight, groups, pyramid_scale, pyramid_shift, pyramid_slope,
+        None, shift, residual, slope, stride, hff,
+    )  # fmt: skip
+
+
+def down_sampler(
+    x: Tensor,
+    image: Tensor | None,
+    reduce_weight: Tensor,
+    reduce_groups: int,
+    reduce_shift: Tensor,
+    reduce_slope: Tensor,
+    weight: Tensor,
+    dilations: Sequence[int],
+    pyramid_scale: Tensor,
+    pyramid_shift: Tensor,
+    pyramid_slope: Tensor,
+    expand_weight: Tensor,
+    groups: int,
+    shift: Tensor,
+    shortcut_weight: Tensor | None,
+    shortcut_shift: Tensor | None,
+    slope: Tensor,
+    hff: bool = True,
+) -> Tensor:
+    """The strided unit with its long-range shortcut (section 3.2, Fig. 2), batch norms folded.
+
+    ``x`` [B, M, H, W], ``image`` [B, I, H', W'] (already pooled and convolved) -> [B, M+N, H', W']; the pooled map comes
+    first, ``shortcut_weight`` [M+N, I], ``shortcut_shift`` and ``slope`` [M+N].
+    """
+    unit = eesp(
+        x, reduce_weight, reduce_groups, reduce_shift, reduce_slope, weight, dilations,
+        pyramid_scale, pyramid_shift, pyramid_slope, expand_weight, groups, shift, None, None, 2, hff,
+    )  # fmt: skip
+    y = torch.cat([average_pool(x), unit], dim=1)
+    if image is not None:
+        assert shortcut_weight is not None
+        y = y + group_pointwise(image, shortcut_weight, 1, None, shortcut_shift)
+    return epilogue(y, slope=slope)
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None = None,
+    slope: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution, shift and PReLU: ``x`` [B, M, H, W], ``weight`` [N, M/groups, h, w] -> [B, N, H', W']."""
+    return epilogue(F.conv2d(x, weight, None, stride, padding, dilation, groups), None, shift, None, slope)
+
+
+def average_pool(x: Tensor) -> Tensor:
+    """3x3 means in steps of 2; the padding of one row and column counts. [B, C, H, W] -> [B, C, H', W']."""
+    return F.avg_pool2d(x, kernel_size=3, stride=2, padding=1)
+
+
+def global_average(x: Tensor) -> Tensor:
+    """The mean of each channel: [B, C, H, W] -> [B, C, 1, 1]."""
+    return x.mean((2, 3), keepdim=True)

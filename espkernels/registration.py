@@ -88,6 +88,50 @@ def _(
     return _empty_map(x, pointwise_weight.shape[0], _out_size(x.shape[2], stride), _out_size(x.shape[3], stride))
 
 
+@register_fake("espkernels::eesp")
+def _(
+    x: Tensor, reduce_weight: Tensor, reduce_groups: int, reduce_shift: Tensor, reduce_slope: Tensor,
+    weight: Tensor, dilations: list[int], pyramid_scale: Tensor, pyramid_shift: Tensor, pyramid_slope: Tensor,
+    expand_weight: Tensor, groups: int, shift: Tensor, residual: Tensor | None, slope: Tensor | None,
+    stride: int, hff: bool,
+) -> Tensor:  # fmt: skip
+    return _empty_map(x, expand_weight.shape[0], _out_size(x.shape[2], stride), _out_size(x.shape[3], stride))
+
+
+def _empty_pixels(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    size = (x.shape[0], channels, height, width)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@register_fake("espkernels::down_sampler")
+def _(
+    x: Tensor, image: Tensor | None, reduce_weight: Tensor, reduce_groups: int, reduce_shift: Tensor,
+    reduce_slope: Tensor, weight: Tensor, dilations: list[int], pyramid_scale: Tensor, pyramid_shift: Tensor,
+    pyramid_slope: Tensor, expand_weight: Tensor, groups: int, shift: Tensor, shortcut_weight: Tensor | None,
+    shortcut_shift: Tensor | None, slope: Tensor, hff: bool,
+) -> Tensor:  # fmt: skip
+    return _empty_pixels(x, slope.shape[0], _out_size(x.shape[2], 2), _out_size(x.shape[3], 2))
+
+
+@register_fake("espkernels::convolution")
+def _(
+    x: Tensor, weight: Tensor, shift: Tensor | None, slope: Tensor | None,
+    stride: int, padding: int, dilation: int, groups: int,
+) -> Tensor:  # fmt: skip
+    height, width = ((x.shape[i] + 2 * padding - dilation * (weight.shape[i] - 1) - 1) // stride + 1 for i in (2, 3))
+    return _empty_pixels(x, weight.shape[0], height, width)
+
+
+@register_fake("espkernels::average_pool")
+def _(x: Tensor) -> Tensor:
+    return _empty_map(x, x.shape[1], _out_size(x.shape[2], 2), _out_size(x.shape[3], 2))
+
+
+@register_fake("espkernels::global_average")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], 1, 1))
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 

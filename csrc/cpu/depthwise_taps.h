@@ -95,15 +95,14 @@ struct Strips {
 };
 
 // bytes_of_row: the tile rows of one row of the strip; overlap: rows read beyond those of the strip itself; others: units
-// besides the strips.
-inline Strips choose_strips(int64_t height, int64_t bytes_of_row, int64_t overlap, int64_t others) {
+// besides the strips; wanted: units at least, where rows allow.
+inline Strips choose_strips(int64_t height, int64_t bytes_of_row, int64_t overlap, int64_t others, int64_t wanted = 8) {
   constexpr int64_t kTileBytes = 256 * 1024, kMostTileBytes = 1024 * 1024;
-  constexpr int64_t kWantedUnits = 8;
   const int64_t row = most(bytes_of_row, 1);
   // Rows read twice cost as much as rows read once: a strip is no shorter than its overlap, where memory allows.
   const int64_t shortest = most(least(overlap, kMostTileBytes / row - overlap), 4);
   int64_t rows = most(kTileBytes / row - overlap, shortest);
-  if (others < kWantedUnits) rows = least(rows, most(ceil_div(height * others, kWantedUnits), shortest));
+  if (others < wanted) rows = least(rows, most(ceil_div(height * others, wanted), shortest));
   rows = least(rows, most(height, 1));
   const int64_t count = ceil_div(height, rows);
   return {count > 0 ? ceil_div(height, count) : rows, count};

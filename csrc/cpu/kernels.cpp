@@ -11,10 +11,14 @@ extern const Kernel<SpatialPyramidBackwardWeight> spatial_pyramid_backward_weigh
 extern const Kernel<GroupPointwise> group_pointwise;
 extern const Kernel<GroupPointwiseBackwardWeight> group_pointwise_backward_weight;
 extern const Kernel<PyramidPointwise> pyramid_pointwise;
+extern const Kernel<Convolution> convolution;
+extern const Kernel<AveragePool> average_pool;
+extern const Kernel<GlobalAverage> global_average;
 
 extern const Kernels kernels = {
     spatial_pyramid, spatial_pyramid_backward_input,  spatial_pyramid_backward_weight,
     group_pointwise, group_pointwise_backward_weight, pyramid_pointwise,
+    convolution,     average_pool,                    global_average,
 };
 
 }  // namespace espk::ESPK_ISA

@@ -23,6 +23,9 @@ struct Kernels {
   const Kernel<GroupPointwise>& group_pointwise;
   const Kernel<GroupPointwiseBackwardWeight>& group_pointwise_backward_weight;
   const Kernel<PyramidPointwise>& pyramid_pointwise;
+  const Kernel<Convolution>& convolution;
+  const Kernel<AveragePool>& average_pool;
+  const Kernel<GlobalAverage>& global_average;
 };
 
 // The kernels compiled for each instruction set; only those that the build lists exist.

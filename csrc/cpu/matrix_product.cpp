@@ -19,8 +19,8 @@ inline Vector<C, N> finish(const MatrixProduct<C>& p, Vector<C, N> v, int64_t ro
 }
 
 // One block from (row, column) on. `store_rows` <= I rows reach the result; of the last vector, what `valid` says.
-// PartialB: the vector of b has only `valid` numbers to read.
-template <class C, int N, int I, int J, bool PartialB>
+// PartialB: the vector of b has only `valid` numbers to read. OffsetA: steps of a lie where p.a_offsets says.
+template <class C, int N, int I, int J, bool PartialB, bool OffsetA>
 void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_t a_depth, const C* b, int64_t b_depth,
                     int64_t row, int64_t column, int64_t store_rows, int64_t valid) {
   using V = Vector<C, N>;
@@ -36,6 +36,7 @@ void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_
     for (int j = 0; j < J; ++j) sum[i][j] = V{};
   }
   for (int64_t k = 0; k < p.depth; ++k) {
+    const int64_t offset = OffsetA ? p.a_offsets[k] : 0;
     V vector[J];
 #pragma GCC unroll 4
     for (int j = 0; j < J; ++j) {
@@ -44,12 +45,14 @@ void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_
     b += b_depth;
 #pragma GCC unroll 16
     for (int i = 0; i < I; ++i) {
-      const V number = broadcast<C, N>(quad[i / 4][(i % 4) * a_row]);
+      const V number = broadcast<C, N>(quad[i / 4][(i % 4) * a_row + offset]);
 #pragma GCC unroll 4
       for (int j = 0; j < J; ++j) sum[i][j] += number * vector[j];
     }
+    if constexpr (!OffsetA) {
 #pragma GCC unroll 4
-    for (int q = 0; q < kQuads; ++q) quad[q] += a_depth;
+      for (int q = 0; q < kQuads; ++q) quad[q] += a_depth;
+    }
   }
   const bool plain = !p.scale && !p.shift && !p.residual && !p.slope && !p.add;
   C* out = p.out + row * p.out_row + column;
@@ -82,13 +85,13 @@ void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_
 }
 
 // All rows of one block of columns.
-template <class C, int N, int J, bool PartialB>
+template <class C, int N, int J, bool PartialB, bool OffsetA>
 void multiply_columns(const MatrixProduct<C>& p, int64_t column, int64_t valid) {
   const C* b = p.b_packed ? p.b + column * p.depth : p.b + column;
   const int64_t b_depth = p.b_packed ? int64_t{J} * N : p.b_depth;
   if (p.a_packed) {
     for (int64_t row = 0; row < p.rows; row += kPackedRows) {
-      multiply_block<C, N, kPackedRows, J, PartialB>(p, p.a + row * p.depth, 1, kPackedRows, b, b_depth, row, column,
+      multiply_block<C, N, kPackedRows, J, PartialB, false>(p, p.a + row * p.depth, 1, kPackedRows, b, b_depth, row, column,
                                                      least(kPackedRows, p.rows - row), valid);
     }
     return;
@@ -96,43 +99,52 @@ void multiply_columns(const MatrixProduct<C>& p, int64_t column, int64_t valid) 
   constexpr int I = block_rows(J);
   int64_t row = 0;
   for (; row + I <= p.rows; row += I) {
-    multiply_block<C, N, I, J, PartialB>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, I, valid);
+    multiply_block<C, N, I, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, I, valid);
   }
   constexpr int Half = I / 2;
   for (; row + Half <= p.rows; row += Half) {
-    multiply_block<C, N, Half, J, PartialB>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, Half,
+    multiply_block<C, N, Half, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, Half,
                                             valid);
   }
   for (; row < p.rows; ++row) {
-    multiply_block<C, N, 1, J, PartialB>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, 1, valid);
+    multiply_block<C, N, 1, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column, 1, valid);
   }
 }
 
-}  // namespace
-
-template <class C>
-void multiply(const MatrixProduct<C>& p) {
+template <class C, bool OffsetA>
+void multiply_all(const MatrixProduct<C>& p) {
   // Packed rows come in blocks of the height that suits three vectors.
   for_column_blocks<C>(p.columns, p.a_packed ? 3 : kMostVectors,
                        [&](int64_t first, int64_t vectors, int lanes, int64_t valid) {
                          constexpr int N = kLanes<C>;
                          if (lanes == N && valid % N == 0) {
                            switch (vectors) {
-                             case 1: return multiply_columns<C, N, 1, false>(p, first, N);
-                             case 2: return multiply_columns<C, N, 2, false>(p, first, N);
-                             case 3: return multiply_columns<C, N, 3, false>(p, first, N);
-                             default: return multiply_columns<C, N, kMostVectors, false>(p, first, N);
+                             case 1: return multiply_columns<C, N, 1, false, OffsetA>(p, first, N);
+                             case 2: return multiply_columns<C, N, 2, false, OffsetA>(p, first, N);
+                             case 3: return multiply_columns<C, N, 3, false, OffsetA>(p, first, N);
+                             default: return multiply_columns<C, N, kMostVectors, false, OffsetA>(p, first, N);
                            }
                          }
                          with_lanes<C>(lanes, [&](auto width) {
                            constexpr int W = decltype(width)::value;
                            if (p.b_packed || valid == W) {
-                             multiply_columns<C, W, 1, false>(p, first, valid);
+                             multiply_columns<C, W, 1, false, OffsetA>(p, first, valid);
                            } else {
-                             multiply_columns<C, W, 1, true>(p, first, valid);
+                             multiply_columns<C, W, 1, true, OffsetA>(p, first, valid);
                            }
                          });
                        });
+}
+
+}  // namespace
+
+template <class C>
+void multiply(const MatrixProduct<C>& p) {
+  if (p.a_offsets) {
+    multiply_all<C, true>(p);
+  } else {
+    multiply_all<C, false>(p);
+  }
 }
 
 template void multiply(const MatrixProduct<float>& p);

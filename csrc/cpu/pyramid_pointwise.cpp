@@ -54,7 +54,8 @@ void before(const Problem& p, void* shared) {
 template <class C>
 Strips strips_of(const Problem& p) {
   const int64_t row_bytes = (p.width + 2 * reach(p, p.width)) * p.channels * static_cast<int64_t>(sizeof(C));
-  return choose_strips(p.out_height, p.stride * row_bytes, ceil_div(2 * reach(p, p.height) + 1, p.stride), p.batch);
+  const int64_t overlap = ceil_div(2 * reach(p, p.height) + 1, p.stride);
+  return choose_strips(p.out_height, p.stride * row_bytes, overlap, p.batch, most(p.threads, 1));
 }
 
 int64_t units(const Problem& p) {
@@ -157,10 +158,10 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
         }
         set_epilogue(product, p.epilogue, group * weights.out, pixels);
         const int64_t out_plane = p.out_height * p.out_width, pixel = (first + y) * p.out_width;
-        const int64_t at = pixels ? (image * out_plane + pixel) * p.pointwise_channels + group * weights.out
+        const int64_t at = pixels ? (image * out_plane + pixel) * p.out_pixel + group * weights.out
                                   : (image * p.pointwise_channels + group * weights.out) * out_plane + pixel;
         const T* residual = p.epilogue.residual ? static_cast<const T*>(p.epilogue.residual) + at : nullptr;
-        multiply_into(product, static_cast<T*>(p.out) + at, residual, pixels ? p.pointwise_channels : out_plane);
+        multiply_into(product, static_cast<T*>(p.out) + at, residual, pixels ? p.out_pixel : out_plane);
       }
     }
   }

@@ -7,6 +7,16 @@
 namespace espk::ESPK_ISA {
 namespace {
 
+// Channels `channel` and on of the first branch; all three vectors, or none.
+template <class C>
+void set_epilogue(Sweep<C>& sweep, const SpatialPyramid& p, int64_t channel) {
+  if (!p.epilogue.scale) return;
+  sweep.scale = static_cast<const C*>(p.epilogue.scale) + channel;
+  sweep.shift = static_cast<const C*>(p.epilogue.shift) + channel;
+  sweep.slope = static_cast<const C*>(p.epilogue.slope) + channel;
+  sweep.epilogue_segment = p.channels;
+}
+
 template <class T>
 void run_planes(const SpatialPyramid& p, void* shared, int64_t begin, int64_t end) {
   using C = Compute<T>;
@@ -23,6 +33,7 @@ void run_planes(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
     fill_plane(strip.tile, tile, static_cast<const T*>(p.x) + plane * p.height * p.width, first * p.stride, p.height,
                {0, p.width}, strips.count > 1);
     Sweep<C> sweep = strip.sweep(tile, rows, weights.of_channel(channel));
+    set_epilogue(sweep, p, channel);
     T* out = static_cast<T*>(p.out) + (image * p.out_channels() + channel) * out_plane + first * p.out_width;
     const int64_t branch = p.channels * out_plane;
     if constexpr (std::is_same_v<T, C>) {
@@ -98,6 +109,7 @@ void run_pixels(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
                   cut.strips.count * cut.panels > 1, p.channels, channels);
       Sweep<C> sweep = strip.sweep(tile, rows, weights.of_block(block));
       sweep.columns = columns;
+      set_epilogue(sweep, p, first_channel);
       T* out = static_cast<T*>(p.out) + ((image * p.out_height + first) * p.out_width + first_column) * pixel +
                first_channel;
       if constexpr (std::is_same_v<T, C>) {

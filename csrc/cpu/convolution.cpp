@@ -1,0 +1,106 @@
+// Dense convolution of few input channels, such as the first one of a network, with its epilogue: each output row is one
+// matrix product whose left side is read where it lies in a zero-bordered strip of the input, M*h*w numbers a pixel.
+// Bytes: M read + N written a pixel; multiply-adds: M*h*w*N a pixel of the result.
+#include "kernels.h"
+#include "pointwise_weights.h"
+
+namespace espk::ESPK_ISA {
+namespace {
+
+PointwiseWeights weights_of(const Convolution& p) { return {p.type, true, 1, p.depth(), p.out_channels, false}; }
+
+// The strip of input rows that `rows` output rows read, in the layout of the input: planes [M][rows][pitch], or pixels
+// [rows][pitch] with M numbers a pixel.
+struct InputStrip {
+  bool pixels;
+  int64_t rows, pitch;
+
+  InputStrip(const Convolution& p, int64_t out_rows)
+      : pixels(p.layout == Layout::channels_last),
+        rows((out_rows - 1) * p.stride + p.filter_height),
+        pitch((most((p.out_width - 1) * p.stride + p.filter_width, p.width + p.padding_columns)) *
+              (pixels ? p.in_channels : 1)) {}
+
+  int64_t plane() const { return rows * pitch; }
+  int64_t size(const Convolution& p) const { return plane() * (pixels ? 1 : p.in_channels); }
+  int64_t pixel(const Convolution& p) const { return pixels ? p.in_channels : 1; }
+};
+
+constexpr int64_t kRows = 4;  // of the result in one unit: few enough for many threads, and three rows in four read once
+
+int64_t offsets_offset(const Convolution& p) { return round_up(weights_of(p).bytes(), 64); }
+
+int64_t shared_bytes(const Convolution& p) {
+  return offsets_offset(p) + p.depth() * static_cast<int64_t>(sizeof(int64_t));
+}
+
+// The weights [N, M, h, w] as the columns of a product of depth M*h*w, and where in the strip each step of the depth is.
+void before(const Convolution& p, void* shared) {
+  weights_of(p).prepare(p.weight, shared);
+  int64_t* offsets = reinterpret_cast<int64_t*>(static_cast<char*>(shared) + offsets_offset(p));
+  const InputStrip strip(p, kRows);
+  for (int64_t c = 0; c < p.in_channels; ++c) {
+    for (int64_t i = 0; i < p.filter_height; ++i) {
+      for (int64_t j = 0; j < p.filter_width; ++j) {
+        *offsets++ = i * strip.pitch + j * strip.pixel(p) + c * (strip.pixels ? 1 : strip.plane());
+      }
+    }
+  }
+}
+
+int64_t units(const Convolution& p) { return p.batch * ceil_div(p.out_height, kRows); }
+
+template <class T>
+void fill(const Convolution& p, const InputStrip& strip, Compute<T>* to, int64_t image, int64_t first_row) {
+  const int64_t planes = strip.pixels ? 1 : p.in_channels, numbers = p.width * strip.pixel(p);
+  const int64_t border = p.padding_columns * strip.pixel(p);
+  const T* x = static_cast<const T*>(p.x) + image * p.in_channels * p.height * p.width;
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    for (int64_t r = 0; r < strip.rows; ++r, to += strip.pitch) {
+      const int64_t y = first_row + r;
+      if (y < 0 || y >= p.height) {
+        fill_zero(to, strip.pitch);
+        continue;
+      }
+      fill_zero(to, border);
+      copy_row(to + border, x + (plane * p.height + y) * numbers, numbers);
+      fill_zero(to + border + numbers, strip.pitch - border - numbers);
+    }
+  }
+}
+
+template <class T>
+void run_type(const Convolution& p, void* shared, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  const InputStrip strip(p, kRows);
+  const int64_t strips = ceil_div(p.out_height, kRows);
+  C* tile = static_cast<C*>(scratch(Slot::tile, strip.size(p) * static_cast<int64_t>(sizeof(C))));
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t image = unit / strips, first = unit % strips * kRows;
+    fill<T>(p, strip, tile, image, first * p.stride - p.padding_rows);
+    for (int64_t y = first; y < least(first + kRows, p.out_height); ++y) {
+      MatrixProduct<C> product{};
+      product.rows = p.out_width;
+      product.columns = p.out_channels;
+      product.depth = p.depth();
+      product.a = tile + (y - first) * p.stride * strip.pitch;
+      product.a_row = p.stride * strip.pixel(p);
+      product.a_offsets = reinterpret_cast<const int64_t*>(static_cast<char*>(shared) + offsets_offset(p));
+      product.b = static_cast<const C*>(shared);
+      product.b_packed = true;
+      set_epilogue(product, p.epilogue, 0, true);
+      T* out = static_cast<T*>(p.out) + (image * p.out_height + y) * p.out_width * p.out_channels;
+      multiply_into<T>(product, out, nullptr, p.out_channels);
+    }
+  }
+}
+
+void run(const Convolution& p, void* shared, int64_t begin, int64_t end) {
+  with_type(p.type, [&](auto* type) { run_type<std::remove_pointer_t<decltype(type)>>(p, shared, begin, end); });
+}
+
+}  // namespace
+
+extern const Kernel<Convolution> convolution = {shared_bytes, before, units, run, nullptr};
+
+}  // namespace espk::ESPK_ISA

@@ -1,0 +1,179 @@
+// Replaying plans, and laying out their memory.
+#include "plan.h"
+
+#include <algorithm>
+#include <chrono>
+
+namespace espk {
+namespace {
+
+constexpr int64_t kAlign = 64;
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// Memory that is given out and taken back in the order of the steps: the lowest place that is large enough.
+class Floorplan {
+ public:
+  int64_t take(int64_t bytes) {
+    int64_t offset = 0;
+    auto at = taken_.begin();
+    for (; at != taken_.end() && at->offset - offset < bytes; ++at) offset = at->offset + at->bytes;
+    taken_.insert(at, {offset, bytes});
+    size_ = std::max(size_, offset + bytes);
+    return offset;
+  }
+
+  void give_back(int64_t offset) {
+    taken_.erase(std::find_if(taken_.begin(), taken_.end(), [&](const Block& b) { return b.offset == offset; }));
+  }
+
+  int64_t size() const { return size_; }
+
+ private:
+  struct Block {
+    int64_t offset, bytes;
+  };
+  std::vector<Block> taken_;  // by offset
+  int64_t size_ = 0;
+};
+
+}  // namespace
+
+Recording*& recording() {
+  thread_local Recording* current = nullptr;
+  return current;
+}
+
+Place Recording::find(const void* pointer, int64_t bytes, Step& step) {
+  if (!pointer) return {-1, 0};
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  for (std::size_t i = 0; i < ranges_.size(); ++i) {
+    const auto begin = reinterpret_cast<uintptr_t>(ranges_[i].data);
+    if (address >= begin && address + static_cast<uintptr_t>(bytes) <= begin + static_cast<uintptr_t>(ranges_[i].bytes)) {
+      step.touches.push_back(static_cast<int64_t>(i));
+      step.bytes += bytes;
+      return {static_cast<int64_t>(i), static_cast<int64_t>(address - begin)};
+    }
+  }
+  refuse(std::string(step.name) + " reads a map that no kernel of this library wrote");
+  return {-1, 0};
+}
+
+std::unique_ptr<Plan> Recording::finish(const void* result, int64_t bytes, std::string& refusal) {
+  auto plan = std::make_unique<Plan>();
+  for (std::size_t i = 1; i < ranges_.size(); ++i) {
+    if (ranges_[i].data == result && ranges_[i].bytes == bytes) plan->result_ = static_cast<int64_t>(i);
+  }
+  if (plan->result_ == 0) refuse("the result is not a map that a kernel of this library wrote");
+  if (!refusal_.empty()) {
+    refusal = refusal_;
+    return nullptr;
+  }
+  // First and last step that touches each buffer. A buffer is written before it is read: each belongs to one call.
+  std::vector<int64_t> last(ranges_.size(), -1);
+  for (std::size_t s = 0; s < steps_.size(); ++s) {
+    for (int64_t buffer : steps_[s]->touches) last[static_cast<std::size_t>(buffer)] = static_cast<int64_t>(s);
+  }
+  plan->offsets_.assign(ranges_.size(), -1);
+  Floorplan floorplan;
+  for (std::size_t s = 0; s < steps_.size(); ++s) {
+    for (int64_t buffer : steps_[s]->touches) {
+      int64_t& offset = plan->offsets_[static_cast<std::size_t>(buffer)];
+      if (buffer != 0 && buffer != plan->result_ && offset < 0) {
+        offset = floorplan.take(aligned(ranges_[static_cast<std::size_t>(buffer)].bytes));
+      }
+    }
+    for (std::size_t buffer = 1; buffer < ranges_.size(); ++buffer) {
+      if (last[buffer] == static_cast<int64_t>(s) && plan->offsets_[buffer] >= 0) {
+        floorplan.give_back(plan->offsets_[buffer]);
+      }
+    }
+  }
+  plan->input_bytes = input_bytes_;
+  plan->output_bytes = bytes;
+  plan->arena_bytes = floorplan.size();
+  plan->steps = std::move(steps_);
+  return plan;
+}
+
+std::vector<char*> Plan::buffers(const char* input, char* output, char* arena) const {
+  std::vector<char*> begins(offsets_.size());
+  for (std::size_t i = 0; i < offsets_.size(); ++i) begins[i] = arena + std::max<int64_t>(offsets_[i], 0);
+  begins[0] = const_cast<char*>(input);  // steps only read it
+  begins[static_cast<std::size_t>(result_)] = output;
+  return begins;
+}
+
+void Plan::run_image(const char* input, char* output, char* arena, bool parallel) const {
+  const std::vector<char*> begins = buffers(input, output, arena);
+  for (const auto& step : steps) step->run(begins.data(), parallel);
+}
+
+Bytes Plan::take_arena() const {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!arenas_.empty()) {
+      Bytes arena = std::move(arenas_.back());
+      arenas_.pop_back();
+      return arena;
+    }
+  }
+  return aligned_bytes(arena_bytes);
+}
+
+void Plan::give_back(Bytes arena) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  arenas_.push_back(std::move(arena));
+}
+
+// With as many images as threads each thread takes its images through all steps, one after the other, so that the maps of
+// an image stay in its thread's cache; the images left over share all threads.
+void Plan::run(const char* input, char* output, int64_t images) const {
+  struct Context {
+    const Plan& plan;
+    const char* input;
+    char* output;
+  } context{*this, input, output};
+  const int64_t threads = thread_count(), alone = threads > 1 ? images / threads * threads : 0;
+  if (alone > 0) {
+    parallel_for(
+        alone, alone / threads,
+        [](void* given, int64_t begin, int64_t end) {
+          const Context& c = *static_cast<Context*>(given);
+          Bytes arena = c.plan.take_arena();
+          for (int64_t i = begin; i < end; ++i) {
+            c.plan.run_image(c.input + i * c.plan.input_bytes, c.output + i * c.plan.output_bytes, arena.get(), false);
+          }
+          c.plan.give_back(std::move(arena));
+        },
+        &context);
+  }
+  if (alone == images) return;
+  Bytes arena = take_arena();
+  for (int64_t i = alone; i < images; ++i) {
+    run_image(input + i * input_bytes, output + i * output_bytes, arena.get(), true);
+  }
+  give_back(std::move(arena));
+}
+
+std::vector<double> Plan::profile(const char* input, char* output, int64_t rounds) const {
+  Bytes arena = take_arena();
+  const std::vector<char*> begins = buffers(input, output, arena.get());
+  std::vector<std::vector<double>> seconds(steps.size());
+  for (int64_t round = 0; round < rounds; ++round) {
+    for (std::size_t s = 0; s < steps.size(); ++s) {
+      const auto start = std::chrono::steady_clock::now();
+      steps[s]->run(begins.data(), true);
+      seconds[s].push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+  }
+  give_back(std::move(arena));
+  std::vector<double> medians;
+  for (auto& samples : seconds) {
+    std::nth_element(samples.begin(), samples.begin() + static_cast<int64_t>(samples.size() / 2), samples.end());
+    medians.push_back(samples[samples.size() / 2]);
+  }
+  return medians;
+}
+
+}  // namespace espk

@@ -1,0 +1,180 @@
+// A plan: the kernel calls of one forward pass, recorded once with their prepared weights, replayed on other images.
+// A replay neither allocates nor returns to Python or torch between its steps, and lays all maps into one block of memory
+// in which they take turns.
+//
+// Recording watches the launches of the calling thread (csrc/cpu_launch.h). Every map that a step reads must be the input
+// or have been written by a step before it; a map that came from elsewhere makes the recording fail, never wrong.
+#pragma once
+
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu_run.h"
+#include "pointers.h"
+
+namespace espk {
+
+struct AlignedFree {
+  void operator()(void* data) const { ::operator delete(data, std::align_val_t{64}); }
+};
+using Bytes = std::unique_ptr<char, AlignedFree>;
+
+inline Bytes aligned_bytes(int64_t count) {
+  return Bytes(static_cast<char*>(::operator new(static_cast<std::size_t>(count > 0 ? count : 1), std::align_val_t{64})));
+}
+
+// A place in a buffer; buffer 0 is the input, -1 no place at all.
+struct Place {
+  int64_t buffer, offset;
+};
+
+// Moves the maps of a problem to where this replay has them.
+struct Mover {
+  char* const* buffers;
+  const Place* place;
+
+  void map(const void*& pointer, int64_t) {
+    if (place->buffer >= 0) pointer = buffers[place->buffer] + place->offset;
+    ++place;
+  }
+  void out(void*& pointer, int64_t) {
+    pointer = buffers[place->buffer] + place->offset;
+    ++place;
+  }
+  void vector(const void*&, int64_t) {}
+  void weight(const void*&) {}
+};
+
+class Step {
+ public:
+  explicit Step(const char* name) : name(name) {}
+  virtual ~Step() = default;
+  // buffers: where each buffer begins in this replay.
+  virtual void run(char* const* buffers, bool parallel) const = 0;
+  virtual int64_t multiply_adds() const = 0;
+
+  const char* const name;
+  std::vector<int64_t> touches;  // buffers
+  int64_t bytes = 0;             // of the maps that it reads and writes
+};
+
+template <class Problem>
+class StepOf final : public Step {
+ public:
+  StepOf(const char* name, const Kernel<Problem>& kernel, const Problem& problem)
+      : Step(name), kernel_(kernel), problem_(problem) {}
+
+  void run(char* const* buffers, bool parallel) const override {
+    Problem problem = problem_;
+    Mover mover{buffers, places_.data()};
+    visit_pointers(mover, problem);
+    run_units(kernel_, problem, prepared_.get(), parallel);
+  }
+
+  int64_t multiply_adds() const override { return problem_.multiply_adds(); }
+
+ private:
+  friend class Recording;
+  const Kernel<Problem>& kernel_;
+  Problem problem_;
+  Bytes prepared_;
+  std::vector<Bytes> vectors_;
+  std::vector<Place> places_;  // of each map, in the order of visit_pointers
+};
+
+class Plan {
+ public:
+  // Runs every step for each of `images` inputs that lie one behind the other, and so do the outputs.
+  void run(const char* input, char* output, int64_t images) const;
+  // Seconds of each step, the median over `rounds`.
+  std::vector<double> profile(const char* input, char* output, int64_t rounds) const;
+
+  int64_t input_bytes = 0, output_bytes = 0, arena_bytes = 0;
+  std::vector<std::unique_ptr<Step>> steps;
+
+ private:
+  friend class Recording;
+  void run_image(const char* input, char* output, char* arena, bool parallel) const;
+  std::vector<char*> buffers(const char* input, char* output, char* arena) const;
+  Bytes take_arena() const;
+  void give_back(Bytes arena) const;
+
+  std::vector<int64_t> offsets_;  // of each buffer in the arena
+  int64_t result_ = 0;            // the buffer that is the output
+  mutable std::mutex mutex_;
+  mutable std::vector<Bytes> arenas_;
+};
+
+class Recording {
+ public:
+  Recording(const void* input, int64_t bytes) : input_bytes_(bytes) { ranges_.push_back({input, bytes}); }
+
+  // A map that steps will write, and what keeps its memory from being used again while this records.
+  void output(const void* data, int64_t bytes, std::shared_ptr<void> alive) {
+    ranges_.push_back({data, bytes});
+    alive_.push_back(std::move(alive));
+  }
+
+  template <class Problem>
+  void launch(const char* name, const Kernel<Problem>& kernel, const Problem& problem, const void* prepared) {
+    if constexpr (requires(Finder& finder, Problem& p) { visit_pointers(finder, p); }) {
+      auto step = std::make_unique<StepOf<Problem>>(name, kernel, problem);
+      const int64_t bytes = kernel.shared_bytes(problem);
+      step->prepared_ = aligned_bytes(bytes);
+      std::memcpy(step->prepared_.get(), prepared, static_cast<std::size_t>(bytes));
+      Finder finder{*this, *step, step->vectors_, step->places_, problem.type == Type::float64 ? 8 : 4};
+      visit_pointers(finder, step->problem_);
+      steps_.push_back(std::move(step));
+    } else {
+      refuse(std::string(name) + " is not for inference");
+    }
+  }
+
+  void refuse(std::string reason) {
+    if (refusal_.empty()) refusal_ = std::move(reason);
+  }
+
+  // The plan, or null with the reason: also where `result` is not a whole map that a step wrote.
+  std::unique_ptr<Plan> finish(const void* result, int64_t bytes, std::string& refusal);
+
+ private:
+  struct Range {
+    const void* data;
+    int64_t bytes;
+  };
+
+  struct Finder {
+    Recording& recording;
+    Step& step;
+    std::vector<Bytes>& vectors;
+    std::vector<Place>& places;
+    int64_t compute_bytes;
+
+    void map(const void* pointer, int64_t bytes) { places.push_back(recording.find(pointer, bytes, step)); }
+    void out(const void* pointer, int64_t bytes) { map(pointer, bytes); }
+    void weight(const void*& pointer) { pointer = nullptr; }
+    void vector(const void*& pointer, int64_t count) {
+      if (!pointer) return;
+      vectors.push_back(aligned_bytes(count * compute_bytes));
+      std::memcpy(vectors.back().get(), pointer, static_cast<std::size_t>(count * compute_bytes));
+      pointer = vectors.back().get();
+    }
+  };
+
+  Place find(const void* pointer, int64_t bytes, Step& step);
+
+  int64_t input_bytes_;
+  std::vector<Range> ranges_;
+  std::vector<std::shared_ptr<void>> alive_;
+  std::vector<std::unique_ptr<Step>> steps_;
+  std::string refusal_;
+};
+
+// The recording of the calling thread, or null.
+Recording*& recording();
+
+}  // namespace espk

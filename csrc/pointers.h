@@ -1,0 +1,76 @@
+// Where the pointers of a problem point to and how far, so that a plan can move them: visitor.map(pointer, bytes) for a
+// map that is read, visitor.out(pointer, bytes) for one that is written, visitor.vector(pointer, count) for numbers of the
+// compute type that never change, visitor.weight(pointer) for weights, which kernels read from their prepared copy only.
+#pragma once
+
+#include "shapes.h"
+
+namespace espk {
+
+// Bytes of a map of channels_last rows `pixel` elements apart, or of a dense one.
+inline int64_t map_bytes(Type type, int64_t batch, int64_t channels, int64_t pixels, int64_t pixel) {
+  const int64_t count = batch * pixels;
+  return count ? ((count - 1) * pixel + channels) * bytes_of(type) : 0;
+}
+
+template <class Visitor>
+void visit(Visitor& v, Epilogue& e, int64_t channels, int64_t residual_bytes) {
+  v.vector(e.scale, channels);
+  v.vector(e.shift, channels);
+  v.vector(e.slope, channels);
+  v.map(e.residual, residual_bytes);
+}
+
+template <class Visitor>
+void visit_pointers(Visitor& v, SpatialPyramid& p) {
+  v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
+  v.weight(p.weight);
+  visit(v, p.epilogue, p.channels, 0);
+  v.out(p.out, map_bytes(p.type, p.batch, p.out_channels(), p.out_height * p.out_width, p.out_channels()));
+}
+
+template <class Visitor>
+void visit_pointers(Visitor& v, GroupPointwise& p) {
+  const int64_t bytes = map_bytes(p.type, p.batch, p.out_channels, p.pixels, p.out_channels);
+  v.map(p.x, map_bytes(p.type, p.batch, p.in_channels, p.pixels, p.in_channels));
+  v.weight(p.weight);
+  visit(v, p.epilogue, p.out_channels, bytes);
+  v.out(p.out, bytes);
+}
+
+template <class Visitor>
+void visit_pointers(Visitor& v, PyramidPointwise& p) {
+  const int64_t bytes = map_bytes(p.type, p.batch, p.pointwise_channels, p.out_height * p.out_width, p.out_pixel);
+  v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
+  v.weight(p.weight);
+  v.weight(p.pointwise_weight);
+  v.weight(p.pyramid_epilogue.scale);
+  v.weight(p.pyramid_epilogue.shift);
+  v.weight(p.pyramid_epilogue.slope);
+  visit(v, p.epilogue, p.pointwise_channels, bytes);
+  v.out(p.out, bytes);
+}
+
+template <class Visitor>
+void visit_pointers(Visitor& v, Convolution& p) {
+  v.map(p.x, map_bytes(p.type, p.batch, p.in_channels, p.height * p.width, p.in_channels));
+  v.weight(p.weight);
+  visit(v, p.epilogue, p.out_channels, 0);
+  v.out(p.out, map_bytes(p.type, p.batch, p.out_channels, p.out_height * p.out_width, p.out_channels));
+}
+
+template <class Visitor>
+void visit_pointers(Visitor& v, AveragePool& p) {
+  const int64_t bytes = map_bytes(p.type, p.batch, p.channels, p.out_height * p.out_width, p.out_pixel);
+  v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
+  visit(v, p.epilogue, p.channels, bytes);
+  v.out(p.out, bytes);
+}
+
+template <class Visitor>
+void visit_pointers(Visitor& v, GlobalAverage& p) {
+  v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.pixels, p.channels));
+  v.out(p.out, map_bytes(p.type, p.batch, p.channels, 1, p.channels));
+}
+
+}  // namespace espk
