@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.engines import ENGINES, Job, Opened
+from bench.engines import ENGINES, OURS, Job, Opened
 from bench.interleave import Run
 
 __all__ = ["Lost", "Refused", "Worker"]
@@ -56,11 +56,14 @@ class Worker:
         self.log = log
         self.connection, theirs = Pipe()
         number = str(theirs.fileno())
+        # Converters do not know this library's operators, and peers may not use them: a plain model is all torch.
+        backend = {} if engine == OURS else {"ESPKERNELS_BACKEND": "reference"}
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "bench.worker", engine, number, str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 cwd=ROOT,
+                env=os.environ | backend,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,

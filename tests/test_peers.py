@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import os
@@ -22,7 +21,7 @@ import espkernels.info
 from bench import engines, fma_peak, layers, onnx_export, peers, peers_report
 from bench.cases import Case
 from bench.comparison import Provider, WrongResult
-from bench.engines import ENGINES, OURS, Job
+from bench.engines import ENGINES, OURS
 from bench.fma_peak import Peak
 from bench.peers_report import Goal, judge
 from bench.worker import Lost, Refused, Worker
@@ -83,15 +82,20 @@ def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino", "ncnn"])
+@pytest.mark.parametrize("engine", [OURS, "onnxruntime", "openvino", "ncnn"])
 def test_engine_runs_the_segmentation_network(engine: str, tmp_path: Path) -> None:
     """Its adaptive poolings, channel shuffle and resizing are what converters trip over."""
     _needs(engine)
     task = layers.Task(functools.partial(layers.segmentation, 0.5, 5), (1, 3, 96, 64), torch.float32, "forward")
+    torch.save(task.model, tmp_path / "model.pt")
+    torch.save(task.input, tmp_path / "input.pt")
     way = ENGINES[engine].ways_of(1)[0]
-    opened = ENGINES[engine].open(Job(copy.deepcopy(task.model), task.input, 1, way, tmp_path))
-    opened.call()
-    task.check(Provider(engine, way), [opened.result()])
+    worker = Worker(engine, tmp_path / "log")
+    try:
+        with espkernels.use_backend("reference"):
+            task.check(Provider(engine, way), [worker.open(tmp_path, 1, way, 120)])
+    finally:
+        worker.close()
 
 
 def test_missing_engine_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
