@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from espkernels.layout import out_size
+from espkernels.layout import layout_of, out_size
 from espkernels.triton.configuration import pyramid_tile
 from espkernels.triton.eesp import run as run_eesp
 from espkernels.triton.launch import Shortcut, compute_type, dense_vector, launch, tiles
