@@ -112,6 +112,11 @@ def _vector_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _blocks(container: Any) -> list[Any]:
+    """The modules of a container, whose types their places say."""
+    return list(container)
+
+
 class _Frozen(nn.Module):
     """Folded weights as buffers, and packs of them that follow every change of the buffers."""
 
@@ -158,9 +163,13 @@ class FrozenConvolution(_Frozen):
             tuple(conv.kernel_size) == (1, 1) and tuple(conv.stride) == (1, 1) and conv.padding in ((0, 0), 0, "valid")
         )
         # One number each, as all convolutions of these networks have.
-        self.square = all(
-            isinstance(value, tuple) and len(set(value)) == 1 for value in (conv.stride, conv.padding, conv.dilation)
-        ) and conv.padding_mode == "zeros"
+        self.square = (
+            all(
+                isinstance(value, tuple) and len(set(value)) == 1
+                for value in (conv.stride, conv.padding, conv.dilation)
+            )
+            and conv.padding_mode == "zeros"
+        )
         vectors = {"shift": shift}
         if act is None:
             self.slope = None
@@ -179,9 +188,7 @@ class FrozenConvolution(_Frozen):
             )
         if self.square:
             stride, padding, dilation = self.stride[0], int(self.padding[0]), self.dilation[0]
-            return inference.convolution(
-                x, self.weight, self.shift, self.slope, stride, padding, dilation, self.groups
-            )
+            return inference.convolution(x, self.weight, self.shift, self.slope, stride, padding, dilation, self.groups)
         x = F.conv2d(x, self.weight, self.shift.to(x.dtype), self.stride, self.padding, self.dilation, self.groups)
         return x if self.slope is None else F.prelu(x, self.slope.to(x.dtype))
 
@@ -256,18 +263,29 @@ class FrozenEESP(_Frozen):
         self._register(weights, vectors, reduce_weight.dtype)
 
     @property
-    def unit(self) -> tuple[Any, ...]:
+    def unit(self) -> dict[str, Any]:
         """The arguments that :func:`espkernels.inference.eesp` and ``down_sampler`` have in common."""
-        return (
-            self.reduce_weight, self.reduce_groups, self.reduce_shift, self.reduce_slope, self.weight, self.dilations,
-            self.pyramid_scale, self.pyramid_shift, self.pyramid_slope, self.expand_weight, self.groups, self.shift,
-        )  # fmt: skip
+        return {
+            "reduce_weight": self.reduce_weight,
+            "reduce_groups": self.reduce_groups,
+            "reduce_shift": self.reduce_shift,
+            "reduce_slope": self.reduce_slope,
+            "weight": self.weight,
+            "dilations": self.dilations,
+            "pyramid_scale": self.pyramid_scale,
+            "pyramid_shift": self.pyramid_shift,
+            "pyramid_slope": self.pyramid_slope,
+            "expand_weight": self.expand_weight,
+            "groups": self.groups,
+            "shift": self.shift,
+            "hff": self.hff,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         same_shape = self.stride == 1 and x.shape[1] == self.expand_weight.shape[0]
         residual = x if same_shape and self.slope is not None else None
-        return inference.eesp(x, *self.unit, residual, self.slope, self.stride, self.hff)
+        return inference.eesp(x, **self.unit, residual=residual, slope=self.slope, stride=self.stride)
 
 
 class FrozenDownSampler(_Frozen):
@@ -298,7 +316,12 @@ class FrozenDownSampler(_Frozen):
             image = self.image_convolution(layers.pooled_image(image, size))
             shortcut_weight, shortcut_shift = self.shortcut_weight, self.shortcut_shift
         return inference.down_sampler(
-            x, image, *self.eesp.unit, shortcut_weight, shortcut_shift, self.slope, self.eesp.hff
+            x,
+            image,
+            **self.eesp.unit,
+            shortcut_weight=shortcut_weight,
+            shortcut_shift=shortcut_shift,
+            slope=self.slope,
         )
 
 
@@ -317,22 +340,23 @@ class FrozenPyramidPooling(_Frozen):
         super().__init__()
         self.target_sizes = block.target_sizes
         self.enlarged = sum(scale > 1 for scale in block.scales)
-        self.projection = FrozenConvolution(*block.projection_layer.cbr)
-        normalise, _, merge, expand = block.merge_layer
-        scale, shift = _affine(normalise.br[0])
-        conv, norm, act = merge.cbr
-        merge_scale, merge_shift = _affine(norm)
-        self.expansion = FrozenConvolution(expand, *(() if block.br is None else block.br.br))
+        self.projection = FrozenConvolution(*_blocks(block.projection_layer.cbr))
+        normalise, _, merge, expand = _blocks(block.merge_layer)
+        norm, act = _blocks(normalise.br)
+        scale, shift = _affine(norm)
+        conv, merge_norm, merge_act = _blocks(merge.cbr)
+        merge_scale, merge_shift = _affine(merge_norm)
+        self.expansion = FrozenConvolution(expand, *(() if block.br is None else _blocks(block.br.br)))
         weights = {
-            "weight": torch.stack([stage.weight.detach().squeeze(1) for stage in block.stages]),
+            "weight": torch.stack([stage.weight.detach().squeeze(1) for stage in _blocks(block.stages)]),
             "merge_weight": conv.weight.detach().double() * merge_scale.view(-1, 1, 1, 1),
         }
         vectors = {
             "scale": scale,
             "shift": shift,
-            "slope": _slope(normalise.br[1], len(scale)),
+            "slope": _slope(act, len(scale)),
             "merge_shift": merge_shift,
-            "merge_slope": _slope(act, len(merge_shift)),
+            "merge_slope": _slope(merge_act, len(merge_shift)),
         }
         self._register(weights, vectors, conv.weight.dtype)
 

@@ -230,4 +230,6 @@ def pyramid_pooling(
     x = x.contiguous(memory_format=torch.channels_last)
     vectors = (v.to(x.dtype) for v in (scale, shift, slope, merge_shift, merge_slope))
     scale, shift, slope, merge_shift, merge_slope = vectors
-    return reference.pyramid_pooling(x, weight, sizes, enlarged, scale, shift, slope, merge_weight, merge_shift, merge_slope)
+    return reference.pyramid_pooling(
+        x, weight, sizes, enlarged, scale, shift, slope, merge_weight, merge_shift, merge_slope
+    )

@@ -157,8 +157,8 @@ def down_sampler(
 ) -> Tensor:
     """The strided unit with its long-range shortcut (section 3.2, Fig. 2), batch norms folded.
 
-    ``x`` [B, M, H, W], ``image`` [B, I, H', W'] (already pooled and convolved) -> [B, M+N, H', W']; the pooled map comes
-    first, ``shortcut_weight`` [M+N, I], ``shortcut_shift`` and ``slope`` [M+N].
+    ``x`` [B, M, H, W], ``image`` [B, I, H', W'] (already pooled and convolved) -> [B, M+N, H', W'], the pooled map
+    first; ``shortcut_weight`` [M+N, I], ``shortcut_shift`` and ``slope`` [M+N].
     """
     unit = eesp(
         x, reduce_weight, reduce_groups, reduce_shift, reduce_slope, weight, dilations,
@@ -234,9 +234,10 @@ def pyramid_pooling(
 ) -> Tensor:
     """The S branches of efficient pyramid pooling and their merge, batch norms folded.
 
-    ``x`` [B, p, H, W] -> the same shape. Branch b resizes to ``sizes[2b]`` x ``sizes[2b + 1]``, convolves 3x3 depthwise with ``weight[b]`` [p, 3, 3] and resizes back: the first ``enlarged``
-    branches bilinearly and back by means, the others by means and back bilinearly. Scale, shift and PReLU [S*p] act on the
-    concatenated map, and ``merge_weight`` [p, S, 3, 3] mixes the S maps of each channel.
+    ``x`` [B, p, H, W] -> the same shape. Branch b resizes to ``sizes[2b]`` x ``sizes[2b + 1]``, convolves 3x3 depthwise
+    with ``weight[b]`` [p, 3, 3] and resizes back: the first ``enlarged`` branches bilinearly and back by means, the
+    others by means and back bilinearly. Scale, shift and PReLU [S*p] act on the concatenated map, and ``merge_weight``
+    [p, S, 3, 3] mixes the S maps of each channel.
     """
     height, width = x.shape[2:]
     maps = []

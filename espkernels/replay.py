@@ -12,7 +12,6 @@ A replay holds its own copy of the prepared weights; it is dropped when frozen w
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -225,7 +224,7 @@ class Replayed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or len(args) != 1 or kwargs or not self._replayable(args[0]):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         x = args[0]
         last = not x.is_contiguous()
         key = (tuple(x.shape[1:]), x.dtype, last, backends.library.isa(), _generation)  # type: ignore[union-attr]
@@ -258,7 +257,7 @@ class Replayed(nn.Module):
             and backends.current() in (None, "cpu")
             and backends.library is not None
             and torch._C._len_torch_dispatch_stack() == 0
-            and not torch.jit.is_tracing()
+            and not torch._C._is_tracing()
         )
 
     def _layer_hooks(self) -> tuple[dict[int, Any], ...]:
@@ -272,9 +271,13 @@ class Replayed(nn.Module):
         return _blank, (type(self).__mro__[2],), self.__getstate__()
 
 
-@functools.cache
+_classes: dict[Any, type[nn.Module]] = {}
+
+
 def _class_of(base: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Frozen{base.__name__}", (Replayed, base), {"__doc__": base.__doc__})
+    if base not in _classes:
+        _classes[base] = type(f"Frozen{base.__name__}", (Replayed, base), {"__doc__": base.__doc__})
+    return _classes[base]
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:

@@ -122,7 +122,7 @@ class SkipWeighting(nn.Module):
 
 
 class Join(nn.Sequential):
-    """Where a skip connection enters the decoder: batch norm and PReLU of ``x`` resized to ``skip``, plus the weighted skip.
+    """Where a skip connection enters the decoder: ``x`` resized and the weighted skip, added, batch norm and PReLU.
 
     x [B, C, h, w], skip [B, C, H, W], gate [B, C, 1, 1] -> [B, C, H, W]. Resizing is exactly a doubling only where the
     image's sides allow it.
