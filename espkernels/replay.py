@@ -210,7 +210,7 @@ class Replayed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or len(args) != 1 or kwargs or not self._replayable(args[0]):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         x = args[0]
         last = not x.is_contiguous()
         key = (tuple(x.shape[1:]), x.dtype, last, backends.library.isa(), _generation)  # type: ignore[union-attr]
@@ -243,7 +243,7 @@ class Replayed(nn.Module):
             and backends.current() in (None, "cpu")
             and backends.library is not None
             and torch._C._len_torch_dispatch_stack() == 0
-            and not torch.jit.is_tracing()
+            and torch._C._get_tracing_state() is None
         )
 
     def _layer_hooks(self) -> tuple[dict[int, Any], ...]:
@@ -263,7 +263,7 @@ def _class_of(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
-    made = _class_of(base)
+    made: type[nn.Module] = _class_of(base)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
@@ -271,6 +271,6 @@ def replayed(model: nn.Module) -> nn.Module:
     """``model`` itself, its class joined with :class:`Replayed`: still an instance of its own class."""
     if isinstance(model, Replayed):
         return model
-    model.__class__ = _class_of(type(model))
+    model.__class__ = _class_of(type(model))  # type: ignore[arg-type]
     model.plans = {}  # type: ignore[assignment]
     return model

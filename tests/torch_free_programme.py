@@ -72,8 +72,9 @@ def run(command: list[str]) -> None:
     cases = (
         (ROOT / "tests" / "torch_free" / "main.cpp").read_text().split("kCases[] = {")[1].split("\n};")[0].count('{"')
     )
-    # Six kernels, group_pointwise with six epilogues and transposed, the unit with two; of inference the pyramid with its
-    # epilogue, the unit in place, two convolutions, three poolings and the global average; three splits, types x layouts.
+    # Six kernels, group_pointwise with six epilogues and transposed, the unit with two; of inference the pyramid with
+    # its epilogue, the unit in place, two convolutions, three poolings and the global average; three splits, types x
+    # layouts.
     expected = cases * (13 + 8) * 3 * 8
     huge = 8 - result.stdout.count("SKIP") if "--huge" in command else 0
     assert result.stdout.split()[-4:] == [str(expected + huge), "checks,", "0", "failures"], result.stdout
