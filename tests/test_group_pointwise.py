@@ -179,6 +179,7 @@ def narrow(sizes: tuple[int, int, int], pixels: int, dtype: torch.dtype) -> dict
     return maps | {"weight": whole(outputs, inputs // groups).to(dtype)} | vectors
 
 
+@pytest.mark.usefixtures("same_each_time")
 @each_narrow
 @each_dtype
 def test_narrow_groups(isa: str, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -194,6 +195,7 @@ def test_narrow_groups(isa: str, sizes: tuple[int, int, int], dtype: torch.dtype
         assert torch.equal(espkernels.group_pointwise(groups=sizes[2], **arguments, packed=packed), output)
 
 
+@pytest.mark.usefixtures("same_each_time")
 @each_narrow
 def test_an_infinity_stays_in_its_group(isa: str, sizes: tuple[int, int, int]) -> None:
     inputs, outputs, groups = sizes
@@ -207,6 +209,7 @@ def test_an_infinity_stays_in_its_group(isa: str, sizes: tuple[int, int, int]) -
             assert torch.equal(~output.isfinite(), bad), group
 
 
+@pytest.mark.usefixtures("same_each_time")
 @pytest.mark.parametrize("outputs", [1000, 130, 65, 40, 24, 12, 4, 1])
 @each_dtype
 @each_layout

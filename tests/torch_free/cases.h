@@ -39,6 +39,10 @@ inline const Case kCases[] = {
     {"several strips, stride 2", 1, 8, 40, 37, {1, 2, 3, 4}, 2, true, 4, 36},
     {"no window fits in shared memory", 1, 4, 60, 70, {1, 50}, 1, true, 2, 4},
     {"result outgrows the cache", 1, 20, 52, 61, {1, 2, 3, 4}, 1, true, 4, 8},
+    {"narrow groups", 1, 8, 3, 7, {1, 2, 3, 4}, 1, true, 4, 8},
+    {"narrow groups, 6 to 2", 2, 6, 3, 5, {1, 2, 3}, 1, true, 3, 6},
+    {"narrow groups, 8 to 2 in 5", 1, 10, 3, 3, {1, 2, 3, 4}, 1, true, 5, 10},
+    {"few pixels, many outputs", 2, 3, 1, 1, {1, 2}, 1, true, 1, 83},
     {"batch 0", 0, 4, 5, 6, {1, 2}, 1, true, 2, 4},
 };
 

@@ -2,14 +2,8 @@
 // Whole numbers make every sum exact, so that each result is the naive one rounded once.
 #include <sys/mman.h>
 
-#include <functional>
-#include <map>
-#include <memory>
-#include <string>
-#include <thread>
-
-#include "cases.h"
-#include "cpu/kernels.h"
+#include "check.h"
+#include "inference.h"
 
 namespace espk {
 
@@ -30,67 +24,6 @@ void* scratch(Slot slot, int64_t bytes) {
 }  // namespace espk
 
 namespace {
-
-const espk::Kernels& kernels = espk::ESPK_ISA::kernels;
-int failures = 0, checks = 0;
-
-std::unique_ptr<void, void (*)(void*)> aligned(int64_t bytes) {
-  void* data = nullptr;
-  if (posix_memalign(&data, 64, static_cast<size_t>(bytes > 0 ? bytes : 1))) std::abort();
-  std::memset(data, 0xff, static_cast<size_t>(bytes));
-  return {data, std::free};
-}
-
-using Run = std::function<void(int64_t, int64_t)>;
-
-// Ways to cut [0, units) that must not differ in a bit.
-void whole(int64_t units, const Run& run) { run(0, units); }
-
-void one_by_one_backwards(int64_t units, const Run& run) {
-  for (int64_t unit = units; unit-- > 0;) run(unit, unit + 1);
-}
-
-void on_three_threads(int64_t units, const Run& run) {
-  std::vector<std::thread> threads;
-  for (int64_t t = 0; t < 3; ++t)
-    threads.emplace_back([&, t] {
-      if (units * t / 3 < units * (t + 1) / 3) run(units * t / 3, units * (t + 1) / 3);
-    });
-  for (std::thread& thread : threads) thread.join();
-}
-
-template <class Problem>
-void check(const char* what, const Case& s, const espk::Kernel<Problem>& kernel, Problem problem,
-           void* Problem::* result, const Tensor& expected) {
-  std::vector<unsigned char> first;
-  for (auto split : {whole, one_by_one_backwards, on_three_threads}) {
-    Buffer out(problem.type, problem.layout, expected.sizes);
-    problem.*result = out.data();
-    const auto shared = aligned(kernel.shared_bytes(problem));
-    if (kernel.before) kernel.before(problem, shared.get());
-    const int64_t units = kernel.units(problem);
-    if (units > 0) split(units, [&](int64_t begin, int64_t end) { kernel.run(problem, shared.get(), begin, end); });
-    if (kernel.after) kernel.after(problem, shared.get());
-
-    ++checks;
-    std::string wrong;
-    for (int64_t i = 0; i < expected.count() && wrong.empty(); ++i) {
-      const double right = rounded(problem.type, expected.values[static_cast<size_t>(i)]);
-      if (out.get(i) != right) {
-        wrong =
-            "value " + std::to_string(i) + " is " + std::to_string(out.get(i)) + " and not " + std::to_string(right);
-      }
-    }
-    if (!out.guards_intact()) wrong = "memory beside the result was written";
-    if (first.empty()) first = out.bits();
-    if (first != out.bits()) wrong = "another split of the work gives other bits";
-    if (!wrong.empty()) {
-      ++failures;
-      std::printf("FAIL %s, %s, type %d, %s: %s\n", what, s.name, static_cast<int>(problem.type),
-                  problem.layout == Layout::contiguous ? "contiguous" : "channels_last", wrong.c_str());
-    }
-  }
-}
 
 void check_all(const Case& s, Type type, Layout layout) {
   Draw draw;
@@ -156,9 +89,6 @@ void check_all(const Case& s, Type type, Layout layout) {
     unit.x = x_buffer.data();
     unit.weight = weight_buffer.data();
     unit.pyramid_epilogue = inner_buffers.epilogue;
-    unit.pointwise_channels = s.outputs;
-    unit.out_pixel = s.outputs;
-    unit.groups = s.groups;
     unit.pointwise_weight = pointwise_buffer.data();
     unit.epilogue = outer_buffers.epilogue;
     const Tensor z = epilogue(spatial_pyramid(s, x, weight), inner);
@@ -245,9 +175,6 @@ void check_huge(Layout layout) {
   auto unit = described<espk::PyramidPointwise>(s, type, layout);
   unit.weight = weight.data();
   unit.pointwise_weight = pointwise.data();
-  unit.pointwise_channels = 16;
-  unit.out_pixel = 16;
-  unit.groups = 4;
   check_last_image("pyramid_pointwise", kernels.pyramid_pointwise, unit, &espk::PyramidPointwise::x,
                    &espk::PyramidPointwise::out, narrow, wide);
 }
@@ -258,7 +185,10 @@ int main(int, char** argv) {
   const bool huge = argv[1] && std::string(argv[1]) == "--huge";
   for (Layout layout : {Layout::contiguous, Layout::channels_last}) {
     for (Type type : {Type::float32, Type::float64, Type::bfloat16, Type::float16}) {
-      for (const Case& s : kCases) check_all(s, type, layout);
+      for (const Case& s : kCases) {
+        check_all(s, type, layout);
+        check_inference(s, type, layout);
+      }
     }
     if (huge) check_huge(layout);
   }
