@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench.comparison import PEERS
+from bench.tables import amount, duration, markdown_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -172,7 +173,7 @@ def _ceilings(run: dict[str, Any]) -> list[str]:
     lines = []
     for ceiling in run.get("ceilings", ()):
         bandwidth = {int(size): rate for size, rate in ceiling["bandwidth"].items()}
-        rates = ", ".join(f"{rate / 1e9:.0f} GB/s in {_bytes(size)}" for size, rate in sorted(bandwidth.items()))
+        rates = ", ".join(f"{rate / 1e9:.0f} GB/s in {amount(size)}" for size, rate in sorted(bandwidth.items()))
         threads = f"{ceiling['threads']} thread" + "s" * (ceiling["threads"] != 1)
         lines.append(f"{threads}: {ceiling['flops'] / 1e9:.0f} GFLOP/s (torch.mm, float32); copying {rates}")
     return lines
@@ -187,24 +188,16 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.case,
         row.run_as,
         row.layout,
-        *(_seconds(row.peers[peer]) if peer in row.peers else "-" for peer in PEERS),
-        _seconds(row.seconds),
+        *(duration(row.peers[peer]) if peer in row.peers else "-" for peer in PEERS),
+        duration(row.seconds),
         *(over(peer) for peer in PEERS),
         "-" if row.over_best is None else f"{row.over_best:.2f}x",
         f"{facts['bytes_per_second'] / 1e9:.1f}",
         f"{facts['flops_per_second'] / 1e9:.1f}",
         f"{facts['share_of_ceiling']:.0%}",
-        "-" if facts["memory"] is None else _bytes(facts["memory"]),
+        "-" if facts["memory"] is None else amount(facts["memory"]),
         f"{MARK} than {row.best}" if row.slower else "",
     )
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**10:.0f} KiB" if count < 2**20 else f"{count / 2**20:.1f} MiB"
 
 
 def _sections(table: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -275,9 +268,7 @@ def markdown(run: dict[str, Any], picture_name: str) -> str:
     ]
     for title, section in _sections(found):
         lines += ["", f"## {title}", ""]
-        lines.append("| " + " | ".join(name for name, _ in COLUMNS) + " |")
-        lines.append("|" + "|".join("---:" if justify == "right" else ":---" for _, justify in COLUMNS) + "|")
-        lines += ["| " + " | ".join(_cells(row)) + " |" for row in section]
+        lines += markdown_table(COLUMNS, map(_cells, section))
     first = found[0].case if found else "NAME"
     lines += ["", f"One layer alone: `python -m espkernels bench --cases {first}`.", ""]
     return "\n".join(lines)

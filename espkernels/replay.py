@@ -12,7 +12,6 @@ A replay holds its own copy of the prepared weights; it is dropped when frozen w
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,10 +43,6 @@ class _Refused(Exception):
     """Why a forward pass cannot be replayed."""
 
 
-def _whole_mean(x: Tensor, size: Any = (1, 1)) -> Tensor | None:
-    return inference.global_average(x) if x.dim() == 4 and list(size) == [1, 1] else None
-
-
 def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor | None:
     if x.dim() != 4 or dtype not in (None, x.dtype) or dim is None or sorted(d % 4 for d in dim) != [2, 3]:
         return None
@@ -59,11 +54,30 @@ def _dropout(x: Tensor, p: float, train: bool) -> Tensor | None:
     return None if train else x
 
 
+def _bilinear(x: Tensor, size: Any, align_corners: bool, *scales: Any) -> Tensor | None:
+    return inference.resize(x, *size) if align_corners and size is not None else None
+
+
+def _average_pool(x: Tensor, kernel_size: Any, stride: Any = (), padding: Any = 0, *others: Any) -> Tensor | None:
+    usual = [*kernel_size], [*stride], [*padding]
+    counted = list(others[:3]) in ([], [False], [False, True], [False, True, None])
+    return inference.average_pool(x) if counted and usual == ([3, 3], [2, 2], [1, 1]) else None
+
+
+def _adaptive_average(x: Tensor, size: Any) -> Tensor | None:
+    if x.dim() != 4:
+        return None
+    return inference.global_average(x) if list(size) == [1, 1] else inference.adaptive_average(x, *size)
+
+
 # Operations of torch's that an operator of the library does as well; None where it cannot with these arguments.
 _TRANSLATED: dict[Any, Callable[..., Tensor | None]] = {
     _aten.mean.dim: _mean,
-    _aten._adaptive_avg_pool2d.default: _whole_mean,
-    _aten.adaptive_avg_pool2d.default: _whole_mean,
+    _aten._adaptive_avg_pool2d.default: _adaptive_average,
+    _aten.adaptive_avg_pool2d.default: _adaptive_average,
+    _aten.avg_pool2d.default: _average_pool,
+    _aten.upsample_bilinear2d.vec: _bilinear,
+    _aten.upsample_bilinear2d.default: _bilinear,
     _aten.dropout.default: _dropout,
 }
 
@@ -85,7 +99,7 @@ _HARMLESS = {
 
 
 # Arguments of the library's operators that may differ from image to image; a plan copies all others.
-_MAPS = ("x", "residual", "image")
+_MAPS = ("x", "residual", "image", "skip", "gate")
 
 
 class _Watch(TorchDispatchMode):
@@ -243,7 +257,7 @@ class Replayed(nn.Module):
             and backends.current() in (None, "cpu")
             and backends.library is not None
             and torch._C._len_torch_dispatch_stack() == 0
-            and torch._C._get_tracing_state() is None
+            and not torch._C._is_tracing()
         )
 
     def _layer_hooks(self) -> tuple[dict[int, Any], ...]:
@@ -257,13 +271,17 @@ class Replayed(nn.Module):
         return _blank, (type(self).__mro__[2],), self.__getstate__()
 
 
-@functools.cache
+_classes: dict[Any, type[nn.Module]] = {}
+
+
 def _class_of(base: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Frozen{base.__name__}", (Replayed, base), {"__doc__": base.__doc__})
+    if base not in _classes:
+        _classes[base] = type(f"Frozen{base.__name__}", (Replayed, base), {"__doc__": base.__doc__})
+    return _classes[base]
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
-    made: type[nn.Module] = _class_of(base)  # type: ignore[arg-type]
+    made = _class_of(base)
     return made.__new__(made)
 
 
@@ -271,6 +289,6 @@ def replayed(model: nn.Module) -> nn.Module:
     """``model`` itself, its class joined with :class:`Replayed`: still an instance of its own class."""
     if isinstance(model, Replayed):
         return model
-    model.__class__ = _class_of(type(model))  # type: ignore[arg-type]
+    model.__class__ = _class_of(type(model))
     model.plans = {}  # type: ignore[assignment]
     return model

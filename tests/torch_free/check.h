@@ -6,59 +6,12 @@
 #include <memory>
 #include <string>
 #include <thread>
-#include <type_traits>
 
+#include "cases.h"
 #include "cpu/kernels.h"
-#include "naive.h"
 
 inline const espk::Kernels& kernels = espk::ESPK_ISA::kernels;
 inline int failures = 0, checks = 0;
-
-// Small whole numbers, or powers of two, from a fixed sequence.
-class Draw {
- public:
-  Tensor integers(std::vector<int64_t> sizes) {
-    Tensor t(std::move(sizes));
-    for (double& value : t.values) value = static_cast<double>(next() % 5) - 2;
-    return t;
-  }
-  Tensor one_of(std::vector<double> choices, int64_t count) {
-    Tensor t({count});
-    for (double& value : t.values) value = choices[next() % choices.size()];
-    return t;
-  }
-  Steps steps(int64_t channels, std::vector<int64_t> residual_sizes) {
-    Steps steps{one_of({0.5, 1, 2, -1}, channels), integers({channels}), one_of({0.25, 0.5, -0.5, 0}, channels), {}};
-    if (!residual_sizes.empty()) steps.residual = integers(std::move(residual_sizes));
-    return steps;
-  }
-
- private:
-  uint64_t state_ = 1;
-  uint64_t next() { return (state_ = state_ * 6364136223846793005u + 1442695040888963407u) >> 33; }
-};
-
-// Vectors of the compute type that an Epilogue points into.
-class EpilogueBuffers {
- public:
-  EpilogueBuffers(Type type, Layout layout, const Steps& steps) {
-    const Type compute = type == Type::float64 ? Type::float64 : Type::float32;
-    epilogue.scale = keep(compute, layout, steps.scale);
-    epilogue.shift = keep(compute, layout, steps.shift);
-    epilogue.slope = keep(compute, layout, steps.slope);
-    epilogue.residual = keep(type, layout, steps.residual);
-  }
-  espk::Epilogue epilogue;
-
- private:
-  std::vector<std::unique_ptr<Buffer>> buffers_;
-
-  const void* keep(Type type, Layout layout, const Tensor& tensor) {
-    if (!tensor.count()) return nullptr;
-    buffers_.push_back(std::make_unique<Buffer>(type, layout, tensor));
-    return buffers_.back()->data();
-  }
-};
 
 inline std::unique_ptr<void, void (*)(void*)> aligned(int64_t bytes) {
   void* data = nullptr;
@@ -135,33 +88,4 @@ template <class Problem>
 void check(const char* what, const Case& s, const espk::Kernel<Problem>& kernel, Problem problem,
            void* Problem::* result, const Tensor& expected) {
   check(what, s, kernel, problem, result, expected, Target{problem.layout});
-}
-
-template <class Problem>
-Problem described(const Case& s, Type type, Layout layout) {
-  Problem p{};
-  p.type = type;
-  p.layout = layout;
-  p.batch = s.batch;
-  if constexpr (std::is_base_of_v<espk::Pyramid, Problem>) {
-    p.channels = s.channels;
-    p.height = s.height;
-    p.width = s.width;
-    p.out_height = s.out_height();
-    p.out_width = s.out_width();
-    p.branches = s.branches();
-    p.stride = s.stride;
-    p.hff = s.hff;
-    for (size_t k = 0; k < s.dilations.size(); ++k) p.dilations[k] = s.dilations[k];
-    if constexpr (std::is_same_v<espk::PyramidPointwise, Problem>) {
-      p.pointwise_channels = p.out_pixel = s.outputs;
-      p.groups = s.groups;
-    }
-  } else {
-    p.pixels = s.out_height() * s.out_width();
-    p.in_channels = s.concatenated();
-    p.out_channels = s.outputs;
-    p.groups = s.groups;
-  }
-  return p;
 }

@@ -25,45 +25,6 @@ void* scratch(Slot slot, int64_t bytes) {
 
 namespace {
 
-const Case kCases[] = {
-    {"one pixel", 1, 4, 1, 1, {1, 2, 3, 4}, 1, true, 4, 8},
-    {"one row", 2, 3, 1, 35, {1, 2, 3, 4}, 1, true, 4, 8},
-    {"one column", 1, 3, 19, 1, {1, 2, 3, 4}, 1, true, 3, 3},
-    {"map smaller than the dilation", 2, 5, 3, 2, {1, 3, 5, 9}, 1, true, 5, 10},
-    {"dilation far above the size", 1, 2, 2, 5, {1, 100000, 2}, 1, true, 1, 5},
-    {"dilation of 63 bits", 1, 2, 4, 5, {1, int64_t{1} << 62, 2}, 1, true, 1, 5},
-    {"dilation equals the size", 1, 4, 4, 4, {4, 4}, 1, true, 2, 6},
-    {"width 16", 1, 2, 3, 16, {1, 2, 3, 4}, 1, true, 2, 32},
-    {"width 17", 2, 3, 4, 17, {1, 1, 2, 3}, 1, true, 4, 36},
-    {"width 33", 1, 1, 5, 33, {2, 1}, 1, false, 1, 1},
-    {"width 70", 1, 2, 4, 70, {9, 1, 4, 2}, 1, true, 2, 34},
-    {"channels 17", 1, 17, 5, 6, {1, 1, 2, 3}, 1, true, 4, 20},
-    {"channels 33", 1, 33, 3, 4, {1, 2}, 1, true, 3, 51},
-    {"channels 65", 1, 65, 3, 3, {1}, 1, true, 5, 10},
-    {"eight branches", 1, 5, 7, 9, {1, 3, 2, 4, 1, 5, 9, 2}, 1, true, 8, 16},
-    {"seven branches without hff", 1, 3, 6, 8, {1, 2, 3, 4, 5, 6, 7}, 1, false, 7, 7},
-    {"stride 2 even", 2, 4, 8, 18, {1, 2, 3, 4}, 2, true, 4, 12},
-    {"stride 2 odd", 1, 19, 9, 35, {1, 2, 3}, 2, true, 3, 57},
-    {"stride 2 one pixel", 1, 1, 1, 1, {3}, 2, true, 1, 2},
-    {"stride 3 without hff", 2, 5, 10, 40, {1, 2, 3, 4}, 3, false, 2, 6},
-    {"stride above the size", 1, 6, 3, 4, {1, 2}, 7, true, 1, 9},
-    {"one input a group", 1, 4, 3, 7, {1, 2}, 1, true, 8, 24},
-    {"many outputs", 1, 2, 2, 3, {1, 2}, 1, true, 1, 130},
-    {"many inputs", 1, 130, 2, 3, {1, 2}, 1, true, 2, 6},
-    {"several blocks", 1, 9, 21, 37, {1, 2, 3, 4}, 1, true, 3, 33},
-    {"several blocks, stride 2", 1, 8, 22, 36, {1, 2, 3, 4}, 2, true, 4, 32},
-    {"five vectors of outputs a group", 1, 64, 6, 6, {1, 2, 3, 4}, 1, true, 4, 80},
-    {"a vector of channels and a rest", 1, 20, 7, 7, {1, 1, 1, 2}, 1, true, 4, 48},
-    {"two vectors of columns and one", 1, 35, 4, 33, {1, 2}, 1, true, 7, 21},
-    {"several strips, stride 2", 1, 8, 40, 37, {1, 2, 3, 4}, 2, true, 4, 36},
-    {"result outgrows the cache", 1, 20, 52, 61, {1, 2, 3, 4}, 1, true, 4, 8},
-    {"narrow groups", 1, 8, 3, 7, {1, 2, 3, 4}, 1, true, 4, 8},
-    {"narrow groups, 6 to 2", 2, 6, 3, 5, {1, 2, 3}, 1, true, 3, 6},
-    {"narrow groups, 8 to 2 in 5", 1, 10, 3, 3, {1, 2, 3, 4}, 1, true, 5, 10},
-    {"few pixels, many outputs", 2, 3, 1, 1, {1, 2}, 1, true, 1, 83},
-    {"batch 0", 0, 4, 5, 6, {1, 2}, 1, true, 2, 4},
-};
-
 void check_all(const Case& s, Type type, Layout layout) {
   Draw draw;
   const int64_t height = s.out_height(), width = s.out_width();
