@@ -257,7 +257,7 @@ class Replayed(nn.Module):
             and backends.current() in (None, "cpu")
             and backends.library is not None
             and torch._C._len_torch_dispatch_stack() == 0
-            and torch._C._get_tracing_state() is None
+            and not torch._C._is_tracing()
         )
 
     def _layer_hooks(self) -> tuple[dict[int, Any], ...]:
@@ -281,7 +281,7 @@ def _class_of(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
-    made: type[nn.Module] = _class_of(base)  # type: ignore[arg-type]
+    made = _class_of(base)
     return made.__new__(made)
 
 
@@ -289,6 +289,6 @@ def replayed(model: nn.Module) -> nn.Module:
     """``model`` itself, its class joined with :class:`Replayed`: still an instance of its own class."""
     if isinstance(model, Replayed):
         return model
-    model.__class__ = _class_of(type(model))  # type: ignore[arg-type]
+    model.__class__ = _class_of(type(model))
     model.plans = {}  # type: ignore[assignment]
     return model

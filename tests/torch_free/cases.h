@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <type_traits>
 
 #include "naive.h"
 
@@ -108,6 +109,11 @@ Problem described(const Case& s, Type type, Layout layout) {
     p.stride = s.stride;
     p.hff = s.hff;
     for (size_t k = 0; k < s.dilations.size(); ++k) p.dilations[k] = s.dilations[k];
+    if constexpr (requires { p.out_pixel; }) p.out_pixel = s.concatenated();
+    if constexpr (std::is_same_v<espk::PyramidPointwise, Problem>) {
+      p.pointwise_channels = p.out_pixel = s.outputs;
+      p.groups = s.groups;
+    }
   } else {
     p.pixels = s.out_height() * s.out_width();
     p.in_channels = s.concatenated();

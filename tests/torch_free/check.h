@@ -6,7 +6,6 @@
 #include <memory>
 #include <string>
 #include <thread>
-#include <type_traits>
 
 #include "cases.h"
 #include "cpu/kernels.h"
@@ -89,33 +88,4 @@ template <class Problem>
 void check(const char* what, const Case& s, const espk::Kernel<Problem>& kernel, Problem problem,
            void* Problem::* result, const Tensor& expected) {
   check(what, s, kernel, problem, result, expected, Target{problem.layout});
-}
-
-template <class Problem>
-Problem described(const Case& s, Type type, Layout layout) {
-  Problem p{};
-  p.type = type;
-  p.layout = layout;
-  p.batch = s.batch;
-  if constexpr (std::is_base_of_v<espk::Pyramid, Problem>) {
-    p.channels = s.channels;
-    p.height = s.height;
-    p.width = s.width;
-    p.out_height = s.out_height();
-    p.out_width = s.out_width();
-    p.branches = s.branches();
-    p.stride = s.stride;
-    p.hff = s.hff;
-    for (size_t k = 0; k < s.dilations.size(); ++k) p.dilations[k] = s.dilations[k];
-    if constexpr (std::is_same_v<espk::PyramidPointwise, Problem>) {
-      p.pointwise_channels = p.out_pixel = s.outputs;
-      p.groups = s.groups;
-    }
-  } else {
-    p.pixels = s.out_height() * s.out_width();
-    p.in_channels = s.concatenated();
-    p.out_channels = s.outputs;
-    p.groups = s.groups;
-  }
-  return p;
 }

@@ -21,22 +21,6 @@ inline Tensor convolution(const Tensor& x, const Tensor& weight, int64_t stride,
   return out;
 }
 
-// Means of 3x3 in steps of 2, zeros of the border counted.
-inline Tensor average_pool(const Tensor& x) {
-  Tensor out({x.sizes[0], x.sizes[1], (x.sizes[2] - 1) / 2 + 1, (x.sizes[3] - 1) / 2 + 1});
-  for (int64_t b = 0; b < out.sizes[0]; ++b)
-    for (int64_t c = 0; c < out.sizes[1]; ++c)
-      for (int64_t y = 0; y < out.sizes[2]; ++y)
-        for (int64_t z = 0; z < out.sizes[3]; ++z) {
-          double sum = 0;
-          for (int64_t r = 2 * y - 1; r <= 2 * y + 1; ++r)
-            for (int64_t q = 2 * z - 1; q <= 2 * z + 1; ++q)
-              if (r >= 0 && r < x.sizes[2] && q >= 0 && q < x.sizes[3]) sum += x.at(b, c, r, q);
-          out.at(b, c, y, z) = sum / 9;
-        }
-  return out;
-}
-
 // Rounded to the type that the kernel divides in, from which it rounds to its own.
 inline Tensor global_average(Type type, const Tensor& x) {
   Tensor out({x.sizes[0], x.sizes[1], 1, 1});
