@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench.comparison import PEERS
+from espkernels import quantities
+from espkernels.probe import Ceilings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -169,13 +171,10 @@ def headline(run: dict[str, Any]) -> str:
 
 
 def _ceilings(run: dict[str, Any]) -> list[str]:
-    lines = []
-    for ceiling in run.get("ceilings", ()):
-        bandwidth = {int(size): rate for size, rate in ceiling["bandwidth"].items()}
-        rates = ", ".join(f"{rate / 1e9:.0f} GB/s in {_bytes(size)}" for size, rate in sorted(bandwidth.items()))
-        threads = f"{ceiling['threads']} thread" + "s" * (ceiling["threads"] != 1)
-        lines.append(f"{threads}: {ceiling['flops'] / 1e9:.0f} GFLOP/s (torch.mm, float32); copying {rates}")
-    return lines
+    return [
+        str(Ceilings(one["threads"], one["flops"], {int(size): rate for size, rate in one["bandwidth"].items()}))
+        for one in run.get("ceilings", ())
+    ]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -187,24 +186,16 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.case,
         row.run_as,
         row.layout,
-        *(_seconds(row.peers[peer]) if peer in row.peers else "-" for peer in PEERS),
-        _seconds(row.seconds),
+        *(quantities.time(row.peers[peer]) if peer in row.peers else "-" for peer in PEERS),
+        quantities.time(row.seconds),
         *(over(peer) for peer in PEERS),
         "-" if row.over_best is None else f"{row.over_best:.2f}x",
         f"{facts['bytes_per_second'] / 1e9:.1f}",
         f"{facts['flops_per_second'] / 1e9:.1f}",
         f"{facts['share_of_ceiling']:.0%}",
-        "-" if facts["memory"] is None else _bytes(facts["memory"]),
+        "-" if facts["memory"] is None else quantities.size(facts["memory"]),
         f"{MARK} than {row.best}" if row.slower else "",
     )
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**10:.0f} KiB" if count < 2**20 else f"{count / 2**20:.1f} MiB"
 
 
 def _sections(table: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:

@@ -46,15 +46,15 @@ Recording*& recording() {
   return current;
 }
 
-Place Recording::find(const void* pointer, int64_t bytes, Step& step) {
+Place Recording::find(const void* pointer, MapBytes bytes, Step& step) {
   if (!pointer) return {-1, 0};
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   for (std::size_t i = 0; i < ranges_.size(); ++i) {
     const auto begin = reinterpret_cast<uintptr_t>(ranges_[i].data);
     if (address >= begin &&
-        address + static_cast<uintptr_t>(bytes) <= begin + static_cast<uintptr_t>(ranges_[i].bytes)) {
+        address + static_cast<uintptr_t>(bytes.span) <= begin + static_cast<uintptr_t>(ranges_[i].bytes)) {
       step.touches.push_back(static_cast<int64_t>(i));
-      step.bytes += bytes;
+      step.bytes.push_back(bytes.own);
       return {static_cast<int64_t>(i), static_cast<int64_t>(address - begin)};
     }
   }
@@ -92,6 +92,7 @@ std::unique_ptr<Plan> Recording::finish(const void* result, int64_t bytes, std::
       }
     }
   }
+  for (const Range& range : ranges_) plan->buffer_bytes.push_back(range.bytes);
   plan->input_bytes = input_bytes_;
   plan->output_bytes = bytes;
   plan->arena_bytes = floorplan.size();

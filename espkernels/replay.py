@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from espkernels import backends, inference
 
-__all__ = ["Recorded", "Replayed", "forget", "replayed"]
+__all__ = ["Recorded", "Replayed", "forget", "record", "replayed"]
 
 _aten = torch.ops.aten
 
@@ -53,12 +53,21 @@ def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor
     return mean if keepdim else mean.flatten(1)
 
 
+def _same_elements(x: Tensor, size: Any, stride: Any, offset: Any = None) -> Tensor | None:
+    """The strides that torch gives a mean over channels_last maps: other numbers, for sides of length 1 only."""
+    if list(size) != list(x.shape) or offset:
+        return None
+    moved = any(n > 1 and old != new for n, old, new in zip(size, x.stride(), stride, strict=True))
+    return None if moved else x.as_strided_(size, stride)
+
+
 def _dropout(x: Tensor, p: float, train: bool) -> Tensor | None:
     return None if train else x
 
 
 # Operations of torch's that an operator of the library does as well; None where it cannot with these arguments.
 _TRANSLATED: dict[Any, Callable[..., Tensor | None]] = {
+    _aten.as_strided_.default: _same_elements,
     _aten.mean.dim: _mean,
     _aten._adaptive_avg_pool2d.default: _whole_mean,
     _aten.adaptive_avg_pool2d.default: _whole_mean,
@@ -121,7 +130,8 @@ class Recorded:
     refusal: str = ""
 
 
-def _record(forward: Callable[[Tensor], Any], x: Tensor) -> Recorded:
+def record(forward: Callable[[Tensor], Any], x: Tensor) -> Recorded:
+    """Runs ``forward`` on the first image of ``x`` and gives its plan, or why there is none."""
     library = backends.library
     assert library is not None
     image = x[:1]
@@ -162,7 +172,7 @@ class Replayed(nn.Module):
         recorded = self.plans.get(key)
         if recorded is None:
             self.plans = {k: plan for k, plan in self.plans.items() if k[-1] == _generation}
-            recorded = self.plans[key] = _record(super().forward, x)
+            recorded = self.plans[key] = record(super().forward, x)
         if recorded.plan is None:
             return super().forward(x)
         memory_format = torch.channels_last if recorded.channels_last else torch.contiguous_format
