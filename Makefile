@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CXX_FILES = $(shell find csrc tests bench \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build test bench lint format clean
+.PHONY: help install build test bench peers lint format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -26,6 +26,9 @@ test: build ## all tests; make test ARGS="-k pyramid" for some
 
 bench: build ## verify and time the kernels; table, chart and JSON in bench/results/
 	$(IN_VENV) -m espkernels bench $(ARGS)
+
+peers: $(VENV)/peers ## beside onnxruntime, OpenVINO, ncnn and torch.compile; installs them first; bench/results/peers.*
+	$(IN_VENV) -m bench.peers $(ARGS)
 
 lint: build ## ruff, mypy and clang-format, all read-only
 	$(VENV)/bin/ruff check .
@@ -43,6 +46,10 @@ format: build ## rewrite the sources in the house style
 clean: ## remove everything that make made
 	rm -rf $(VENV) build dist espkernels.egg-info espkernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/peers: constraints.txt pyproject.toml | build
+	$(IN_VENV) -m pip install -c constraints.txt --no-build-isolation -e '.[bench,peers]'
+	@touch $@
 
 # Compiles only what changed, and says so in a line when nothing did.
 build: $(INSTALLED)

@@ -3,8 +3,12 @@
 A kernel source is compiled once for each instruction set and the library picks one at run time, which is why the
 ninja file is written here. It stays in ``build/ninja``, so that a second build compiles only what changed.
 
+``espkernels._C_cuda`` is built too where torch is a CUDA build and nvcc is there, or where it is asked for; no GPU is
+needed.
+
 The environment may set CXX, CXXFLAGS, LDFLAGS, MAX_JOBS (how many compilers run at once), ESPKERNELS_WERROR=1
-(warnings are errors) and ESPKERNELS_BUILD_CUDA=0|1.
+(warnings are errors), ESPKERNELS_BUILD_CUDA=0|1 (never, or always), CUDA_HOME (where the toolkit is) and
+TORCH_CUDA_ARCH_LIST (such as "8.0;9.0+PTX", the default).
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import fcntl
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -44,14 +49,33 @@ KERNEL_SOURCES = [
     "csrc/cpu/convolution.cpp",
     "csrc/cpu/average_pool.cpp",
     "csrc/cpu/global_average.cpp",
+    "csrc/cpu/resize.cpp",
+    "csrc/cpu/adaptive_average.cpp",
+    "csrc/cpu/grouped_convolution.cpp",
     "csrc/cpu/kernels.cpp",
 ]
+
+# The CUDA library defines the same schemas in a namespace of its own.
+CUDA_TORCH_SOURCES = ["csrc/ops.cpp", "csrc/cuda_door.cpp", "csrc/cuda_inference_door.cpp"]
+CUDA_SOURCES = [
+    "csrc/cuda/spatial_pyramid.cu",
+    "csrc/cuda/spatial_pyramid_backward_input.cu",
+    "csrc/cuda/spatial_pyramid_backward_weight.cu",
+    "csrc/cuda/group_pointwise.cu",
+    "csrc/cuda/group_pointwise_backward_weight.cu",
+    "csrc/cuda/pyramid_pointwise.cu",
+    "csrc/cuda/eesp.cu",
+    "csrc/cuda/down_sampler.cu",
+    "csrc/cuda/unit.cu",
+]
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 # Contraction and the two -fno- flags help loops, and keep NaN, infinity and the order of sums; -ffast-math does not.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Icsrc"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
 INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
     "x86_64": {"baseline": [], "avx2": AVX2, "avx512": AVX512},
     "aarch64": {"baseline": []},
@@ -63,6 +87,12 @@ builddir = {build}
 
 rule cxx
   command = {cxx} {flags} $flags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $out
+
+rule nvcc
+  command = {nvcc} {nvcc_flags} $flags -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = compile $out
@@ -102,13 +132,11 @@ class Library:
 
 def cpu_library() -> Library:
     torch = torch_folder()
-    # -isystem: the warnings of other people's headers are not ours to mend.
-    torch_flags = ["-isystem", f"{torch}/include", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DTORCH_STABLE_ONLY"]
     pybind_flags = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11_include()]
     sets = instruction_sets()
     have = [f"-DESPK_HAVE_{name.upper()}" for name in sets if name != "baseline"]
 
-    compilations = [Compilation(source, "torch", torch_flags) for source in TORCH_SOURCES]
+    compilations = [Compilation(source, "torch", torch_flags()) for source in TORCH_SOURCES]
     compilations += [Compilation(source, "pybind", pybind_flags) for source in PYBIND_SOURCES]
     compilations += [Compilation(source, "dispatch", have) for source in DISPATCH_SOURCES]
     for name, flags in sets.items():
@@ -117,6 +145,60 @@ def cpu_library() -> Library:
         compilations += [Compilation(source, name, flags) for source in KERNEL_SOURCES]
     # No rpath: espkernels imports torch first, so the loader already has torch's libraries.
     return Library("_C", compilations, [f"-L{torch}/lib", "-ltorch_cpu", "-ltorch", "-lc10"])
+
+
+def cuda_library() -> Library:
+    torch, toolkit = torch_folder(), cuda_toolkit()
+    if toolkit is None:
+        raise PlatformError(
+            "ESPKERNELS_BUILD_CUDA=1, but there is no CUDA toolkit here (bin/nvcc and lib64/libcudart_static.a, looked "
+            f"for in {', '.join(map(str, cuda_folders()))}): install it, or set CUDA_HOME."
+        )
+    # USE_CUDA declares the stable ABI's CUDA functions, which a CPU build of torch declares too, but does not define.
+    flags = [*torch_flags(), "-DUSE_CUDA", "-DESPK_NAMESPACE=espkernels_cuda"]
+    compilations = [Compilation(source, "torch_cuda", flags) for source in CUDA_TORCH_SOURCES]
+    compilations += [Compilation(source, "cuda", cuda_architectures(), "nvcc") for source in CUDA_SOURCES]
+    # The runtime is linked in, so that any CUDA build of torch will do, whichever toolkit it brings.
+    runtime = [f"-L{toolkit / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    torch_libraries = ["-ltorch_cuda"] if torch_has_cuda() else []
+    return Library("_C_cuda", compilations, [f"-L{torch}/lib", *torch_libraries, "-ltorch_cpu", "-lc10", *runtime])
+
+
+def torch_has_cuda() -> bool:
+    return (Path(torch_folder()) / "lib" / "libtorch_cuda.so").exists()
+
+
+def cuda_folders() -> list[Path]:
+    """Where a CUDA toolkit may be: CUDA_HOME alone where it is set."""
+    if os.environ.get("CUDA_HOME"):
+        return [Path(os.environ["CUDA_HOME"])]
+    nvcc = shutil.which("nvcc")
+    return [*([Path(nvcc).resolve().parent.parent] if nvcc else []), Path("/usr/local/cuda")]
+
+
+def cuda_toolkit() -> Path | None:
+    needed = ("bin/nvcc", "lib64/libcudart_static.a")
+    return next((folder for folder in cuda_folders() if all((folder / name).exists() for name in needed)), None)
+
+
+def cuda_architectures() -> list[str]:
+    """nvcc's options for TORCH_CUDA_ARCH_LIST: machine code for each, and with +PTX what later devices compile."""
+    options: list[str] = []
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    for word in asked.replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", word)
+        if match is None:
+            raise PlatformError(f"TORCH_CUDA_ARCH_LIST has {word!r}; expected numbers such as 8.0, 9.0a or 9.0+PTX.")
+        number = match[1] + match[2]
+        options += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if match[3]:
+            options += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return options
+
+
+def torch_flags() -> list[str]:
+    # -isystem: the warnings of other people's headers are not ours to mend.
+    return ["-isystem", f"{torch_folder()}/include", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DTORCH_STABLE_ONLY"]
 
 
 def instruction_sets() -> dict[str, list[str]]:
@@ -184,18 +266,21 @@ def wants_cuda() -> bool:
     asked = os.environ.get("ESPKERNELS_BUILD_CUDA", "")
     if asked not in ("", "0", "1"):
         raise PlatformError(f"ESPKERNELS_BUILD_CUDA is {asked!r}; it can be 0 or 1.")
-    return asked == "1"
+    return asked == "1" or (asked == "" and torch_has_cuda() and cuda_toolkit() is not None)
 
 
 def ninja_text(libraries: list[Library]) -> str:
     def quote(words: list[str]) -> str:
         return shlex.join(words).replace("$", "$$")
 
+    cxx, toolkit = compiler(), cuda_toolkit()
     werror = ["-Werror"] if os.environ.get("ESPKERNELS_WERROR") == "1" else []
     text = RULES.format(
         build=BUILD,
-        cxx=quote(compiler()),
+        cxx=quote(cxx),
         flags=quote(shlex.split(os.environ.get("CXXFLAGS", "")) + FLAGS + werror),
+        nvcc=quote([str(toolkit / "bin" / "nvcc") if toolkit else "nvcc", "-ccbin", cxx[0]]),
+        nvcc_flags=quote([*NVCC_FLAGS, *(["-Werror", "all-warnings"] if werror else [])]),
         ldflags=quote(shlex.split(os.environ.get("LDFLAGS", ""))),
     )
     for library in libraries:
@@ -210,9 +295,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
     """Lets ninja build the libraries and copies them to where setuptools wants them."""
 
     def run(self) -> None:
-        if wants_cuda():
-            raise PlatformError("ESPKERNELS_BUILD_CUDA=1, but this version has no CUDA sources yet.")
-        libraries = [cpu_library()]
+        libraries = [cpu_library(), *([cuda_library()] if wants_cuda() else [])]
         text, ninja = ninja_text(libraries), ninja_program()
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         BUILD.mkdir(parents=True, exist_ok=True)
@@ -225,6 +308,8 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
                 target = Path(self.get_ext_fullpath(f"espkernels.{library.name}"))
                 self.mkpath(str(target.parent))
                 self.copy_file(library.file, str(target))
+        if wants_cuda() and not torch_has_cuda():
+            self.warn("torch is a CPU build here: espkernels._C_cuda is complete, but loads beside a CUDA build only.")
 
 
 models = ["espkernels.models", *(f"espkernels.models.{name}" for name in find_packages("models"))]

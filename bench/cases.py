@@ -11,7 +11,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-__all__ = ["CASES", "DEFAULT", "IMAGES", "NETWORKS", "SCALES", "Case", "check", "fits", "matching", "units", "widths"]
+__all__ = [
+    "CASES",
+    "DEFAULT",
+    "IMAGES",
+    "NETWORKS",
+    "SCALES",
+    "SEGMENTATION",
+    "Case",
+    "check",
+    "fits",
+    "matching",
+    "units",
+    "widths",
+]
 
 SCALES = (0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0)
 
@@ -130,6 +143,9 @@ CASES = _distinct(case for image in IMAGES for scale in SCALES for case in units
 
 # Whole classification networks, by name.
 NETWORKS = {f"s{scale:g}-224x224-network": scale for scale in SCALES}
+
+# Whole segmentation networks, by name: scale, image and classes (Cityscapes, PASCAL VOC).
+SEGMENTATION = {"s2-1024x512-network": (2.0, "1024x512", 20), "s2-384x384-network": (2.0, "384x384", 21)}
 
 # Small enough for five minutes on two cores: one small and one large network, and the maps of a large image.
 DEFAULT = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bench.floor import Floor
-from bench.interleave import Run, Samples, interleave
+from bench.interleave import Samples, Timed, interleave
 
 __all__ = ["LAYOUTS", "PEERS", "Comparison", "Outcome", "Provider", "WrongResult", "measure"]
 
@@ -39,7 +39,7 @@ class Comparison:
 
     ``build`` returns what is timed for a provider after checking its result; it raises :class:`WrongResult`. ``floor``
     is the least that the problem must move and compute. ``memory`` gives the bytes a provider needs, where known.
-    ``prepare`` computes, before all, what results are compared with.
+    ``prepare`` computes, before all, what results are compared with; ``seconds`` is that of :func:`interleave`.
     """
 
     operator: str
@@ -48,10 +48,11 @@ class Comparison:
     mode: str
     threads: int
     providers: tuple[Provider, ...]
-    build: Callable[[Provider], Run]
+    build: Callable[[Provider], Timed]
     floor: Callable[[], Floor]
     memory: Callable[[Provider], int | None] = field(default=lambda provider: None)
     prepare: Callable[[], object] = field(default=lambda: None)
+    seconds: float = 0.4
 
     def __str__(self) -> str:
         plural = "s" if self.threads != 1 else ""
@@ -73,7 +74,7 @@ def measure(comparison: Comparison) -> Outcome:
     """Builds and checks every provider, then times them in turn. The last outcome is kept for the other providers."""
     threads = torch.get_num_threads()
     torch.compiler.reset()
-    runs: dict[str, Run] = {}
+    runs: dict[str, Timed] = {}
     refused: dict[str, Exception] = {}
     memory: dict[str, int | None] = {}
     try:
@@ -88,6 +89,6 @@ def measure(comparison: Comparison) -> Outcome:
                 memory[str(provider)] = comparison.memory(provider)
             except Exception as error:  # each provider's own test raises it; the others are still compared
                 refused[str(provider)] = error
-        return Outcome(interleave(runs), refused, floor, memory)
+        return Outcome(interleave(runs, comparison.seconds), refused, floor, memory)
     finally:
         torch.set_num_threads(threads)

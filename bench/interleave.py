@@ -13,9 +13,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-__all__ = ["Run", "Samples", "interleave"]
+__all__ = ["Run", "Samples", "Timed", "interleave"]
+
+
+class Timed(Protocol):
+    """Whatever can say how long it takes, here or in another process."""
+
+    def time(self, calls: int) -> float:
+        """Seconds that ``calls`` calls take."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Samples:
 
 
 def interleave(
-    runs: Mapping[str, Run], seconds: float = 0.4, sample: float = 2e-3, rounds: tuple[int, int] = (5, 41)
+    runs: Mapping[str, Timed], seconds: float = 0.4, sample: float = 2e-3, rounds: tuple[int, int] = (5, 41)
 ) -> Samples:
     """Samples of every run, one of each in every round.
 
@@ -85,7 +92,7 @@ def interleave(
     return Samples(taken, calls)
 
 
-def _calls(run: Run, sample: float) -> int:
+def _calls(run: Timed, sample: float) -> int:
     run.time(1)
     calls = 1
     while (elapsed := run.time(calls)) < sample:

@@ -19,7 +19,7 @@ from espkernels.freeze import freeze
 from espkernels.models import plain
 from espkernels.replace import replace
 
-__all__ = ["Task", "network", "unit", "variant"]
+__all__ = ["Task", "network", "segmentation", "unit", "variant"]
 
 
 def unit(case: Case) -> nn.Module:
@@ -35,6 +35,11 @@ def unit(case: Case) -> nn.Module:
 def network(scale: float) -> nn.Module:
     """The plain classification network, without dropout so that two runs agree."""
     return _lively(models.espnetv2(scale, plain=True, dropout=0.0))
+
+
+def segmentation(scale: float, classes: int) -> nn.Module:
+    """The plain segmentation network."""
+    return _lively(models.espnetv2_segmentation(scale, classes, plain=True))
 
 
 def _lively(model: nn.Module) -> nn.Module:
@@ -114,17 +119,20 @@ class Task:
 
     def build(self, provider: Provider) -> Run:
         """Checks the provider's result, and returns what is timed."""
-        run, error = self._prepare(provider)
+        model, x = self._cast(provider.implementation, LAYOUTS[provider.layout])
+        self.check(provider, self._results(model, x))
+        return Run(self.step(model, x))
+
+    def check(self, provider: Provider, results: list[Tensor]) -> None:
+        """Raises :class:`WrongResult` where ``results`` differ from float64 by more than rounding may."""
+        shapes, expected = ([tuple(tensor.shape) for tensor in tensors] for tensors in (results, self.exact))
+        if shapes != expected:
+            raise WrongResult(f"{provider}: results of shapes {shapes}, expected {expected}")
+        error = _error(results, self.exact)
         if not error <= self._allowed:
             raise WrongResult(
                 f"{provider}: off by {error:.2g} in the root mean square, expected at most {self._allowed:.2g}"
             )
-        return run
-
-    def _prepare(self, provider: Provider) -> tuple[Run, float]:
-        model, x = self._cast(provider.implementation, LAYOUTS[provider.layout])
-        error = _error(self._results(model, x), self.exact)
-        return Run(self.step(model, x)), error
 
     def run(self, provider: Provider) -> Callable[[], object]:
         """One unchecked step of the provider, for a process that only looks at memory."""

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench.comparison import PEERS
-from espkernels import quantities
+from bench.tables import markdown_table
 from espkernels.probe import Ceilings
+from espkernels.quantities import amount, duration
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -186,14 +187,14 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.case,
         row.run_as,
         row.layout,
-        *(quantities.time(row.peers[peer]) if peer in row.peers else "-" for peer in PEERS),
-        quantities.time(row.seconds),
+        *(duration(row.peers[peer]) if peer in row.peers else "-" for peer in PEERS),
+        duration(row.seconds),
         *(over(peer) for peer in PEERS),
         "-" if row.over_best is None else f"{row.over_best:.2f}x",
         f"{facts['bytes_per_second'] / 1e9:.1f}",
         f"{facts['flops_per_second'] / 1e9:.1f}",
         f"{facts['share_of_ceiling']:.0%}",
-        "-" if facts["memory"] is None else quantities.size(facts["memory"]),
+        "-" if facts["memory"] is None else amount(facts["memory"]),
         f"{MARK} than {row.best}" if row.slower else "",
     )
 
@@ -266,9 +267,7 @@ def markdown(run: dict[str, Any], picture_name: str) -> str:
     ]
     for title, section in _sections(found):
         lines += ["", f"## {title}", ""]
-        lines.append("| " + " | ".join(name for name, _ in COLUMNS) + " |")
-        lines.append("|" + "|".join("---:" if justify == "right" else ":---" for _, justify in COLUMNS) + "|")
-        lines += ["| " + " | ".join(_cells(row)) + " |" for row in section]
+        lines += markdown_table(COLUMNS, map(_cells, section))
     first = found[0].case if found else "NAME"
     lines += ["", f"One layer alone: `python -m espkernels bench --cases {first}`.", ""]
     return "\n".join(lines)

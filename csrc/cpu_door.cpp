@@ -5,6 +5,10 @@
 #include "door.h"
 
 namespace espk {
+
+bool is_here(const Tensor& t) { return t.is_cpu(); }
+const char* const device_name = "CPU";
+
 namespace {
 
 Tensor spatial_pyramid(const Tensor& x, const Tensor& weight, std::vector<int64_t> dilations, int64_t stride,
@@ -18,6 +22,7 @@ Tensor spatial_pyramid(const Tensor& x, const Tensor& weight, std::vector<int64_
   Tensor out = result_map({p.batch, p.out_channels(), p.out_height, p.out_width}, x, p.layout);
   p.x = map.const_data_ptr();
   p.weight = branches.const_data_ptr();
+  p.out_pixel = p.out_channels();
   p.out = out.mutable_data_ptr();
   launch("spatial_pyramid", kernels().spatial_pyramid, p);
   return out;

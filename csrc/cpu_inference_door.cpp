@@ -32,7 +32,8 @@ Tensor run_unit(const Tensor& x, const Unit& u, int64_t stride, bool hff, const 
   check_map(x, "x");
   for (const Tensor* weight : {&u.reduce_weight, &u.weight, &u.expand_weight}) check_same_type(x, *weight);
   check_pointwise_weight(u.reduce_weight, x.size(1), u.reduce_groups);
-  const Layout layout = layout_of(x);
+  // A map of one pixel or column may be dense both ways.
+  const Layout layout = into ? Layout::channels_last : layout_of(x);
   const Tensor map = dense_map(x, layout), reduce = dense_weight(u.reduce_weight), branches = dense_weight(u.weight),
                expand = dense_weight(u.expand_weight);
 
@@ -206,8 +207,161 @@ Tensor global_average(const Tensor& x) {
 
 // Rows or columns of a convolution's result, checked against overflow by the sizes of the tensors it reads.
 int64_t filtered(int64_t size, int64_t filter, int64_t stride, int64_t padding) {
+  STD_TORCH_CHECK(padding <= int64_t{1} << 31, "padding: expected at most 2^31");
   STD_TORCH_CHECK(size + 2 * padding >= filter, "x: is smaller, padding included, than the filter");
   return (size + 2 * padding - filter) / stride + 1;
+}
+
+Tensor grouped_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& shift,
+                           const std::optional<Tensor>& slope, int64_t groups, bool shuffled) {
+  GroupedConvolution p{};
+  p.type = type_of(x);
+  p.batch = x.size(0);
+  p.height = x.size(2);
+  p.width = x.size(3);
+  p.groups = groups;
+  p.in = x.size(1) / groups;
+  p.out_of_group = weight.size(0) / groups;
+  p.shuffled = shuffled;
+  STD_TORCH_CHECK(p.in >= 1 && p.in <= kMaxBranches && p.height >= 1 && p.width >= 1,
+                  "x: expected 1 to 8 inputs a group");
+  const Tensor map = dense_map(x, Layout::channels_last), dense = dense_weight(weight);
+  const std::vector<int64_t> sizes{p.batch, p.out_channels(), p.height, p.width};
+  const EpilogueTensors epilogue =
+      dense_epilogue(x, Layout::channels_last, sizes, std::nullopt, shift, std::nullopt, slope);
+  Tensor out = result_map(sizes, x, Layout::channels_last);
+  p.x = map.const_data_ptr();
+  p.weight = dense.const_data_ptr();
+  p.epilogue = pointers(epilogue);
+  p.out = out.mutable_data_ptr();
+  launch("grouped_convolution", kernels().grouped_convolution, p);
+  return out;
+}
+
+// Resizes `x` into channels from `channel` on of `into`; see Resize.
+void run_resize(const Tensor& x, const std::optional<Tensor>& skip, const std::optional<Tensor>& gate,
+                const EpilogueTensors& epilogue, const Tensor& into, int64_t channel) {
+  Resize p{};
+  p.type = type_of(x);
+  p.batch = x.size(0);
+  p.channels = x.size(1);
+  p.height = x.size(2);
+  p.width = x.size(3);
+  p.out_height = into.size(2);
+  p.out_width = into.size(3);
+  p.x = x.const_data_ptr();
+  if (skip) p.skip = skip->const_data_ptr();
+  if (gate) p.gate = gate->const_data_ptr();
+  p.epilogue = pointers(epilogue);
+  p.out_pixel = into.size(1);
+  p.out = static_cast<char*>(into.data_ptr()) + channel * bytes_of(p.type);
+  launch("resize", kernels().resize, p);
+}
+
+void run_adaptive_average(const Tensor& x, const EpilogueTensors& epilogue, const Tensor& into, int64_t channel) {
+  AdaptiveAverage p{};
+  p.type = type_of(x);
+  p.batch = x.size(0);
+  p.channels = x.size(1);
+  p.height = x.size(2);
+  p.width = x.size(3);
+  p.out_height = into.size(2);
+  p.out_width = into.size(3);
+  p.x = x.const_data_ptr();
+  p.epilogue = pointers(epilogue);
+  p.out_pixel = into.size(1);
+  p.out = static_cast<char*>(into.data_ptr()) + channel * bytes_of(p.type);
+  launch("adaptive_average", kernels().adaptive_average, p);
+}
+
+void check_size(int64_t height, int64_t width) {
+  STD_TORCH_CHECK(height >= 1 && width >= 1, "height, width: expected at least 1");
+}
+
+Tensor resize(const Tensor& x, int64_t height, int64_t width, std::optional<Tensor> skip, std::optional<Tensor> gate,
+              std::optional<Tensor> scale, std::optional<Tensor> shift, std::optional<Tensor> slope) {
+  check_map(x, "x");
+  check_size(height, width);
+  STD_TORCH_CHECK(x.size(2) >= 1 && x.size(3) >= 1, "x: expected at least one row and column");
+  const std::vector<int64_t> sizes{x.size(0), x.size(1), height, width};
+  const Tensor map = dense_map(x, Layout::channels_last);
+  EpilogueTensors epilogue = dense_epilogue(x, Layout::channels_last, sizes, scale, shift, skip, slope);
+  const std::optional<Tensor> dense_skip = epilogue.residual;
+  epilogue.residual = std::nullopt;
+  if (gate) {
+    check_map(*gate, "gate");
+    check_same_type(*gate, x);
+    STD_TORCH_CHECK(
+        gate->size(0) == x.size(0) && gate->size(1) == x.size(1) && gate->size(2) == 1 && gate->size(3) == 1,
+        "gate: expected [B, C, 1, 1]");
+    gate = dense_map(*gate, Layout::contiguous);
+  }
+  Tensor out = result_map(sizes, x, Layout::channels_last);
+  run_resize(map, dense_skip, gate, epilogue, out, 0);
+  return out;
+}
+
+Tensor adaptive_average(const Tensor& x, int64_t height, int64_t width) {
+  check_map(x, "x");
+  check_size(height, width);
+  STD_TORCH_CHECK(x.size(2) >= 1 && x.size(3) >= 1, "x: expected at least one row and column");
+  const Tensor map = dense_map(x, Layout::channels_last);
+  Tensor out = result_map({x.size(0), x.size(1), height, width}, x, Layout::channels_last);
+  run_adaptive_average(map, EpilogueTensors{}, out, 0);
+  return out;
+}
+
+// Every branch writes its channels of the concatenated map, normalised and activated; the channel shuffle is the order in
+// which the merging convolution reads them.
+Tensor pyramid_pooling(const Tensor& x, const Tensor& weight, std::vector<int64_t> sizes, int64_t enlarged,
+                       const Tensor& scale, const Tensor& shift, const Tensor& slope, const Tensor& merge_weight,
+                       const Tensor& merge_shift, const Tensor& merge_slope) {
+  check_map(x, "x");
+  check_same_type(x, weight);
+  check_same_type(x, merge_weight);
+  const int64_t branches = weight.dim() == 4 ? weight.size(0) : 0, channels = x.size(1);
+  STD_TORCH_CHECK(branches >= 1 && branches <= kMaxBranches && weight.size(1) == channels && weight.size(2) == 3 &&
+                      weight.size(3) == 3 && int64_t(sizes.size()) == 2 * branches,
+                  "weight, sizes: expected [S, p, 3, 3] and a height and width for each of 1 to 8 branches");
+  STD_TORCH_CHECK(merge_weight.dim() == 4 && merge_weight.size(0) == channels && merge_weight.size(1) == branches &&
+                      merge_weight.size(2) == 3 && merge_weight.size(3) == 3,
+                  "merge_weight: expected [p, S, 3, 3]");
+  const int64_t height = x.size(2), width = x.size(3);
+  STD_TORCH_CHECK(height >= 1 && width >= 1, "x: expected at least one row and column");
+  const Tensor map = dense_map(x, Layout::channels_last), filters = dense_weight(weight);
+  const std::vector<int64_t> concatenated{x.size(0), branches * channels, height, width};
+  const EpilogueTensors whole =
+      dense_epilogue(x, Layout::channels_last, concatenated, scale, shift, std::nullopt, slope);
+  STD_TORCH_CHECK(whole.scale && whole.shift && whole.slope, "scale, shift, slope: expected all three");
+  Tensor out = result_map(concatenated, x, Layout::channels_last);
+  for (int64_t b = 0; b < branches; ++b) {
+    const int64_t h = sizes[size_t(2 * b)], w = sizes[size_t(2 * b + 1)], first = b * channels;
+    check_size(h, w);
+    const EpilogueTensors epilogue{slice(*whole.scale, first, channels), slice(*whole.shift, first, channels),
+                                   std::nullopt, slice(*whole.slope, first, channels)};
+    const bool same = h == height && w == width, larger = b < enlarged;
+    Tensor resized = map;
+    if (!same) {
+      resized = result_map({x.size(0), channels, h, w}, x, Layout::channels_last);
+      if (larger) {
+        run_resize(map, std::nullopt, std::nullopt, EpilogueTensors{}, resized, 0);
+      } else {
+        run_adaptive_average(map, EpilogueTensors{}, resized, 0);
+      }
+    }
+    SpatialPyramid p{};
+    describe(p, x, Layout::channels_last, {x.size(0), channels, h, w}, {1}, 1, true);
+    Tensor filtered = same ? out : result_map({x.size(0), channels, h, w}, x, Layout::channels_last);
+    p.x = resized.const_data_ptr();
+    p.weight = static_cast<const char*>(filters.const_data_ptr()) + b * channels * 9 * bytes_of(p.type);
+    if (same) p.epilogue = pointers(epilogue);
+    p.out_pixel = filtered.size(1);
+    p.out = static_cast<char*>(filtered.mutable_data_ptr()) + (same ? first * bytes_of(p.type) : 0);
+    launch("depthwise", kernels().spatial_pyramid, p);
+    if (!same && larger) run_adaptive_average(filtered, epilogue, out, first);
+    if (!same && !larger) run_resize(filtered, std::nullopt, std::nullopt, epilogue, out, first);
+  }
+  return grouped_convolution(out, merge_weight, merge_shift, merge_slope, channels, true);
 }
 
 // Depthwise 3x3 convolutions run as a pyramid of one branch, all others as one dense matrix product a row.
@@ -220,13 +374,19 @@ Tensor convolution(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
   STD_TORCH_CHECK(stride >= 1 && padding >= 0 && dilation >= 1, "stride, padding, dilation: too small");
   const bool depthwise = groups == x.size(1) && weight.size(0) == groups && weight.size(1) == 1 &&
                          weight.size(2) == 3 && weight.size(3) == 3 && padding == dilation;
-  STD_TORCH_CHECK(depthwise || (groups == 1 && dilation == 1 && weight.size(1) == x.size(1)),
-                  "convolution: expected one group without dilation, or a depthwise 3x3 one padded by its dilation");
+  const bool many = groups > 1 && !depthwise && x.size(1) % groups == 0 && weight.size(0) % groups == 0 &&
+                    weight.size(1) == x.size(1) / groups && weight.size(1) <= kMaxBranches && weight.size(2) == 3 &&
+                    weight.size(3) == 3 && padding == 1 && dilation == 1 && stride == 1;
+  STD_TORCH_CHECK(
+      depthwise || many || (groups == 1 && dilation == 1 && weight.size(1) == x.size(1)),
+      "convolution: expected one group without dilation, a depthwise 3x3 one padded by its dilation, or a 3x3 one "
+      "in groups of at most 8 inputs, padded by 1, without stride and dilation");
   const Tensor dense = dense_weight(weight);
   const int64_t channels = weight.size(0);
   if (depthwise) {
     SpatialPyramid p{};
     const Tensor map = dense_map(x, Layout::channels_last);
+    p.out_pixel = channels;
     describe(p, x, Layout::channels_last, {x.size(0), x.size(1), x.size(2), x.size(3)}, {dilation}, stride, true);
     const std::vector<int64_t> sizes{p.batch, channels, p.out_height, p.out_width};
     const ScalarType compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -243,6 +403,7 @@ Tensor convolution(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
     launch("depthwise", kernels().spatial_pyramid, p);
     return out;
   }
+  if (many) return grouped_convolution(x, weight, shift, slope, groups, false);
   Convolution p{};
   p.type = type_of(x);
   p.layout = layout_of(x);
@@ -253,10 +414,11 @@ Tensor convolution(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
   p.out_channels = channels;
   p.filter_height = weight.size(2);
   p.filter_width = weight.size(3);
-  p.stride = stride;
   p.padding_rows = p.padding_columns = padding;
   p.out_height = filtered(p.height, p.filter_height, stride, padding);
   p.out_width = filtered(p.width, p.filter_width, stride, padding);
+  const int64_t longest = (p.height > p.width ? p.height : p.width) + 2 * padding;
+  p.stride = stride < longest ? stride : longest;  // as in describe
   const std::vector<int64_t> sizes{p.batch, channels, p.out_height, p.out_width};
   const Tensor map = dense_map(x, p.layout);
   const EpilogueTensors epilogue =
@@ -279,5 +441,8 @@ STABLE_TORCH_LIBRARY_IMPL(espkernels, CPU, m) {
   m.impl("down_sampler", TORCH_BOX(&down_sampler));
   m.impl("convolution", TORCH_BOX(&convolution));
   m.impl("average_pool", TORCH_BOX(&average_pool));
+  m.impl("resize", TORCH_BOX(&resize));
+  m.impl("adaptive_average", TORCH_BOX(&adaptive_average));
+  m.impl("pyramid_pooling", TORCH_BOX(&pyramid_pooling));
   m.impl("global_average", TORCH_BOX(&global_average));
 }

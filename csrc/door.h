@@ -65,12 +65,18 @@ inline Tensor empty_map(std::vector<int64_t> sizes, const Tensor& like, Layout l
   return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format_of(layout));
 }
 
+// Each library has one device and defines these for it: whether a kernel that it starts now may touch the tensor's memory,
+// and the device's name.
+bool is_here(const Tensor& t);
+extern const char* const device_name;
+
 inline void check_map(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4, name, ": expected a CPU tensor with 4 dimensions");
+  STD_TORCH_CHECK(is_here(t) && t.dim() == 4, name, ": expected a ", device_name, " tensor with 4 dimensions");
 }
 
 inline void check_same_type(const Tensor& a, const Tensor& b) {
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.is_cpu() && b.is_cpu(), "expected CPU tensors of one dtype");
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && is_here(a) && is_here(b), "expected ", device_name,
+                  " tensors of one dtype");
 }
 
 // Everything of a pyramid but its pointers, from the sizes of its input.
@@ -123,7 +129,7 @@ inline EpilogueTensors dense_epilogue(const Tensor& x, Layout layout, const std:
   const ScalarType compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   auto vector = [&](const std::optional<Tensor>& t) -> std::optional<Tensor> {
     if (!t) return std::nullopt;
-    STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == out_sizes[1] && t->scalar_type() == compute,
+    STD_TORCH_CHECK(is_here(*t) && t->dim() == 1 && t->size(0) == out_sizes[1] && t->scalar_type() == compute,
                     "scale, shift, slope: expected one number a channel, float64 beside float64, else float32");
     return dense_weight(*t);
   };

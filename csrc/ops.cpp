@@ -2,7 +2,13 @@
 // columns, ' of the result; the checks and the mathematics are beside the public functions in espkernels/ops.py.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(espkernels, m) {
+// The CUDA library has the same operators in a namespace of its own.
+#if !defined(ESPK_NAMESPACE)
+#define ESPK_NAMESPACE espkernels
+#endif
+#define ESPK_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+
+ESPK_LIBRARY(ESPK_NAMESPACE, m) {
   // x [B, d, H, W], weight [K, d, 3, 3] -> [B, K*d, H', W'], H' = (H - 1) / stride + 1
   m.def("spatial_pyramid(Tensor x, Tensor weight, int[] dilations, int stride, bool hff) -> Tensor");
   // grad [B, K*d, H', W'], weight [K, d, 3, 3] -> [B, d, height, width]
@@ -47,6 +53,20 @@ STABLE_TORCH_LIBRARY(espkernels, m) {
       "int groups) -> Tensor");
   // x [B, C, H, W] -> [B, C, H', W'], H' = (H - 1) / 2 + 1: 3x3 means, zeros of the padding counted
   m.def("average_pool(Tensor x) -> Tensor");
+  // Bilinear, corners aligned: prelu((resized x [B, C, H, W] + skip * sigmoid(gate)) * scale + shift) -> [B, C, height,
+  // width] in channels_last; skip like the result, gate [B, C, 1, 1]
+  m.def(
+      "resize(Tensor x, SymInt height, SymInt width, Tensor? skip=None, Tensor? gate=None, Tensor? scale=None, "
+      "Tensor? shift=None, Tensor? slope=None) -> Tensor");
+  // x [B, C, H, W] -> [B, C, height, width] in channels_last
+  m.def("adaptive_average(Tensor x, SymInt height, SymInt width) -> Tensor");
+  // The branches of efficient pyramid pooling and their merge: x [B, p, H, W] resized to each of S sizes, convolved 3x3
+  // depthwise with weight [S, p, 3, 3], resized back, concatenated, scaled, shifted and PReLU [S*p], then mixed by
+  // merge_weight [p, S, 3, 3], shift and PReLU [p] -> [B, p, H, W] in channels_last
+  m.def(
+      "pyramid_pooling(Tensor x, Tensor weight, SymInt[] sizes, int enlarged, Tensor scale, Tensor shift, Tensor "
+      "slope, "
+      "Tensor merge_weight, Tensor merge_shift, Tensor merge_slope) -> Tensor");
   // x [B, C, H, W] -> [B, C, 1, 1]
   m.def("global_average(Tensor x) -> Tensor");
 

@@ -35,7 +35,7 @@ void visit_pointers(Visitor& v, SpatialPyramid& p) {
   v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
   v.weight(p.weight);
   visit(v, p.epilogue, p.channels, 0);
-  v.out(p.out, map_bytes(p.type, p.batch, p.out_channels(), p.out_height * p.out_width, p.out_channels()));
+  v.out(p.out, map_bytes(p.type, p.batch, p.out_channels(), p.out_height * p.out_width, p.out_pixel));
 }
 
 template <class Visitor>
@@ -80,6 +80,33 @@ template <class Visitor>
 void visit_pointers(Visitor& v, GlobalAverage& p) {
   v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.pixels, p.channels));
   v.out(p.out, map_bytes(p.type, p.batch, p.channels, 1, p.channels));
+}
+
+template <class Visitor>
+void visit_pointers(Visitor& v, Resize& p) {
+  const int64_t pixels = p.out_height * p.out_width;
+  v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
+  v.map(p.skip, map_bytes(p.type, p.batch, p.channels, pixels, p.channels));
+  v.map(p.gate, map_bytes(p.type, p.batch, p.channels, 1, p.channels));
+  visit(v, p.epilogue, p.channels, 0);
+  v.out(p.out, map_bytes(p.type, p.batch, p.channels, pixels, p.out_pixel));
+}
+
+template <class Visitor>
+void visit_pointers(Visitor& v, AdaptiveAverage& p) {
+  v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
+  visit(v, p.epilogue, p.channels, 0);
+  v.out(p.out, map_bytes(p.type, p.batch, p.channels, p.out_height * p.out_width, p.out_pixel));
+}
+
+template <class Visitor>
+void visit_pointers(Visitor& v, GroupedConvolution& p) {
+  v.map(p.x, map_bytes(p.type, p.batch, p.in_channels(), p.height * p.width, p.in_channels()));
+  v.weight(p.weight);
+  v.weight(p.epilogue.scale);
+  v.weight(p.epilogue.shift);
+  v.weight(p.epilogue.slope);
+  v.out(p.out, map_bytes(p.type, p.batch, p.out_channels(), p.height * p.width, p.out_channels()));
 }
 
 }  // namespace espk

@@ -44,6 +44,7 @@ struct SpatialPyramid : Pyramid {
   const void* x;
   const void* weight;
   Epilogue epilogue;  // without a residual
+  int64_t out_pixel;  // channels_last: from pixel to pixel of out, which may lie in a wider map
   void* out;
 };
 
@@ -106,6 +107,28 @@ struct PyramidPointwise : Pyramid {
   }
 };
 
+// One EESP unit with its batch norms folded: x [B, M, H, W] is reduced to the d channels of the pyramid by a group
+// pointwise convolution, and the rest is PyramidPointwise.
+struct Eesp : PyramidPointwise {
+  int64_t in_channels, reduce_groups;
+  const void* reduce_weight;  // [d, M / reduce_groups]
+  Epilogue reduce_epilogue;   // without scale and residual
+
+  int64_t multiply_adds() const {
+    return batch * height * width * channels * (in_channels / reduce_groups) + PyramidPointwise::multiply_adds();
+  }
+};
+
+// The strided unit beside an average pooling: out [B, M + N, H', W'] is prelu(concat(pooled x, unit of x) + shortcut),
+// pooled by 3x3 means in steps of 2 whose padding counts, the shortcut a pointwise convolution of a small image.
+struct DownSampler : Eesp {
+  const void* image;            // [B, image_channels, H', W'], or null
+  const void* shortcut_weight;  // [M + N, image_channels]
+  const void* shortcut_shift;   // [M + N]
+  const void* slope;            // [M + N]
+  int64_t image_channels;
+};
+
 // Dense convolution of any filter size, padded with zeros: x [B, M, H, W] in either layout with weight [N, M, h, w]
 // -> out [B, N, H', W'] in channels_last.
 struct Convolution {
@@ -144,6 +167,52 @@ struct GlobalAverage {
   void* out;
 
   int64_t multiply_adds() const { return batch * channels * pixels; }
+};
+
+// Bilinear resizing with corners aligned, of x [B, C, H, W] in channels_last: prelu((resized + skip * sigmoid(gate)) *
+// scale + shift) with skip [B, C, H', W'] and gate [B, C]; a null pointer leaves its step out.
+struct Resize {
+  Type type;
+  int64_t batch, channels, height, width, out_height, out_width;
+  const void* x;
+  const void* skip;
+  const void* gate;
+  Epilogue epilogue;  // without a residual
+  int64_t out_pixel;  // as in PyramidPointwise
+  void* out;
+
+  int64_t multiply_adds() const { return 3 * batch * channels * out_height * out_width; }
+};
+
+// prelu(means of x [B, C, H, W] over windows that share it out evenly * scale + shift) -> [B, C, H', W'], channels_last.
+struct AdaptiveAverage {
+  Type type;
+  int64_t batch, channels, height, width, out_height, out_width;
+  const void* x;
+  Epilogue epilogue;  // without a residual
+  int64_t out_pixel;  // as in PyramidPointwise
+  void* out;
+
+  int64_t multiply_adds() const {
+    return batch * channels * (height > out_height ? height : out_height) * (width > out_width ? width : out_width);
+  }
+};
+
+// 3x3 convolution in `groups` groups of `in` inputs and `out_of_group` outputs, padded by one, channels_last, with weight
+// [groups * out_of_group, in, 3, 3]. Input j of group g is channel g * in + j, or j * groups + g where maps of `groups`
+// channels were concatenated (`shuffled`: what a channel shuffle in front of the convolution would have done).
+struct GroupedConvolution {
+  Type type;
+  int64_t batch, height, width, groups, in, out_of_group;
+  bool shuffled;
+  const void* x;
+  const void* weight;
+  Epilogue epilogue;  // without a residual
+  void* out;
+
+  int64_t in_channels() const { return groups * in; }
+  int64_t out_channels() const { return groups * out_of_group; }
+  int64_t multiply_adds() const { return 9 * batch * height * width * out_channels() * in; }
 };
 
 }  // namespace espk

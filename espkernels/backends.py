@@ -6,17 +6,49 @@ the reference where there are none; asked for by name, a backend that cannot run
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
-__all__ = ["NAMES", "current", "library", "runs_reference", "use_backend", "why_not"]
+__all__ = [
+    "DEFAULTS",
+    "NAMES",
+    "Default",
+    "current",
+    "gpu_backend",
+    "interprets",
+    "library",
+    "runs_reference",
+    "use_backend",
+    "why_not",
+]
 
 NAMES = ("cpu", "cuda", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class Default:
+    """What serves tensors on one type of device: the first of ``order`` that can; ``measured`` says why this order."""
+
+    order: tuple[str, ...]
+    measured: str
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.order)} (the first that can; {self.measured})"
+
+
+DEFAULTS = {
+    "cpu": Default(("cpu", "reference"), "measured, see bench/results"),
+    "cuda": Default(("cuda", "triton", "reference"), "nothing was measured on a GPU"),
+}
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -29,15 +61,56 @@ def _load() -> tuple[ModuleType | None, str | None]:
 library, _load_error = _load()
 
 
+def interprets() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, which takes tensors on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _cuda_library_missing() -> str | None:
+    """Loads the CUDA C++ kernels; the reason where that fails. Only a torch built for CUDA has what they link to."""
+    if torch.version.cuda is None:
+        return "this torch is not built for CUDA"
+    files = sorted(Path(__file__).parent.glob("_C_cuda*.so"))
+    if not files:
+        return "the library espkernels/_C_cuda is not built; build it with ESPKERNELS_BUILD_CUDA=1, which needs nvcc"
+    try:
+        torch.ops.load_library(str(files[-1]))
+    except OSError as error:
+        return f"the library {files[-1].name} does not load ({error})"
+    return None
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    if torch.version.cuda is None and torch.version.hip is None and not interprets():
+        return (
+            "this torch is not built for a GPU; Triton kernels run on tensors on the CPU only with TRITON_INTERPRET=1"
+        )
+    return None
+
+
+def _missing(name: str) -> str | None:
+    """Why ``name`` cannot run wherever there is a GPU; looks at no device, which a later fork would not survive."""
+    if name == "reference":
+        return None
+    if library is None:
+        return _load_error  # it holds the operators' schemas
+    if name == "cuda":
+        return _cuda_library_missing()
+    return _triton_missing() if name == "triton" else None
+
+
 def why_not(name: str) -> str | None:
     """The sentence that says why backend ``name`` cannot run on this machine, or None where it can."""
     if name not in NAMES:
         raise ValueError(f"backend: got {name!r}, expected one of {', '.join(NAMES)}")
-    if name == "cpu":
-        return _load_error
-    if name in ("cuda", "triton"):
-        return f"this version has no {name} kernels yet"
-    return None
+    reason = _missing(name)
+    if reason is None and name in ("cuda", "triton") and not (name == "triton" and interprets()):
+        return None if torch.cuda.is_available() else "torch finds no GPU here"
+    return reason
 
 
 def _checked(name: str | None) -> str | None:
@@ -52,6 +125,9 @@ def _checked(name: str | None) -> str | None:
 # Read once: a traced call must not look at the environment.
 _current: str | None = _checked(os.environ.get("ESPKERNELS_BACKEND") or None)
 
+# What a tensor on a GPU gets where nothing was asked for, decided once for the same reason.
+_gpu_default = next(name for name in DEFAULTS["cuda"].order if _missing(name) is None)
+
 
 def current() -> str | None:
     """The backend asked for by :func:`use_backend` or ``ESPKERNELS_BACKEND``; None where each device's own is used."""
@@ -63,22 +139,47 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Run the operators inside the ``with`` block on backend ``name``: "cpu", "cuda", "triton" or "reference".
 
     None goes back to the automatic choice. Raises ValueError for an unknown name and RuntimeError, with the reason,
-    for a backend that cannot run here. The choice holds for the whole process, not for one thread.
+    for a backend that cannot run here. The choice holds for the whole process, not for one thread. Under
+    TRITON_INTERPRET=1 "triton" runs tensors on the CPU, in this thread, in Triton's interpreter.
     """
     global _current
     before, _current = _current, _checked(name)
     try:
-        yield
+        with importlib.import_module("espkernels.gpu").Interpreted() if _interpreting() else nullcontext():
+            yield
     finally:
         _current = before
+
+
+def _interpreting() -> bool:
+    return _current == "triton" and interprets()
+
+
+def gpu_backend(operator: str) -> str:
+    """The backend, "cuda", "triton" or "reference", that runs ``operator`` on tensors on a GPU.
+
+    Raises RuntimeError where the backend asked for by name does not have it.
+    """
+    if _current == "cpu":
+        raise RuntimeError("backend 'cpu' was asked for, but the tensors are on a GPU")
+    if _current is not None:
+        if _current == "cuda" and not hasattr(torch.ops.espkernels_cuda, operator):
+            raise RuntimeError(f"backend 'cuda' was asked for, but its library has no {operator}")
+        return _current
+    if _gpu_default == "cuda" and not hasattr(torch.ops.espkernels_cuda, operator):
+        return "triton" if _missing("triton") is None else "reference"
+    return _gpu_default
 
 
 def runs_reference(device: torch.device) -> bool:
     """Whether a call with tensors on ``device`` runs the reference; raises where the named backend cannot."""
     if _current == "reference":
         return True
-    if _current == "cpu" and device.type not in ("cpu", "meta"):
+    if device.type in ("cpu", "meta"):
+        if device.type == "cpu" and _current in ("cuda", "triton") and not _interpreting():
+            advice = ", which it takes only with TRITON_INTERPRET=1" if _current == "triton" else ""
+            raise RuntimeError(f"backend {_current!r} was asked for, but the tensors are on the CPU{advice}")
+        return library is None
+    if _current == "cpu":
         raise RuntimeError(f"backend 'cpu' was asked for, but the tensors are on {device}")
-    if library is None:
-        return True
-    return device.type not in ("cpu", "meta")
+    return library is None or device.type != "cuda" or (_current is None and _gpu_default == "reference")

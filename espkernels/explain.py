@@ -96,6 +96,8 @@ def _why_not(model: nn.Module, x: Tensor) -> str:
         return f"the sample has {x.dim()} dimensions, and maps have 4"
     if isinstance(model, replay.Replayed) and not model._replayable(x):
         return "it is in training mode or under autocast or tracing, or the sample is not dense in memory"
+    if isinstance(model, replay.Replayed) and any(model._layer_hooks()):
+        return "its layers have hooks, which a replay does not call"
     return ""
 
 
@@ -109,7 +111,7 @@ def _recorded(model: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> 
         owners.extend([names[-1] if names else ""] * (library.recorded_steps() - len(owners)))
 
     with running(model, before):
-        recorded = replay.record(forward, x)
+        recorded = replay.record(forward, x, model.parameters())
     if recorded.plan is not None:
         owners.extend([""] * (len(recorded.plan.steps()) - len(owners)))
     return recorded, owners
@@ -144,8 +146,8 @@ def _planned(
             multiply_adds,
             sum(steps[i][2] + sum(steps[i][4]) for i in span),
             ideal,
-            ceilings and ceilings.moving(ideal),
-            ceilings and 2 * multiply_adds / ceilings.flops,
+            None if ceilings is None else ceilings.moving(ideal),
+            None if ceilings is None else 2 * multiply_adds / ceilings.flops,
             kernels,
         )
 

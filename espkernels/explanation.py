@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from espkernels import quantities
 from espkernels.probe import Ceilings
+from espkernels.quantities import amount, duration
 
 __all__ = ["Explanation", "Row"]
 
@@ -144,7 +144,7 @@ class Explanation:
         yield f"{self.model}, {self.sample}, {self.threads} thread{'s' * (self.threads != 1)}, {self.instruction_set}"
         if self.refusal:
             yield f"not replayed: {self.refusal}"
-        calls = f"{quantities.time(self.whole_seconds)} a call; the rows add up to {quantities.time(self.seconds)}"
+        calls = f"{duration(self.whole_seconds)} a call; the rows add up to {duration(self.seconds)}"
         yield calls if self.refusal else f"replayed: {calls}"
         yield from self.notes
         if self.ceilings:
@@ -185,9 +185,9 @@ class Explanation:
             row.kind,
             f"{len(row.kernels)} kernels" if row.kernels else row.kernel,
             row.runs_on,
-            quantities.time(row.seconds),
+            duration(row.seconds),
             f"{row.seconds / self.seconds:.1%}",
-            "-" if row.moved is None else quantities.size(row.moved),
+            "-" if row.moved is None else amount(row.moved),
             f"{row.moved / row.ideal:.2f}x" if row.moved and row.ideal else "-",
             text(rate and rate / 1e9, ".1f"),
             text(row.share_of_roof, ".0%"),

@@ -16,9 +16,19 @@ from torch import Tensor, nn
 
 from espkernels import inference, ops, replay
 from espkernels import nn as layers
+from espkernels.checks import MAX_BRANCHES
+from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join
 from espkernels.replace import replace
 
-__all__ = ["FrozenConvolution", "FrozenDownSampler", "FrozenEESP", "freeze"]
+__all__ = [
+    "FrozenConvolution",
+    "FrozenDownSampler",
+    "FrozenEESP",
+    "FrozenJoin",
+    "FrozenLinear",
+    "FrozenPyramidPooling",
+    "freeze",
+]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -60,6 +70,12 @@ def _frozen(module: nn.Module) -> nn.Module | None:
         return FrozenDownSampler(module)
     if isinstance(module, (layers.CBR, layers.CB)):
         return FrozenConvolution(module.conv, module.bn, getattr(module, "act", None))
+    if isinstance(module, EfficientPyramidPooling):
+        return FrozenPyramidPooling(module) if len(module.scales) <= MAX_BRANCHES else None
+    if isinstance(module, Join):
+        return FrozenJoin(module)
+    if type(module) is nn.Conv2d and tuple(module.kernel_size) == tuple(module.stride) == (1, 1):
+        return FrozenConvolution(module)
     if type(module) is nn.Linear:
         return FrozenLinear(module)
     if type(module) is nn.Sequential:
@@ -94,6 +110,11 @@ def _slope(act: nn.PReLU, channels: int) -> Tensor:
 
 def _vector_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _blocks(container: Any) -> list[Any]:
+    """The modules of a container, whose types their places say."""
+    return list(container)
 
 
 class _Frozen(nn.Module):
@@ -142,9 +163,13 @@ class FrozenConvolution(_Frozen):
             tuple(conv.kernel_size) == (1, 1) and tuple(conv.stride) == (1, 1) and conv.padding in ((0, 0), 0, "valid")
         )
         # One number each, as all convolutions of these networks have.
-        self.square = all(
-            isinstance(value, tuple) and len(set(value)) == 1 for value in (conv.stride, conv.padding, conv.dilation)
-        ) and conv.padding_mode == "zeros"
+        self.square = (
+            all(
+                isinstance(value, tuple) and len(set(value)) == 1
+                for value in (conv.stride, conv.padding, conv.dilation)
+            )
+            and conv.padding_mode == "zeros"
+        )
         vectors = {"shift": shift}
         if act is None:
             self.slope = None
@@ -163,9 +188,7 @@ class FrozenConvolution(_Frozen):
             )
         if self.square:
             stride, padding, dilation = self.stride[0], int(self.padding[0]), self.dilation[0]
-            return inference.convolution(
-                x, self.weight, self.shift, self.slope, stride, padding, dilation, self.groups
-            )
+            return inference.convolution(x, self.weight, self.shift, self.slope, stride, padding, dilation, self.groups)
         x = F.conv2d(x, self.weight, self.shift.to(x.dtype), self.stride, self.padding, self.dilation, self.groups)
         return x if self.slope is None else F.prelu(x, self.slope.to(x.dtype))
 
@@ -240,18 +263,29 @@ class FrozenEESP(_Frozen):
         self._register(weights, vectors, reduce_weight.dtype)
 
     @property
-    def unit(self) -> tuple[Any, ...]:
+    def unit(self) -> dict[str, Any]:
         """The arguments that :func:`espkernels.inference.eesp` and ``down_sampler`` have in common."""
-        return (
-            self.reduce_weight, self.reduce_groups, self.reduce_shift, self.reduce_slope, self.weight, self.dilations,
-            self.pyramid_scale, self.pyramid_shift, self.pyramid_slope, self.expand_weight, self.groups, self.shift,
-        )  # fmt: skip
+        return {
+            "reduce_weight": self.reduce_weight,
+            "reduce_groups": self.reduce_groups,
+            "reduce_shift": self.reduce_shift,
+            "reduce_slope": self.reduce_slope,
+            "weight": self.weight,
+            "dilations": self.dilations,
+            "pyramid_scale": self.pyramid_scale,
+            "pyramid_shift": self.pyramid_shift,
+            "pyramid_slope": self.pyramid_slope,
+            "expand_weight": self.expand_weight,
+            "groups": self.groups,
+            "shift": self.shift,
+            "hff": self.hff,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         same_shape = self.stride == 1 and x.shape[1] == self.expand_weight.shape[0]
         residual = x if same_shape and self.slope is not None else None
-        return inference.eesp(x, *self.unit, residual, self.slope, self.stride, self.hff)
+        return inference.eesp(x, **self.unit, residual=residual, slope=self.slope, stride=self.stride)
 
 
 class FrozenDownSampler(_Frozen):
@@ -282,5 +316,74 @@ class FrozenDownSampler(_Frozen):
             image = self.image_convolution(layers.pooled_image(image, size))
             shortcut_weight, shortcut_shift = self.shortcut_weight, self.shortcut_shift
         return inference.down_sampler(
-            x, image, *self.eesp.unit, shortcut_weight, shortcut_shift, self.slope, self.eesp.hff
+            x,
+            image,
+            **self.eesp.unit,
+            shortcut_weight=shortcut_weight,
+            shortcut_shift=shortcut_shift,
+            slope=self.slope,
         )
+
+
+class FrozenPyramidPooling(_Frozen):
+    """Efficient pyramid pooling: projection, all branches with their merge, expansion. [B, M, H, W] -> [B, N, H, W]."""
+
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    slope: Tensor
+    merge_weight: Tensor
+    merge_shift: Tensor
+    merge_slope: Tensor
+
+    def __init__(self, block: EfficientPyramidPooling) -> None:
+        super().__init__()
+        self.target_sizes = block.target_sizes
+        self.enlarged = sum(scale > 1 for scale in block.scales)
+        self.projection = FrozenConvolution(*_blocks(block.projection_layer.cbr))
+        normalise, _, merge, expand = _blocks(block.merge_layer)
+        norm, act = _blocks(normalise.br)
+        scale, shift = _affine(norm)
+        conv, merge_norm, merge_act = _blocks(merge.cbr)
+        merge_scale, merge_shift = _affine(merge_norm)
+        self.expansion = FrozenConvolution(expand, *(() if block.br is None else _blocks(block.br.br)))
+        weights = {
+            "weight": torch.stack([stage.weight.detach().squeeze(1) for stage in _blocks(block.stages)]),
+            "merge_weight": conv.weight.detach().double() * merge_scale.view(-1, 1, 1, 1),
+        }
+        vectors = {
+            "scale": scale,
+            "shift": shift,
+            "slope": _slope(act, len(scale)),
+            "merge_shift": merge_shift,
+            "merge_slope": _slope(merge_act, len(merge_shift)),
+        }
+        self._register(weights, vectors, conv.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.projection(x)
+        sizes = [side for size in self.target_sizes(x.shape[2], x.shape[3]) for side in size]
+        x = inference.pyramid_pooling(
+            x, self.weight, sizes, self.enlarged, self.scale, self.shift, self.slope,
+            self.merge_weight, self.merge_shift, self.merge_slope,
+        )  # fmt: skip
+        return self.expansion(x)
+
+
+class FrozenJoin(_Frozen):
+    """Resizing, weighted skip connection, batch norm and PReLU in one pass; see :class:`Join`."""
+
+    scale: Tensor
+    shift: Tensor
+    slope: Tensor
+
+    def __init__(self, join: Join) -> None:
+        super().__init__()
+        norm, act = cast(nn.BatchNorm2d, join[0]), cast(nn.PReLU, join[1])
+        scale, shift = _affine(norm)
+        vectors = {"scale": scale, "shift": shift, "slope": _slope(act, len(scale))}
+        self._register({}, vectors, act.weight.dtype)
+
+    def forward(self, x: Tensor, skip: Tensor, gate: Tensor) -> Tensor:
+        height, width = skip.shape[2:]
+        return inference.resize(x, height, width, skip, gate, self.scale, self.shift, self.slope)

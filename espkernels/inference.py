@@ -14,12 +14,21 @@ from torch import Tensor
 
 from espkernels import backends, ops, reference
 
-__all__ = ["average_pool", "convolution", "down_sampler", "eesp", "global_average"]
+__all__ = [
+    "adaptive_average",
+    "average_pool",
+    "convolution",
+    "down_sampler",
+    "eesp",
+    "global_average",
+    "pyramid_pooling",
+    "resize",
+]
 
 
-def _runs_kernel(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the operator in the library may run: nothing asks for a gradient, and the device has kernels."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+def _runs_kernel(x: Tensor, *others: object) -> bool:
+    """Whether the operator in the library may run: no argument asks for a gradient, and the device has kernels."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in (x, *others)):
         return False
     return not backends.runs_reference(x.device)
 
@@ -60,7 +69,7 @@ def eesp(
         x, reduce_weight, reduce_groups, reduce_shift, reduce_slope, weight, list(dilations),
         pyramid_scale, pyramid_shift, pyramid_slope, expand_weight, groups, shift, residual, slope, stride, hff,
     )  # fmt: skip
-    if _runs_kernel(x, residual):
+    if _runs_kernel(*arguments):
         return torch.ops.espkernels.eesp.default(*arguments)
     reduced = ops.group_pointwise(x, reduce_weight, reduce_groups, None, reduce_shift, None, reduce_slope)
     return ops.pyramid_pointwise(
@@ -104,10 +113,8 @@ def down_sampler(
         reduce_weight, reduce_groups, reduce_shift, reduce_slope, weight, list(dilations),
         pyramid_scale, pyramid_shift, pyramid_slope, expand_weight, groups, shift,
     )  # fmt: skip
-    if _runs_kernel(x, image):
-        return torch.ops.espkernels.down_sampler.default(
-            x, image, *unit, shortcut_weight, shortcut_shift, slope, hff
-        )
+    if _runs_kernel(x, image, *unit, shortcut_weight, shortcut_shift, slope):
+        return torch.ops.espkernels.down_sampler.default(x, image, *unit, shortcut_weight, shortcut_shift, slope, hff)
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.cat([reference.average_pool(x), eesp(x, *unit, None, None, 2, hff)], dim=1)
     if image is None:
@@ -128,12 +135,14 @@ def convolution(
 ) -> Tensor:
     """Convolution with its shift and PReLU: [B, M, H, W] -> [B, N, H', W'].
 
-    The kernels are for a few dense input channels (the first convolution of a network) and for depthwise 3x3 filters;
-    other convolutions run on torch's own.
+    The kernels are for a few dense input channels (the first convolution of a network), for depthwise 3x3 filters and
+    for 3x3 filters in eight groups or more of at most eight inputs; other convolutions run on torch's own.
     """
     depthwise = groups == x.shape[1] == weight.shape[0] and tuple(weight.shape[2:]) == (3, 3) and padding == dilation
     few = groups == 1 and dilation == 1 and weight[0].numel() <= 256
-    if (depthwise or few) and _runs_kernel(x):
+    narrow = groups >= 8 and weight.shape[1] <= 8 and tuple(weight.shape[2:]) == (3, 3)
+    narrow = narrow and (stride, padding, dilation) == (1, 1, 1)
+    if (depthwise or few or narrow) and _runs_kernel(x, weight, shift, slope):
         return torch.ops.espkernels.convolution.default(x, weight, shift, slope, stride, padding, dilation, groups)
     x = x.contiguous(memory_format=torch.channels_last)
     shift, slope = (None if v is None else v.to(x.dtype) for v in (shift, slope))
@@ -152,3 +161,75 @@ def global_average(x: Tensor) -> Tensor:
     if _runs_kernel(x):
         return torch.ops.espkernels.global_average.default(x)
     return reference.global_average(x)
+
+
+def resize(
+    x: Tensor,
+    height: int,
+    width: int,
+    skip: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    slope: Tensor | None = None,
+) -> Tensor:
+    """Bilinear resizing with corners aligned, and the merge of a decoder in the same pass.
+
+    ``prelu((resized + skip * sigmoid(gate)) * scale + shift, slope)``; None leaves a step out.
+
+    Args:
+        x: [B, C, H, W]; height, width: of the result.
+        skip: [B, C, height, width]; gate: [B, C, 1, 1]; scale, shift, slope: [C].
+
+    Returns:
+        [B, C, height, width] in channels_last.
+    """
+    if _runs_kernel(x, skip, gate, scale, shift, slope):
+        return torch.ops.espkernels.resize.default(x, height, width, skip, gate, scale, shift, slope)
+    x = x.contiguous(memory_format=torch.channels_last)
+    scale, shift, slope = (None if v is None else v.to(x.dtype) for v in (scale, shift, slope))
+    return reference.resize(x, height, width, skip, gate, scale, shift, slope)
+
+
+def adaptive_average(x: Tensor, height: int, width: int) -> Tensor:
+    """Means over windows that share the map out evenly: [B, C, H, W] -> [B, C, height, width] in channels_last."""
+    if _runs_kernel(x):
+        return torch.ops.espkernels.adaptive_average.default(x, height, width)
+    return reference.adaptive_average(x.contiguous(memory_format=torch.channels_last), height, width)
+
+
+def pyramid_pooling(
+    x: Tensor,
+    weight: Tensor,
+    sizes: Sequence[int],
+    enlarged: int,
+    scale: Tensor,
+    shift: Tensor,
+    slope: Tensor,
+    merge_weight: Tensor,
+    merge_shift: Tensor,
+    merge_slope: Tensor,
+) -> Tensor:
+    """The branches of efficient pyramid pooling and their merge (see :func:`espkernels.reference.pyramid_pooling`).
+
+    Args:
+        x: the projected map [B, p, H, W].
+        weight: one depthwise 3x3 filter a branch and channel [S, p, 3, 3], S at most 8.
+        sizes: height and width of each branch, one after the other.
+        enlarged: how many of them, the first ones, enlarge the map.
+        scale, shift, slope: of the concatenated map [S*p].
+        merge_weight: [p, S, 3, 3]; merge_shift, merge_slope: [p].
+
+    Returns:
+        [B, p, H, W] in channels_last.
+    """
+    if _runs_kernel(x, weight, scale, shift, slope, merge_weight, merge_shift, merge_slope):
+        return torch.ops.espkernels.pyramid_pooling.default(
+            x, weight, list(sizes), enlarged, scale, shift, slope, merge_weight, merge_shift, merge_slope
+        )
+    x = x.contiguous(memory_format=torch.channels_last)
+    vectors = (v.to(x.dtype) for v in (scale, shift, slope, merge_shift, merge_slope))
+    scale, shift, slope, merge_shift, merge_slope = vectors
+    return reference.pyramid_pooling(
+        x, weight, sizes, enlarged, scale, shift, slope, merge_weight, merge_shift, merge_slope
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,17 @@ _NAMES = ("ATEN_CPU_CAPABILITY", "GLIBC_TUNABLES", "LD_PRELOAD", "ONEDNN_MAX_CPU
 
 @dataclass(frozen=True)
 class Info:
-    """Facts, ready for JSON by :meth:`as_dict`. ``backends`` maps each name to "usable" or the reason why not."""
+    """Facts, ready for JSON by :meth:`as_dict`. ``backends`` maps each name to "usable" or the reason why not.
+
+    ``defaults`` says for each type of device which backends are tried, in which order, and whether that was measured.
+    """
 
     versions: dict[str, str]
     machine: dict[str, Any]
     build: dict[str, Any]
     instruction_sets: dict[str, Any]
     backends: dict[str, str]
+    defaults: dict[str, str]
     threads: dict[str, int]
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -52,17 +58,21 @@ def collect() -> Info:
     sets: dict[str, Any] = {"torch uses": torch.backends.cpu.get_cpu_capability()}
     if library is not None:
         sets |= {"in use": library.isa(), "available": list(library.available_isas())}
+    versions = {
+        "espkernels": espkernels.__version__,
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
+    with contextlib.suppress(PackageNotFoundError):
+        versions["triton"] = version("triton")
     return Info(
-        versions={
-            "espkernels": espkernels.__version__,
-            "torch": str(torch.__version__),
-            "numpy": numpy.__version__,
-            "python": platform.python_version(),
-        },
+        versions=versions,
         machine=_machine(),
         build=build,
         instruction_sets=sets,
         backends={name: backends.why_not(name) or "usable" for name in backends.NAMES},
+        defaults={device: str(default) for device, default in backends.DEFAULTS.items()},
         threads={"torch": torch.get_num_threads(), "torch interop": torch.get_num_interop_threads()},
         environment={
             name: value for name, value in sorted(os.environ.items()) if name in _NAMES or name.startswith(_PREFIXES)

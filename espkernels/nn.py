@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espkernels import inference, ops
+from espkernels import ops
 
 __all__ = [
     "BR",
@@ -83,7 +83,7 @@ def pooled_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     while image.shape[2] != height or image.shape[3] != width:
         if (image.shape[2] + 1) // 2 < height or (image.shape[3] + 1) // 2 < width:
             return F.adaptive_avg_pool2d(image, (height, width))
-        image = inference.average_pool(image)
+        image = F.avg_pool2d(image, kernel_size=3, stride=2, padding=1)
     return image
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from espkernels import backends, checks, reference
 
 if backends.library is not None:
+    import espkernels.gpu  # kernels of tensors on a GPU
     import espkernels.registration  # noqa: F401  fakes, gradients and autocast of the operators in the library
 
 __all__ = [
@@ -96,9 +97,9 @@ def pack_group_pointwise(weight: Tensor, groups: int, channels_last: bool) -> Te
 
     Bytes for ``packed``, made from the values that the weight has now; for maps in channels_last or contiguous. A pack
     that does not fit its call (other layout, dtype, sizes or instruction set) is ignored. None where the weight's
-    device has no kernels.
+    device has no kernels that take a pack, as GPUs.
     """
-    if backends.runs_reference(weight.device):
+    if weight.is_cuda or backends.runs_reference(weight.device):
         return None
     return torch.ops.espkernels.pack_group_pointwise.default(weight, groups, channels_last)
 
@@ -168,7 +169,7 @@ def pack_pyramid_pointwise(
     channels_last: bool,
 ) -> Tensor | None:
     """Weights and pyramid vectors of :func:`pyramid_pointwise` as bytes; see :func:`pack_group_pointwise`."""
-    if backends.runs_reference(weight.device):
+    if weight.is_cuda or backends.runs_reference(weight.device):
         return None
     return torch.ops.espkernels.pack_pyramid_pointwise.default(
         weight, pointwise_weight, groups,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from espkernels import quantities
+from espkernels.quantities import amount
 
 __all__ = ["Ceilings", "probe"]
 
@@ -40,7 +40,7 @@ class Ceilings:
         return max(self.moving(count), flops / self.flops)
 
     def __str__(self) -> str:
-        rates = ", ".join(f"{rate / 1e9:.0f} GB/s in {quantities.size(n)}" for n, rate in self.bandwidth.items())
+        rates = ", ".join(f"{rate / 1e9:.0f} GB/s in {amount(n)}" for n, rate in self.bandwidth.items())
         threads = f"{self.threads} thread" + "s" * (self.threads != 1)
         return f"{threads}: {self.flops / 1e9:.0f} GFLOP/s (torch.mm, float32); copying {rates}"
 

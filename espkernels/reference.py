@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "adaptive_average",
     "average_pool",
     "convolution",
     "down_sampler",
@@ -21,6 +22,8 @@ __all__ = [
     "global_average",
     "group_pointwise",
     "pyramid_pointwise",
+    "pyramid_pooling",
+    "resize",
     "spatial_pyramid",
 ]
 
@@ -154,8 +157,8 @@ def down_sampler(
 ) -> Tensor:
     """The strided unit with its long-range shortcut (section 3.2, Fig. 2), batch norms folded.
 
-    ``x`` [B, M, H, W], ``image`` [B, I, H', W'] (already pooled and convolved) -> [B, M+N, H', W']; the pooled map comes
-    first, ``shortcut_weight`` [M+N, I], ``shortcut_shift`` and ``slope`` [M+N].
+    ``x`` [B, M, H, W], ``image`` [B, I, H', W'] (already pooled and convolved) -> [B, M+N, H', W'], the pooled map
+    first; ``shortcut_weight`` [M+N, I], ``shortcut_shift`` and ``slope`` [M+N].
     """
     unit = eesp(
         x, reduce_weight, reduce_groups, reduce_shift, reduce_slope, weight, dilations,
@@ -190,3 +193,60 @@ def average_pool(x: Tensor) -> Tensor:
 def global_average(x: Tensor) -> Tensor:
     """The mean of each channel: [B, C, H, W] -> [B, C, 1, 1]."""
     return x.mean((2, 3), keepdim=True)
+
+
+def resize(
+    x: Tensor,
+    height: int,
+    width: int,
+    skip: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    slope: Tensor | None = None,
+) -> Tensor:
+    """Bilinear resizing with corners aligned, plus ``skip * sigmoid(gate)``, then :func:`epilogue`.
+
+    ``x`` [B, C, H, W], ``skip`` [B, C, height, width], ``gate`` [B, C, 1, 1] -> [B, C, height, width].
+    """
+    y = F.interpolate(x, (height, width), mode="bilinear", align_corners=True)
+    if skip is not None:
+        y = y + (skip if gate is None else skip * gate.sigmoid())
+    return epilogue(y, scale, shift, None, slope)
+
+
+def adaptive_average(x: Tensor, height: int, width: int) -> Tensor:
+    """Means over windows that share the map out evenly: [B, C, H, W] -> [B, C, height, width]."""
+    return F.adaptive_avg_pool2d(x, (height, width))
+
+
+def pyramid_pooling(
+    x: Tensor,
+    weight: Tensor,
+    sizes: Sequence[int],
+    enlarged: int,
+    scale: Tensor,
+    shift: Tensor,
+    slope: Tensor,
+    merge_weight: Tensor,
+    merge_shift: Tensor,
+    merge_slope: Tensor,
+) -> Tensor:
+    """The S branches of efficient pyramid pooling and their merge, batch norms folded.
+
+    ``x`` [B, p, H, W] -> the same shape. Branch b resizes to ``sizes[2b]`` x ``sizes[2b + 1]``, convolves 3x3 depthwise
+    with ``weight[b]`` [p, 3, 3] and resizes back: the first ``enlarged`` branches bilinearly and back by means, the
+    others by means and back bilinearly. Scale, shift and PReLU [S*p] act on the concatenated map, and ``merge_weight``
+    [p, S, 3, 3] mixes the S maps of each channel.
+    """
+    height, width = x.shape[2:]
+    maps = []
+    for b, filters in enumerate(weight):
+        h, w = sizes[2 * b], sizes[2 * b + 1]
+        larger = b < enlarged
+        y = resize(x, h, w) if larger else adaptive_average(x, h, w)
+        y = F.conv2d(y, filters.unsqueeze(1), padding=1, groups=x.shape[1])
+        maps.append(adaptive_average(y, height, width) if larger else resize(y, height, width))
+    z = epilogue(torch.cat(maps, dim=1), scale, shift, None, slope)
+    z = F.channel_shuffle(z, len(maps))
+    return epilogue(F.conv2d(z, merge_weight, padding=1, groups=x.shape[1]), None, merge_shift, None, merge_slope)

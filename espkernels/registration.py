@@ -14,39 +14,22 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from espkernels import reference
+from espkernels.layout import empty_map, out_size
 
 _ops = torch.ops.espkernels
 
 # --- fake tensors: the sizes and the very strides that the kernels return ---------------------------------------------
 
 
-def layout_of(x: Tensor) -> torch.memory_format:
-    """The format of the result of a map: that of a dense map, and for others the one whose innermost axis is dense."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.channels_last if x.shape[1] > 1 and x.stride(1) == 1 else torch.contiguous_format
-
-
-def _empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    size = (x.shape[0], channels, height, width)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
-
-
-def _out_size(size: int, stride: int) -> int:
-    return (size - 1) // stride + 1
-
-
 @register_fake("espkernels::spatial_pyramid")
 def _(x: Tensor, weight: Tensor, dilations: list[int], stride: int, hff: bool) -> Tensor:
     channels = weight.shape[0] * x.shape[1]
-    return _empty_map(x, channels, _out_size(x.shape[2], stride), _out_size(x.shape[3], stride))
+    return empty_map(x, channels, out_size(x.shape[2], stride), out_size(x.shape[3], stride))
 
 
 @register_fake("espkernels::spatial_pyramid_backward_input")
 def _(grad: Tensor, weight: Tensor, dilations: list[int], stride: int, hff: bool, height: int, width: int) -> Tensor:
-    return _empty_map(grad, weight.shape[1], height, width)
+    return empty_map(grad, weight.shape[1], height, width)
 
 
 @register_fake("espkernels::spatial_pyramid_backward_weight")
@@ -65,12 +48,12 @@ def _(
     slope: Tensor | None,
     packed: Tensor | None = None,
 ) -> Tensor:
-    return _empty_map(x, weight.shape[0], x.shape[2], x.shape[3])
+    return empty_map(x, weight.shape[0], x.shape[2], x.shape[3])
 
 
 @register_fake("espkernels::group_pointwise_backward_input")
 def _(grad: Tensor, weight: Tensor, groups: int) -> Tensor:
-    return _empty_map(grad, weight.shape[1] * groups, grad.shape[2], grad.shape[3])
+    return empty_map(grad, weight.shape[1] * groups, grad.shape[2], grad.shape[3])
 
 
 @register_fake("espkernels::group_pointwise_backward_weight")
@@ -85,7 +68,7 @@ def _(
     scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, slope: Tensor | None,
     stride: int, hff: bool, packed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return _empty_map(x, pointwise_weight.shape[0], _out_size(x.shape[2], stride), _out_size(x.shape[3], stride))
+    return empty_map(x, pointwise_weight.shape[0], out_size(x.shape[2], stride), out_size(x.shape[3], stride))
 
 
 @register_fake("espkernels::eesp")
@@ -95,7 +78,7 @@ def _(
     expand_weight: Tensor, groups: int, shift: Tensor, residual: Tensor | None, slope: Tensor | None,
     stride: int, hff: bool,
 ) -> Tensor:  # fmt: skip
-    return _empty_map(x, expand_weight.shape[0], _out_size(x.shape[2], stride), _out_size(x.shape[3], stride))
+    return empty_map(x, expand_weight.shape[0], out_size(x.shape[2], stride), out_size(x.shape[3], stride))
 
 
 def _empty_pixels(x: Tensor, channels: int, height: int, width: int) -> Tensor:
@@ -110,7 +93,7 @@ def _(
     pyramid_slope: Tensor, expand_weight: Tensor, groups: int, shift: Tensor, shortcut_weight: Tensor | None,
     shortcut_shift: Tensor | None, slope: Tensor, hff: bool,
 ) -> Tensor:  # fmt: skip
-    return _empty_pixels(x, slope.shape[0], _out_size(x.shape[2], 2), _out_size(x.shape[3], 2))
+    return _empty_pixels(x, slope.shape[0], out_size(x.shape[2], 2), out_size(x.shape[3], 2))
 
 
 @register_fake("espkernels::convolution")
@@ -124,12 +107,33 @@ def _(
 
 @register_fake("espkernels::average_pool")
 def _(x: Tensor) -> Tensor:
-    return _empty_map(x, x.shape[1], _out_size(x.shape[2], 2), _out_size(x.shape[3], 2))
+    return empty_map(x, x.shape[1], out_size(x.shape[2], 2), out_size(x.shape[3], 2))
 
 
 @register_fake("espkernels::global_average")
 def _(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], 1, 1))
+
+
+@register_fake("espkernels::resize")
+def _(
+    x: Tensor, height: int, width: int, skip: Tensor | None = None, gate: Tensor | None = None,
+    scale: Tensor | None = None, shift: Tensor | None = None, slope: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return _empty_pixels(x, x.shape[1], height, width)
+
+
+@register_fake("espkernels::adaptive_average")
+def _(x: Tensor, height: int, width: int) -> Tensor:
+    return _empty_pixels(x, x.shape[1], height, width)
+
+
+@register_fake("espkernels::pyramid_pooling")
+def _(
+    x: Tensor, weight: Tensor, sizes: list[int], enlarged: int, scale: Tensor, shift: Tensor, slope: Tensor,
+    merge_weight: Tensor, merge_shift: Tensor, merge_slope: Tensor,
+) -> Tensor:  # fmt: skip
+    return _empty_pixels(x, x.shape[1], x.shape[2], x.shape[3])
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

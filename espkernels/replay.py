@@ -1,23 +1,24 @@
 """Replays of a frozen network: one call into the library for a whole forward pass.
 
 The first forward pass on a new input shape runs as it is written and is recorded: the library notes each of its kernel
-calls, and :class:`_Watch` sees every operation of torch's in between. What torch does to maps and the library can do too
-is done by the library's operators while recording; any other operation on a map ends the recording, and the model keeps
-running as it is written, layer by layer, with the reason in :attr:`Replayed.plans`. So a replay needs no knowledge of the
-model's code, only that the code does the same for every image of one shape, which eval mode and its layers give.
+calls, and :class:`_Watch` sees every operation of torch's in between. What torch does to maps and the library can do
+too is done by the library's operators while recording; any other operation on a map ends the recording, and the model
+keeps running as it is written, layer by layer, with the reason in :attr:`Replayed.plans`. So a replay needs no
+knowledge of the model's code, only that the code does the same for every image of one shape, which eval mode and its
+layers give.
 
 A replay holds its own copy of the prepared weights; it is dropped when frozen weights are loaded, moved or cast.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -42,35 +43,41 @@ class _Refused(Exception):
     """Why a forward pass cannot be replayed."""
 
 
-def _whole_mean(x: Tensor, size: Any = (1, 1)) -> Tensor | None:
-    return inference.global_average(x) if x.dim() == 4 and list(size) == [1, 1] else None
-
-
-def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor | None:
-    if x.dim() != 4 or dim is None or sorted(d % 4 for d in dim) != [2, 3]:
+def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor | None:
+    if x.dim() != 4 or dtype not in (None, x.dtype) or dim is None or sorted(d % 4 for d in dim) != [2, 3]:
         return None
     mean = inference.global_average(x)
     return mean if keepdim else mean.flatten(1)
-
-
-def _same_elements(x: Tensor, size: Any, stride: Any, offset: Any = None) -> Tensor | None:
-    """The strides that torch gives a mean over channels_last maps: other numbers, for sides of length 1 only."""
-    if list(size) != list(x.shape) or offset:
-        return None
-    moved = any(n > 1 and old != new for n, old, new in zip(size, x.stride(), stride, strict=True))
-    return None if moved else x.as_strided_(size, stride)
 
 
 def _dropout(x: Tensor, p: float, train: bool) -> Tensor | None:
     return None if train else x
 
 
+def _bilinear(x: Tensor, size: Any, align_corners: bool, *scales: Any) -> Tensor | None:
+    return inference.resize(x, *size) if align_corners and size is not None else None
+
+
+def _average_pool(x: Tensor, kernel_size: Any, stride: Any = (), padding: Any = 0, *others: Any) -> Tensor | None:
+    usual = [*kernel_size], [*stride], [*padding]
+    counted = list(others[:3]) in ([], [False], [False, True], [False, True, None])
+    return inference.average_pool(x) if counted and usual == ([3, 3], [2, 2], [1, 1]) else None
+
+
+def _adaptive_average(x: Tensor, size: Any) -> Tensor | None:
+    if x.dim() != 4:
+        return None
+    return inference.global_average(x) if list(size) == [1, 1] else inference.adaptive_average(x, *size)
+
+
 # Operations of torch's that an operator of the library does as well; None where it cannot with these arguments.
 _TRANSLATED: dict[Any, Callable[..., Tensor | None]] = {
-    _aten.as_strided_.default: _same_elements,
     _aten.mean.dim: _mean,
-    _aten._adaptive_avg_pool2d.default: _whole_mean,
-    _aten.adaptive_avg_pool2d.default: _whole_mean,
+    _aten._adaptive_avg_pool2d.default: _adaptive_average,
+    _aten.adaptive_avg_pool2d.default: _adaptive_average,
+    _aten.avg_pool2d.default: _average_pool,
+    _aten.upsample_bilinear2d.vec: _bilinear,
+    _aten.upsample_bilinear2d.default: _bilinear,
     _aten.dropout.default: _dropout,
 }
 
@@ -86,34 +93,72 @@ _HARMLESS = {
     _aten.alias.default,
     _aten.detach.default,
     _aten.slice.Tensor,
+    _aten.as_strided_.default,
     _aten.empty.memory_format,
 }
+
+
+# Arguments of the library's operators that may differ from image to image; a plan copies all others.
+_MAPS = ("x", "residual", "image", "skip", "gate")
 
 
 class _Watch(TorchDispatchMode):
     """Lets the library's operators and harmless ones through, translates what can be, and refuses the rest.
 
-    What does not touch the input, nor what was made of it, is a constant and may be anything.
+    What does not touch the input, nor what was made of it, is a constant and may be anything but a parameter, which may
+    change at any time or ask for a gradient.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, parameters: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.data = {_storage(x)}
+        self.learned = {_storage(p) for p in parameters}
+        self.alive: list[Any] = []  # what was made of parameters: no other tensor gets its memory meanwhile
+        self.refusal = ""
+
+    def refuse(self, reason: str) -> None:
+        """Raises, and keeps the reason for where the model catches it."""
+        self.refusal = self.refusal or reason
+        raise _Refused(reason)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         result = None
+        learned = any(_storage(a) in self.learned for a in given)
         if not any(_storage(a) in self.data for a in given):
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if learned:
+                self.alive.append(result)
+                self.learned.update(_storage(a) for a in tree_leaves(result) if isinstance(a, Tensor))
+            return result
+        if func.namespace == "espkernels":
+            if learned:
+                self.refuse(f"{func} has a parameter that is not frozen")
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if isinstance(value, Tensor) and argument.name not in _MAPS and _storage(value) in self.data:
+                    self.refuse(f"{func} has a {argument.name} that was made of the input")
         if func in _HARMLESS or func.namespace == "espkernels":
             result = func(*args, **kwargs)
         elif func in _TRANSLATED:
             result = _TRANSLATED[func](*args, **kwargs)
         if result is None:
-            raise _Refused(f"{func} on shape {list(given[0].shape)} has no kernel in this library")
+            self.refuse(f"{func} on shape {list(given[0].shape)} has no kernel in this library")
         self.data.update(_storage(a) for a in tree_leaves(result) if isinstance(a, Tensor))
         return result
+
+
+class _WatchReads(TorchFunctionMode):
+    """Refuses what hands a tensor's numbers to Python without an operation that :class:`_Watch` sees."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__):
+            self.watch.refuse(f"{func.__name__} reads a tensor of shape {list(args[0].shape)}")
+        return func(*args, **(kwargs or {}))
 
 
 def _storage(x: Tensor) -> int:
@@ -122,34 +167,51 @@ def _storage(x: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What is known of one input shape: a plan and the shape of one image's result, or why there is none."""
+    """What is known of one input shape: a plan and the shape of one image's result, or why there is none.
+
+    ``hooks`` are the dictionaries of all layers' hooks. A replay calls none: while one is not empty the layers run.
+    """
 
     plan: Any
     shape: tuple[int, ...]
     channels_last: bool
     refusal: str = ""
+    hooks: tuple[dict[int, Any], ...] = ()
 
 
-def record(forward: Callable[[Tensor], Any], x: Tensor) -> Recorded:
-    """Runs ``forward`` on the first image of ``x`` and gives its plan, or why there is none."""
+def record(forward: Callable[[Tensor], Any], x: Tensor, parameters: Iterable[Tensor]) -> Recorded:
+    """Runs ``forward`` on the first image of ``x`` and gives its plan, or why there is none.
+
+    ``parameters`` are those of the model that may still learn. What the model itself raises is raised.
+    """
     library = backends.library
     assert library is not None
     image = x[:1]
+    watch = _Watch(image, parameters)
     library.begin_recording(image.data_ptr(), image.numel() * image.element_size())
     try:
-        with _Watch(image):
+        with _WatchReads(watch), watch:
             result = forward(image)
+        if watch.refusal:
+            raise _Refused(watch.refusal)
         if not isinstance(result, Tensor):
             raise _Refused(f"the result is a {type(result).__name__}, not one tensor")
-        if result.shape[0] != 1:
+        if result.dim() < 1 or result.shape[0] != 1:
             raise _Refused(f"the result has shape {list(result.shape)}, not one row an image")
         if result.dtype != x.dtype:
             raise _Refused(f"the result is {result.dtype} for an input of {x.dtype}")
         last = result.dim() == 4 and not result.is_contiguous()
-        plan = library.end_recording(result.data_ptr(), result.numel() * result.element_size())
+        if not result.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format):
+            raise _Refused(f"the result has strides {list(result.stride())}, neither contiguous nor channels_last")
+        try:
+            plan = library.end_recording(result.data_ptr(), result.numel() * result.element_size())
+        except ValueError as reason:
+            raise _Refused(str(reason)) from None
         return Recorded(plan, tuple(result.shape[1:]), last)
-    except (_Refused, ValueError) as reason:
-        return Recorded(None, (), False, str(reason))
+    except Exception as reason:
+        if not watch.refusal and not isinstance(reason, _Refused):
+            raise  # the model's own
+        return Recorded(None, (), False, watch.refusal or str(reason))
     finally:
         library.drop_recording()
 
@@ -157,22 +219,26 @@ def record(forward: Callable[[Tensor], Any], x: Tensor) -> Recorded:
 class Replayed(nn.Module):
     """Beside the class of a frozen model: its forward replays what the model's own forward once did.
 
-    ``plans`` maps (shape of an image, dtype, memory format) to what was recorded. Calls that a plan cannot serve (several
-    arguments, gradients, another device, under ``torch.compile`` or ``torch.export``) run the model's own forward.
+    ``plans`` maps (shape of an image, dtype, memory format) to what was recorded. Calls that a plan cannot serve
+    (several arguments, gradients, another device, under ``torch.compile`` or ``torch.export``) run the model's own
+    forward.
     """
 
     plans: dict[Any, Recorded]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or len(args) != 1 or kwargs or not self._replayable(args[0]):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         x = args[0]
         last = not x.is_contiguous()
         key = (tuple(x.shape[1:]), x.dtype, last, backends.library.isa(), _generation)  # type: ignore[union-attr]
         recorded = self.plans.get(key)
+        hooks = self._layer_hooks() if recorded is None else recorded.hooks
+        if any(hooks):
+            return super().forward(x)
         if recorded is None:
             self.plans = {k: plan for k, plan in self.plans.items() if k[-1] == _generation}
-            recorded = self.plans[key] = record(super().forward, x)
+            recorded = self.plans[key] = replace(record(super().forward, x, self.parameters()), hooks=hooks)
         if recorded.plan is None:
             return super().forward(x)
         memory_format = torch.channels_last if recorded.channels_last else torch.contiguous_format
@@ -190,12 +256,17 @@ class Replayed(nn.Module):
             and not self.training
             and not (torch.is_grad_enabled() and x.requires_grad)
             and not torch.is_autocast_enabled("cpu")
+            and not x.is_neg()
             and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
             and backends.current() in (None, "cpu")
             and backends.library is not None
             and torch._C._len_torch_dispatch_stack() == 0
-            and not torch.jit.is_tracing()
+            and not torch._C._is_tracing()
         )
+
+    def _layer_hooks(self) -> tuple[dict[int, Any], ...]:
+        layers = (layer for layer in self.modules() if layer is not self)
+        return tuple(hooks for layer in layers for hooks in (layer._forward_hooks, layer._forward_pre_hooks))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "plans": {}}
@@ -204,9 +275,13 @@ class Replayed(nn.Module):
         return _blank, (type(self).__mro__[2],), self.__getstate__()
 
 
-@functools.cache
+_classes: dict[Any, type[nn.Module]] = {}
+
+
 def _class_of(base: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Frozen{base.__name__}", (Replayed, base), {"__doc__": base.__doc__})
+    if base not in _classes:
+        _classes[base] = type(f"Frozen{base.__name__}", (Replayed, base), {"__doc__": base.__doc__})
+    return _classes[base]
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
@@ -215,7 +290,9 @@ def _blank(base: type[nn.Module]) -> nn.Module:
 
 
 def replayed(model: nn.Module) -> nn.Module:
-    """``model`` itself, its class joined with :class:`Replayed`: still an instance of its own class, same state_dict."""
+    """``model`` itself, its class joined with :class:`Replayed`: still an instance of its own class."""
+    if isinstance(model, Replayed):
+        return model
     model.__class__ = _class_of(type(model))
     model.plans = {}  # type: ignore[assignment]
     return model

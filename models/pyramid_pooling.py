@@ -1,4 +1,4 @@
-"""The two blocks of the decoder: efficient pyramid pooling and the weighting of a skip connection.
+"""The blocks of the decoder: efficient pyramid pooling, the weighting of a skip connection, and where the two join.
 
 Module names are those of the official checkpoints (``cbr.{0,1,2}``, ``br.{0,1}``, ``merge_layer.{0,2,3}``).
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BR", "CBR", "SCALES", "EfficientPyramidPooling", "SkipWeighting"]
+__all__ = ["BR", "CBR", "SCALES", "EfficientPyramidPooling", "Join", "SkipWeighting"]
 
 SCALES = (2.0, 1.5, 1.0, 0.5, 0.1)
 SMALLEST = 5
@@ -75,12 +75,18 @@ class EfficientPyramidPooling(nn.Module):
         )
         self.br = None if last else BR(out_channels)
 
+    def target_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Height and width that each branch resizes a map to; scale 1 leaves it as it is."""
+        return [
+            (height, width) if s == 1 else (max(math.ceil(height * s), SMALLEST), max(math.ceil(width * s), SMALLEST))
+            for s in self.scales
+        ]
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.projection_layer(x)
         height, width = x.shape[-2:]
         maps = []
-        for scale, stage in zip(self.scales, self.stages, strict=True):
-            target = max(math.ceil(height * scale), SMALLEST), max(math.ceil(width * scale), SMALLEST)
+        for scale, target, stage in zip(self.scales, self.target_sizes(height, width), self.stages, strict=True):
             if scale > 1:
                 map_ = stage(F.interpolate(x, target, mode="bilinear", align_corners=True))
                 maps.append(F.adaptive_avg_pool2d(map_, (height, width)))
@@ -106,5 +112,25 @@ class SkipWeighting(nn.Module):
         )
         self.expansion_layer = CBR(in_channels, out_channels, 3, groups=math.gcd(in_channels, out_channels))
 
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The convolved map [B, N, H, W] and, before their sigmoid, its weights [B, N, 1, 1]."""
+        return self.expansion_layer(x), self.wt_layer[1](self.wt_layer[0](x))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.expansion_layer(x) * self.wt_layer(x)
+        skip, gate = self.parts(x)
+        return skip * self.wt_layer[2](gate)
+
+
+class Join(nn.Sequential):
+    """Where a skip connection enters the decoder: ``x`` resized and the weighted skip, added, batch norm and PReLU.
+
+    x [B, C, h, w], skip [B, C, H, W], gate [B, C, 1, 1] -> [B, C, H, W]. Resizing is exactly a doubling only where the
+    image's sides allow it.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(nn.BatchNorm2d(channels), nn.PReLU(channels))
+
+    def forward(self, x: Tensor, skip: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        resized = F.interpolate(x, skip.shape[2:], mode="bilinear", align_corners=True)
+        return super().forward(resized + skip * gate.sigmoid())

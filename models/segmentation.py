@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from espkernels import nn as fused
 from espkernels.models.espnetv2 import Encoder, Switches, widths
-from espkernels.models.pyramid_pooling import EfficientPyramidPooling, SkipWeighting
+from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join, SkipWeighting
 
 __all__ = ["ESPNetv2Segmentation", "espnetv2_segmentation"]
 
@@ -39,23 +39,18 @@ class ESPNetv2Segmentation(nn.Module):
         self.merge_enc_dec_l2 = SkipWeighting(level3, planes[0])
         self.merge_enc_dec_l3 = SkipWeighting(level2, planes[1])
         self.merge_enc_dec_l4 = SkipWeighting(level1, planes[2])
-        self.bu_br_l2 = nn.Sequential(nn.BatchNorm2d(planes[0]), nn.PReLU(planes[0]))
-        self.bu_br_l3 = nn.Sequential(nn.BatchNorm2d(planes[1]), nn.PReLU(planes[1]))
-        self.bu_br_l4 = nn.Sequential(nn.BatchNorm2d(planes[2]), nn.PReLU(planes[2]))
+        self.bu_br_l2 = Join(planes[0])
+        self.bu_br_l3 = Join(planes[1])
+        self.bu_br_l4 = Join(planes[2])
         fused.init_parameters(self)
 
     def forward(self, image: Tensor) -> Tensor:
         level1, level2, level3, level4 = self.base_net(image)
         x = self.bu_dec_l1(level4)
-        x = self.bu_dec_l2(self.bu_br_l2(_joined(x, self.merge_enc_dec_l2(level3))))
-        x = self.bu_dec_l3(self.bu_br_l3(_joined(x, self.merge_enc_dec_l3(level2))))
-        x = self.bu_dec_l4(self.bu_br_l4(_joined(x, self.merge_enc_dec_l4(level1))))
+        x = self.bu_dec_l2(self.bu_br_l2(x, *self.merge_enc_dec_l2.parts(level3)))
+        x = self.bu_dec_l3(self.bu_br_l3(x, *self.merge_enc_dec_l3.parts(level2)))
+        x = self.bu_dec_l4(self.bu_br_l4(x, *self.merge_enc_dec_l4.parts(level1)))
         return F.interpolate(x, image.shape[2:], mode="bilinear", align_corners=True)
-
-
-def _joined(x: Tensor, skip: Tensor) -> Tensor:
-    """``skip`` plus ``x`` up-sampled to its size, which is exactly twice x's only where the image's sides allow it."""
-    return skip + F.interpolate(x, skip.shape[2:], mode="bilinear", align_corners=True)
 
 
 def espnetv2_segmentation(

@@ -11,13 +11,18 @@ import torch
 from samples import Sample
 from torch import Tensor
 
-__all__ = ["VECTORS", "Arguments", "build", "cast", "gradient"]
+__all__ = ["MAPS", "VECTORS", "Arguments", "build", "cast", "gradient"]
 
 Arguments = dict[str, Any]
 Draw = Callable[..., Tensor]
 
 # The per-channel vectors of an epilogue; they may be float32 beside a map of a half type.
-VECTORS = ("scale", "shift", "slope", "pyramid_scale", "pyramid_shift", "pyramid_slope")
+VECTORS = (
+    "scale", "shift", "slope", "pyramid_scale", "pyramid_shift", "pyramid_slope",
+    "reduce_shift", "reduce_slope", "shortcut_shift",
+)  # fmt: skip
+
+MAPS = ("x", "residual", "image")
 
 
 def _generator(sample: Sample, purpose: str) -> torch.Generator:
@@ -92,10 +97,54 @@ def _pyramid_pointwise(sample: Sample, draw: Draw) -> Arguments:
     }
 
 
+def _unit(sample: Sample, draw: Draw) -> Arguments:
+    """What a whole EESP unit and a down-sampler have in common: twice as many channels come in as are reduced to."""
+    reduced, concatenated, outputs = sample.channels, sample.concatenated, sample.outputs
+    reduce_groups = math.gcd(reduced, 4)
+    return {
+        "x": draw("map", sample.batch, 2 * reduced, sample.height, sample.width),
+        "reduce_weight": draw("weight", reduced, 2 * reduced // reduce_groups),
+        "reduce_groups": reduce_groups,
+        "reduce_shift": draw("shift", reduced),
+        "reduce_slope": draw("slope", reduced),
+        "weight": draw("weight", len(sample.dilations), reduced, 3, 3),
+        "dilations": sample.dilations,
+        "pyramid_scale": draw("scale", concatenated),
+        "pyramid_shift": draw("shift", concatenated),
+        "pyramid_slope": draw("slope", concatenated),
+        "expand_weight": draw("weight", outputs, concatenated // sample.groups),
+        "groups": sample.groups,
+        "shift": draw("shift", outputs),
+        "hff": sample.hff,
+    }
+
+
+def _eesp(sample: Sample, draw: Draw) -> Arguments:
+    return {
+        **_unit(sample, draw),
+        "residual": draw("map", sample.batch, sample.outputs, *sample.output_size),
+        "slope": draw("slope", sample.outputs),
+        "stride": sample.stride,
+    }
+
+
+def _down_sampler(sample: Sample, draw: Draw) -> Arguments:
+    channels = 2 * sample.channels + sample.outputs
+    return {
+        **_unit(sample, draw),
+        "image": draw("map", sample.batch, 3, (sample.height + 1) // 2, (sample.width + 1) // 2),
+        "shortcut_weight": draw("weight", channels, 3),
+        "shortcut_shift": draw("shift", channels),
+        "slope": draw("slope", channels),
+    }
+
+
 _BUILDERS = {
     "spatial_pyramid": _spatial_pyramid,
     "group_pointwise": _group_pointwise,
     "pyramid_pointwise": _pyramid_pointwise,
+    "eesp": _eesp,
+    "down_sampler": _down_sampler,
 }
 
 
@@ -122,7 +171,7 @@ def cast(
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             value = value.detach().to(vector_dtype or dtype if name in VECTORS else dtype)
-            if name in ("x", "residual"):
+            if name in MAPS:
                 value = value.contiguous(memory_format=memory_format)
             value = value.requires_grad_(requires_grad)
         result[name] = value

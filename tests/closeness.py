@@ -88,6 +88,17 @@ def magnitude(operator: str, arguments: Arguments) -> Tensor:
     if operator == "group_pointwise":
         sums = reference.group_pointwise(a["x"], a["weight"], a["groups"])
         return _absolute_epilogue(sums, a["scale"], a["shift"], a["residual"], a["slope"])
+    if operator == "down_sampler":
+        unit = magnitude("eesp", {**a, "residual": None, "slope": None, "stride": 2})
+        both = torch.cat([reference.average_pool(a["x"]), unit], dim=1)
+        shortcut = a["image"]
+        if shortcut is not None:
+            shortcut = reference.group_pointwise(shortcut, a["shortcut_weight"], 1, None, a["shortcut_shift"])
+        return _absolute_epilogue(both, None, None, shortcut, a["slope"])
+    if operator == "eesp":
+        sums = reference.group_pointwise(a["x"], a["reduce_weight"], a["reduce_groups"])
+        reduced = _absolute_epilogue(sums, None, a["reduce_shift"], None, a["reduce_slope"])
+        a = {**a, "x": reduced, "pointwise_weight": a["expand_weight"], "scale": None}
     sums = reference.spatial_pyramid(a["x"], a["weight"], a["dilations"], a["stride"], a["hff"])
     z = _absolute_epilogue(sums, a["pyramid_scale"], a["pyramid_shift"], None, a["pyramid_slope"])
     sums = reference.group_pointwise(z, a["pointwise_weight"], a["groups"])
@@ -131,6 +142,13 @@ def terms(operator: str, arguments: Arguments, value: str, output: Tensor) -> in
     pixels = output.shape[0] * output.shape[2] * output.shape[3]
     steps = 0
     per_channel_sum = False
+    if operator in ("eesp", "down_sampler"):
+        # The reduction before all that pyramid_pointwise does, its two steps of an epilogue, and the shortcut after it,
+        # which is longer than the nine numbers and the division of a mean.
+        arguments = {**arguments, "pointwise_weight": arguments["expand_weight"]}
+        steps += arguments["reduce_weight"].shape[1] + 4
+        steps += 12 if operator == "down_sampler" else 0
+        operator = "pyramid_pointwise"
     if operator != "group_pointwise":
         k = len(arguments["dilations"])
         steps += 9 * k + k  # taps, then the suffix sums of the backward

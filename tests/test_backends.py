@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import pytest
 import torch
 from arguments import build, cast
+from evaluation import answers
 from operator_tests import calls
 from samples import named
 
@@ -142,3 +144,82 @@ def test_tensors_elsewhere_are_refused_by_the_cpu_by_name() -> None:
         x, weight = torch.empty(1, 4, 5, 6, device="cuda"), torch.empty(2, 4, 3, 3, device="cuda")
         with pytest.raises(RuntimeError, match=r"'cpu'.*cuda"):
             espkernels.spatial_pyramid(x, weight, (1, 2))
+
+
+def test_nothing_of_tritons_is_imported_before_a_gpu_asks() -> None:
+    code = """
+import sys, torch, espkernels
+espkernels.spatial_pyramid(torch.randn(1, 4, 5, 6), torch.randn(2, 4, 3, 3), (1, 2))
+print([name for name in sys.modules if name.startswith("espkernels.triton") or name == "triton"])
+"""
+    result = in_a_new_process(code, TRITON_INTERPRET="")
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (pip install triton)")
+def test_the_interpreter_takes_tensors_on_the_cpu_inside_use_backend_only() -> None:
+    code = """
+import torch, espkernels
+from espkernels import backends
+assert backends.why_not("triton") is None
+arguments = torch.ones(1, 2, 5, 6), torch.ones(2, 2, 3, 3), (1, 2)
+def ran():
+    import sys
+    espkernels.spatial_pyramid(*arguments)
+    return "espkernels.triton" in sys.modules
+assert not ran()
+with espkernels.use_backend("triton"):
+    with espkernels.use_backend("cpu"):
+        assert not ran()
+    assert ran()
+print("right")
+"""
+    result = in_a_new_process(code, TRITON_INTERPRET="1")
+    assert result.stdout.strip() == "right", result.stderr
+
+
+def on_a_gpu(code: str) -> str:
+    """Fake tensors on a GPU, for which the library is told that there is a backend."""
+    result = in_a_new_process("import torch, espkernels\nfrom espkernels import backends, gpu\n" + code)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_the_first_backend_that_can_serves_a_gpu() -> None:
+    asked = """
+for default in ("cuda", "triton", "reference"):
+    backends._gpu_default = default
+    print(backends.gpu_backend("spatial_pyramid"), backends.runs_reference(torch.device("cuda")))
+"""
+    # No CUDA library is loaded here, so its operators are missing and the next in order serves.
+    next_best = "reference" if backends._missing("triton") else "triton"
+    assert on_a_gpu(asked).splitlines() == [f"{next_best} False", "triton False", "reference True"]
+
+
+def test_a_gpu_is_not_served_by_the_cpu_by_name() -> None:
+    with espkernels.use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu'.*GPU"):
+        backends.gpu_backend("spatial_pyramid")
+
+
+@pytest.mark.parametrize("operator", ["spatial_pyramid", "group_pointwise"])
+def test_gradients_of_the_reference_are_those_of_autograd(operator: str) -> None:
+    # They serve a GPU without kernels; here they are compared on the CPU.
+    from espkernels import reference, reference_gradients
+
+    for sample in named("width 17", "stride 2 odd", "without hff", "branches 3"):
+        problem = answers(operator, sample)
+        a, grad = problem.arguments, problem.gradient
+        x, weight = a["x"].detach().requires_grad_(), a["weight"].detach().requires_grad_()
+        if operator == "spatial_pyramid":
+            options = (a["dilations"], a["stride"], a["hff"])
+            output = reference.spatial_pyramid(x, weight, *options)
+            sizes: tuple[int, ...] = tuple(x.shape[2:])
+        else:
+            options, sizes = (a["groups"],), ()
+            output = reference.group_pointwise(x, weight, *options)
+        expected = torch.autograd.grad(output, [x, weight], grad)
+        backward_input = getattr(reference_gradients, f"{operator}_backward_input")
+        backward_weight = getattr(reference_gradients, f"{operator}_backward_weight")
+        with torch.no_grad():
+            assert torch.equal(backward_input(grad, weight, *options, *sizes), expected[0])
+            assert torch.equal(backward_weight(grad, x, *options), expected[1])

@@ -64,6 +64,17 @@ def test_multiply_adds_are_those_of_the_paper_in_every_layer() -> None:
 
 
 @compiled
+def test_a_segmentation_network_is_replayed_to_its_last_layer() -> None:
+    model = models.espnetv2_segmentation(0.5, 4)
+    found = espkernels.explain(espkernels.freeze(model), photograph(64, 96))
+    assert found.refusal == ""
+    expected = models.count(model, (64, 96)).by_module
+    for layer in ("base_net.level4.6", "bu_dec_l1.projection_layer.cbr"):
+        (row,) = (row for row in found.rows if row.layer.startswith(layer))
+        assert row.multiply_adds == expected[layer].macs
+
+
+@compiled
 def test_layers_are_modules_of_the_model_in_the_order_they_run() -> None:
     frozen = espkernels.freeze(network())
     found = espkernels.explain(frozen, photograph(64, 96))
@@ -170,6 +181,14 @@ def test_a_model_that_is_not_replayed_says_why() -> None:
     assert found.multiply_adds is None
     text = str(found)
     assert f"not replayed: {found.refusal}" in text and "of roof" not in text
+
+
+@compiled
+def test_hooks_are_a_reason_too() -> None:
+    frozen = espkernels.freeze(network())
+    frozen.level1.register_forward_hook(lambda *_: None)
+    found = espkernels.explain(frozen, photograph(64, 64))
+    assert "hooks" in found.refusal and found.rows[0].kernel == "convolution"
 
 
 def test_the_reference_is_explained_too() -> None:

@@ -11,7 +11,7 @@ from samples import SAMPLES, named
 from torch import Tensor
 
 import espkernels
-from espkernels import backends
+from espkernels import backends, reference
 from espkernels.ops import pack_group_pointwise
 
 
@@ -158,3 +158,73 @@ def test_a_nan_passes_the_prelu(isa: str) -> None:
     x = torch.full((1, 1, 1, 20), torch.nan)
     slope = torch.tensor([0.25])
     assert espkernels.group_pointwise(x, torch.ones(1, 1), 1, slope=slope).isnan().all()
+
+
+# Inputs, outputs and groups where a group's outputs fill half a vector or less: several groups share one.
+NARROW = [(32, 8, 4), (64, 16, 4), (18, 6, 3), (20, 4, 4), (40, 10, 5), (12, 6, 6), (9, 9, 9), (3, 3, 3), (34, 34, 17)]
+each_narrow = pytest.mark.parametrize("sizes", NARROW, ids=lambda s: f"{s[0]}-to-{s[1]}-in-{s[2]}")
+
+
+def narrow(sizes: tuple[int, int, int], pixels: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    inputs, outputs, groups = sizes
+    generator = torch.Generator().manual_seed(3)
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-2, 3, shape, generator=generator).double()
+
+    vectors = {"scale": whole(outputs), "shift": whole(outputs), "slope": whole(outputs) / 4}
+    vectors = {name: vector.to(dtype if dtype == torch.float64 else torch.float32) for name, vector in vectors.items()}
+    maps = {"x": whole(2, inputs, 1, pixels), "residual": whole(2, outputs, 1, pixels)}
+    maps = {name: map_.to(dtype).contiguous(memory_format=torch.channels_last) for name, map_ in maps.items()}
+    return maps | {"weight": whole(outputs, inputs // groups).to(dtype)} | vectors
+
+
+@pytest.mark.usefixtures("same_each_time")
+@each_narrow
+@each_dtype
+def test_narrow_groups(isa: str, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    for pixels in (1, 7, 8, 9, 33):
+        arguments = narrow(sizes, pixels, dtype)
+        for left_out in ((), ("scale", "shift", "residual", "slope"), ("residual",)):
+            given = arguments | dict.fromkeys(left_out)
+            doubles = {name: None if value is None else value.double() for name, value in given.items()}
+            expected = reference.group_pointwise(groups=sizes[2], **doubles)
+            assert_exact(f"{pixels} pixels", espkernels.group_pointwise(groups=sizes[2], **given), expected)
+        packed = pack_group_pointwise(arguments["weight"], sizes[2], True)
+        output = espkernels.group_pointwise(groups=sizes[2], **arguments)
+        assert torch.equal(espkernels.group_pointwise(groups=sizes[2], **arguments, packed=packed), output)
+
+
+@pytest.mark.usefixtures("same_each_time")
+@each_narrow
+def test_an_infinity_stays_in_its_group(isa: str, sizes: tuple[int, int, int]) -> None:
+    inputs, outputs, groups = sizes
+    for value in (torch.inf, torch.nan):
+        for group in range(groups):
+            x = torch.ones(1, inputs, 3, 5).contiguous(memory_format=torch.channels_last)
+            x[0, group * (inputs // groups), 1, 2] = value
+            output = espkernels.group_pointwise(x, torch.ones(outputs, inputs // groups), groups)
+            bad = torch.zeros(1, outputs, 3, 5, dtype=torch.bool)
+            bad[0, group * (outputs // groups) : (group + 1) * (outputs // groups), 1, 2] = True
+            assert torch.equal(~output.isfinite(), bad), group
+
+
+@pytest.mark.usefixtures("same_each_time")
+@pytest.mark.parametrize("outputs", [1000, 130, 65, 40, 24, 12, 4, 1])
+@each_dtype
+@each_layout
+def test_few_pixels_and_many_outputs(isa: str, outputs: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    # As a classifier has them. The products are cut into blocks of columns, whose widths depend on the number left.
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randint(-2, 3, (outputs, 1024), generator=generator).to(dtype)
+    shift = torch.randint(-2, 3, (outputs,), generator=generator).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    for batch, width in ((1, 1), (2, 1), (7, 1), (1, 3), (2, 3), (8, 1)):
+        x = (
+            torch.randint(-2, 3, (batch, 1024, 1, width), generator=generator)
+            .to(dtype)
+            .contiguous(memory_format=layout)
+        )
+        expected = reference.group_pointwise(x.double(), weight.double(), 1, None, shift.double())
+        assert_exact("output", espkernels.group_pointwise(x, weight, 1, shift=shift), expected)

@@ -33,6 +33,12 @@ def test_every_backend_is_usable_or_says_why_not() -> None:
     assert facts["reference"] == "usable"
 
 
+def test_defaults_say_whether_they_were_measured() -> None:
+    defaults = collect().defaults
+    assert defaults["cuda"].startswith("cuda, triton, reference")
+    assert "nothing was measured on a GPU" in defaults["cuda"]
+
+
 def test_instruction_sets_are_those_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     if backends.library is not None:
         facts = collect()

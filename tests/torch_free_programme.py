@@ -1,7 +1,8 @@
-"""Builds the programme of ``torch_free/`` from the kernel sources and flags in setup.py, for any compiler and flags."""
+"""Builds the programmes that run kernels without torch, from the sources and flags in setup.py."""
 
 from __future__ import annotations
 
+import re
 import runpy
 import shutil
 import subprocess
@@ -12,13 +13,13 @@ from unittest import mock
 
 import pytest
 
-__all__ = ["build", "compiler", "kernel_flags", "run"]
+__all__ = ["build", "build_emulation", "compiler", "kernel_flags", "run", "run_emulation", "setup_table"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
 NINJA = """\
 rule cxx
-  command = {compiler} {flags} -MD -MF $out.d -c $in -o $out
+  command = {compiler} {flags} -MD -MF $out.d -x c++ -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
@@ -45,13 +46,29 @@ def kernel_flags(architecture: str) -> dict[str, list[str]]:
 def build(name: str, compiler: str, isa: str, flags: list[str]) -> Path:
     """The programme for instruction set ``isa``, in build/torch_free/``name``; only what changed is compiled again."""
     table = setup_table()
+    all_flags = [*common_flags(), "-Wno-psabi", "-pthread", f"-DESPK_ISA={isa}", *flags]
+    return compile_programme(name, compiler, all_flags, [*table["KERNEL_SOURCES"], "tests/torch_free/main.cpp"])
+
+
+def build_emulation(compiler: str, flags: list[str]) -> Path:
+    """The programme that runs every CUDA kernel on the CPU, in build/torch_free/cuda."""
+    emulation = ["-Itests/cuda_emulation", "-Wno-unknown-pragmas", "-DESPK_GRID_LIMIT=emulation::grid_limit"]
+    emulation += ["-DESPK_ENOUGH_BLOCKS=emulation::enough_blocks"]
+    sources = [*setup_table()["CUDA_SOURCES"], "tests/cuda_emulation/main.cpp"]
+    return compile_programme("cuda", compiler, [*common_flags(), *emulation, *flags], sources)
+
+
+def common_flags() -> list[str]:
+    left_out = ("-O3", "-fPIC", "-fvisibility=hidden")
+    return [*(flag for flag in setup_table()["FLAGS"] if flag not in left_out), "-Itests/torch_free"]
+
+
+def compile_programme(name: str, compiler: str, flags: list[str], sources: list[str]) -> Path:
     folder = ROOT / "build" / "torch_free" / name
     folder.mkdir(parents=True, exist_ok=True)
-    common = [flag for flag in table["FLAGS"] if flag not in ("-O3", "-fPIC", "-fvisibility=hidden")]
-    all_flags = [*common, "-Itests/torch_free", "-Wno-psabi", "-pthread", f"-DESPK_ISA={isa}", *flags]
-    text = NINJA.format(compiler=compiler, flags=" ".join(all_flags))
+    text = NINJA.format(compiler=compiler, flags=" ".join(flags))
     objects = []
-    for source in [*table["KERNEL_SOURCES"], "tests/torch_free/main.cpp"]:
+    for source in sources:
         objects.append(str((folder / Path(source).stem).relative_to(ROOT)) + ".o")
         text += f"build {objects[-1]}: cxx {source}\n"
     programme = folder / "main"
@@ -59,7 +76,7 @@ def build(name: str, compiler: str, isa: str, flags: list[str]) -> Path:
     ninja_file = folder / "build.ninja"
     # builddir holds ninja's log of what is up to date: one each, so that builds do not mix.
     ninja_file.write_text(f"builddir = {folder.relative_to(ROOT)}\n{text}")
-    ninja: str = table["ninja_program"]()
+    ninja: str = setup_table()["ninja_program"]()
     result = subprocess.run([ninja, "-f", str(ninja_file), "-j", "2"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return programme
@@ -69,14 +86,31 @@ def run(command: list[str]) -> None:
     """Runs the programme, which prints what fails and how much it checked; none may be left out."""
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
-    cases = (
-        (ROOT / "tests" / "torch_free" / "main.cpp").read_text().split("kCases[] = {")[1].split("\n};")[0].count('{"')
-    )
-    # Six kernels, group_pointwise with six epilogues and transposed, the unit with two; three splits, types x layouts.
-    expected = cases * 13 * 3 * 8
+    cases = cases_text().count('{"')
+    # Six kernels, group_pointwise with six epilogues and transposed, the unit with two; of inference the pyramid with
+    # its epilogue, the unit in place, two convolutions, three poolings and the global average; three splits, types x
+    # layouts.
+    expected = cases * (13 + 8) * 3 * 8
     huge = 8 - result.stdout.count("SKIP") if "--huge" in command else 0
     assert result.stdout.split()[-4:] == [str(expected + huge), "checks,", "0", "failures"], result.stdout
     assert cases > 20
+
+
+def run_emulation(programme: Path, number: int) -> None:
+    """Runs the emulation for element type ``number`` of espk::Type; none of its checks may be left out."""
+    result = subprocess.run([str(programme), str(number)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
+    # One large case is the CPU's. Six kernels, group_pointwise with six epilogues and transposed, the unit with two,
+    # the whole unit; a strided case is a down-sampler too, with an image and without. Three settings, two layouts.
+    cases, strided = cases_text().count('{"') - 1, len(re.findall(r"\}, 2, (?:true|false)", cases_text()))
+    assert cases > 20 and strided > 3
+    expected = (cases * 14 + strided * 2) * 3 * 2
+    assert result.stdout.split()[-4:] == [str(expected), "checks,", "0", "failures"], result.stdout
+
+
+def cases_text() -> str:
+    """The table of cases that all programmes share."""
+    return (ROOT / "tests" / "torch_free" / "cases.h").read_text().split("kCases[] = {")[1].split("\n};")[0]
 
 
 def compiler(name: str) -> str:

@@ -26,8 +26,8 @@ struct InputStrip {
   int64_t pixel(const Convolution& p) const { return pixels ? p.in_channels : 1; }
 };
 
-constexpr int64_t kRows =
-    4;  // of the result in one unit: few enough for many threads, and three rows in four read once
+// Rows of the result in one unit: few enough for many threads, and three rows in four read once.
+int64_t rows_of(const Convolution& p) { return least(p.out_height, 4); }
 
 int64_t offsets_offset(const Convolution& p) { return round_up(weights_of(p).bytes(), 64); }
 
@@ -39,7 +39,7 @@ int64_t shared_bytes(const Convolution& p) {
 void before(const Convolution& p, void* shared) {
   weights_of(p).prepare(p.weight, shared);
   int64_t* offsets = reinterpret_cast<int64_t*>(static_cast<char*>(shared) + offsets_offset(p));
-  const InputStrip strip(p, kRows);
+  const InputStrip strip(p, rows_of(p));
   for (int64_t c = 0; c < p.in_channels; ++c) {
     for (int64_t i = 0; i < p.filter_height; ++i) {
       for (int64_t j = 0; j < p.filter_width; ++j) {
@@ -49,7 +49,7 @@ void before(const Convolution& p, void* shared) {
   }
 }
 
-int64_t units(const Convolution& p) { return p.batch * ceil_div(p.out_height, kRows); }
+int64_t units(const Convolution& p) { return p.batch * ceil_div(p.out_height, rows_of(p)); }
 
 template <class T>
 void fill(const Convolution& p, const InputStrip& strip, Compute<T>* to, int64_t image, int64_t first_row) {
@@ -73,13 +73,13 @@ void fill(const Convolution& p, const InputStrip& strip, Compute<T>* to, int64_t
 template <class T>
 void run_type(const Convolution& p, void* shared, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  const InputStrip strip(p, kRows);
-  const int64_t strips = ceil_div(p.out_height, kRows);
+  const int64_t rows = rows_of(p), strips = ceil_div(p.out_height, rows);
+  const InputStrip strip(p, rows);
   C* tile = static_cast<C*>(scratch(Slot::tile, strip.size(p) * static_cast<int64_t>(sizeof(C))));
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t image = unit / strips, first = unit % strips * kRows;
+    const int64_t image = unit / strips, first = unit % strips * rows;
     fill<T>(p, strip, tile, image, first * p.stride - p.padding_rows);
-    for (int64_t y = first; y < least(first + kRows, p.out_height); ++y) {
+    for (int64_t y = first; y < least(first + rows, p.out_height); ++y) {
       MatrixProduct<C> product{};
       product.rows = p.out_width;
       product.columns = p.out_channels;

@@ -10,18 +10,31 @@ namespace {
 constexpr BlockShape kPixelShapes[] = {{1, 14}, {1, 8}, {2, 7}, {2, 4}};
 constexpr BlockShape kPlaneShapes[] = {{1, 8}, {2, 4}, {4, 2}, {8, 1}};
 
-// Affine and PReLU of one result; `Pixels` have a number for each lane.
+// Affine and PReLU of one segment; `Pixels` have a number for each lane, of which no more than the channels are read.
 template <class C, int N, bool Pixels>
-inline Vector<C, N> affine_prelu(Vector<C, N> v, const C* scale, const C* shift, const C* slope) {
+struct AffinePrelu {
   using V = Vector<C, N>;
-  if constexpr (Pixels) {
-    v = v * load<N>(scale) + load<N>(shift);
-    return v > V{} ? v : v * load<N>(slope);
-  } else {
-    v = v * broadcast<C, N>(*scale) + broadcast<C, N>(*shift);
-    return v > V{} ? v : v * broadcast<C, N>(*slope);
+  V scale, shift, slope;
+
+  AffinePrelu(const Sweep<C>& s, int64_t at)
+      : scale(numbers(s.scale + at, s.valid)),
+        shift(numbers(s.shift + at, s.valid)),
+        slope(numbers(s.slope + at, s.valid)) {}
+
+  V operator()(V v) const {
+    v = v * scale + shift;
+    return v > V{} ? v : v * slope;
   }
-}
+
+ private:
+  static V numbers(const C* from, int64_t valid) {
+    if constexpr (Pixels) {
+      return load_first<N>(from, valid);
+    } else {
+      return broadcast<C, N>(*from);
+    }
+  }
+};
 
 template <class C, int N, bool Pixels, int R, int X>
 void sweep_blocks(const Sweep<C>& given) {
@@ -59,12 +72,12 @@ void sweep_blocks(const Sweep<C>& given) {
         C* out = s.out + g * s.out_segment + y * s.out_row + x * s.out_column;
         V result[R][X];
         if (s.scale) {
-          const int64_t at = g * s.epilogue_segment;
+          const AffinePrelu<C, N, Pixels> epilogue(s, g * s.epilogue_segment);
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
             for (int i = 0; i < X; ++i) {
-              result[r][i] = affine_prelu<C, N, Pixels>(sum[r][i], s.scale + at, s.shift + at, s.slope + at);
+              result[r][i] = epilogue(sum[r][i]);
             }
           }
         } else {

@@ -20,19 +20,18 @@ PointwiseWeights weights_of(const GroupPointwise& p) {
 // them, a part of one group's outputs.
 struct Chunks {
   int64_t images, pixels, size, count;  // count a whole image
-  int64_t parts, columns;               // parts of all channels; outputs of one part
+  int64_t parts;                        // of all channels
+  bool cut;                             // a part is one block of packed columns
 
   template <class C>
   static Chunks of(const GroupPointwise& p) {
     Chunks chunks(p);
     const PointwiseWeights weights = weights_of(p);
     chunks.parts = weights.is_narrow<C>() ? 1 : p.groups;
-    chunks.columns = weights.out;
-    // Cut where blocks of columns begin.
-    constexpr int64_t kBlock = kMostVectors * kLanes<C>;
-    if (weights.pixels && p.groups == 1 && chunks.pixels < 8 && weights.out > kBlock && !weights.is_narrow<C>()) {
-      chunks.columns = kBlock;
-      chunks.parts = ceil_div(weights.out, kBlock);
+    chunks.cut = weights.pixels && p.groups == 1 && chunks.pixels < 8;
+    if (chunks.cut) {
+      chunks.parts = 0;
+      for_column_blocks<C>(weights.out, kMostVectors, [&](int64_t, int64_t, int, int64_t) { ++chunks.parts; });
     }
     return chunks;
   }
@@ -72,10 +71,11 @@ void run_type(const GroupPointwise& p, void* shared, int64_t begin, int64_t end)
     const int64_t part = unit % chunks.parts, chunk = unit / chunks.parts % chunks.count;
     const int64_t image = unit / chunks.parts / chunks.count;
     const int64_t first = chunk * chunks.size, count = least(chunks.size, chunks.pixels - first);
-    const bool cut = chunks.columns < weights.out;
-    const int64_t group = cut || is_narrow ? 0 : part, first_column = cut ? part * chunks.columns : 0;
+    const int64_t group = chunks.cut || is_narrow ? 0 : part;
+    const int64_t first_column = chunks.cut ? packed_block<C>(p.out_channels, part) : 0;
+    const int64_t end_column = chunks.cut ? packed_block<C>(p.out_channels, part + 1) : weights.out;
     const int64_t in = is_narrow ? p.in_channels : weights.in;
-    const int64_t out = is_narrow ? p.out_channels : least(chunks.columns, weights.out - first_column);
+    const int64_t out = is_narrow ? p.out_channels : end_column - first_column;
     const C* packed = static_cast<const C*>(shared) + group * weights.group_size<C>() + first_column * weights.in;
     // One row of `map` is a pixel, or a plane.
     const T* map = static_cast<const T*>(p.x) + (pixels ? first * p.in_channels + group * in

@@ -14,6 +14,9 @@ extern const Kernel<PyramidPointwise> pyramid_pointwise;
 extern const Kernel<Convolution> convolution;
 extern const Kernel<AveragePool> average_pool;
 extern const Kernel<GlobalAverage> global_average;
+extern const Kernel<Resize> resize;
+extern const Kernel<AdaptiveAverage> adaptive_average;
+extern const Kernel<GroupedConvolution> grouped_convolution;
 
 extern const Kernels kernels = {
     spatial_pyramid,
@@ -25,6 +28,9 @@ extern const Kernels kernels = {
     convolution,
     average_pool,
     global_average,
+    resize,
+    adaptive_average,
+    grouped_convolution,
 };
 
 }  // namespace espk::ESPK_ISA

@@ -26,6 +26,9 @@ struct Kernels {
   const Kernel<Convolution>& convolution;
   const Kernel<AveragePool>& average_pool;
   const Kernel<GlobalAverage>& global_average;
+  const Kernel<Resize>& resize;
+  const Kernel<AdaptiveAverage>& adaptive_average;
+  const Kernel<GroupedConvolution>& grouped_convolution;
 };
 
 // The kernels compiled for each instruction set; only those that the build lists exist.

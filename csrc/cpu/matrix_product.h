@@ -75,6 +75,16 @@ inline void for_column_blocks(int64_t columns, int64_t most_vectors, F&& f) {
   if (first < columns) f(first, int64_t{1}, vector_lanes<C>(columns - first), columns - first);
 }
 
+// Where block `block` of packed columns begins, or `columns` behind the last.
+template <class C>
+inline int64_t packed_block(int64_t columns, int64_t block) {
+  int64_t begin = columns;
+  for_column_blocks<C>(columns, kMostVectors, [&](int64_t first, int64_t, int, int64_t) {
+    if (block-- == 0) begin = first;
+  });
+  return begin;
+}
+
 // Elements of packed columns, and of packed rows.
 template <class C>
 inline int64_t packed_columns_size(int64_t depth, int64_t columns) {

@@ -86,7 +86,7 @@ void run_pixels(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
   using C = Compute<T>;
   const BranchWeights<C> weights(p, shared);
   const Patches cut = patches_of<C>(p);
-  const int64_t pixel = p.out_channels(), turns = ceil_div(cut.blocks, cut.blocks_of_unit);
+  const int64_t pixel = p.out_pixel, turns = ceil_div(cut.blocks, cut.blocks_of_unit);
   C* tile = nullptr;
   int tile_lanes = 0;
   for (int64_t unit = begin; unit < end; ++unit) {

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError(f"{name}: there is no folder {path.parent}")
         model = _model(args)
         size = args.size or ((512, 1024) if _segments(model) else (224, 224))
-        encoder = model.base_net if _segments(model) else model
-        found = espkernels.explain(model, torch.rand(1, encoder.in_channels, *size))  # type: ignore[call-overload]
+        encoder: Any = model.base_net if _segments(model) else model
+        found = espkernels.explain(model, torch.rand(1, encoder.in_channels, *size))
         print(found)
         if args.json is not None:
             args.json.write_text(json.dumps(found.as_dict(), indent=2) + "\n")

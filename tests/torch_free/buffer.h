@@ -96,9 +96,13 @@ struct Tensor {
 };
 
 // A tensor in memory. The last byte of the allocation is the tensor's last; the first element stands one element in, so
-// that no alignment beyond the element's own can be relied on. Guards beside it show writes where no sanitizer does.
+// that no alignment beyond the element's own can be relied on, or 16 bytes in, for kernels that use alignment where it
+// is. Guards beside it show writes where no sanitizer does.
 class Buffer {
  public:
+  // In front of every buffer made from now on.
+  static inline bool aligned = false;
+
   Buffer(Type type, Layout layout, const Tensor& tensor) : Buffer(type, layout, tensor.sizes) {
     for (int64_t i = 0; i < count_; ++i) {
       write(type_, element(i), rounded(type_, tensor.values[static_cast<size_t>(i)]));
@@ -109,18 +113,19 @@ class Buffer {
       : type_(type), layout_(layout), sizes_(std::move(sizes)) {
     count_ = 1;
     for (int64_t size : sizes_) count_ *= size;
-    bytes_ = static_cast<size_t>((count_ + 1) * espk::bytes_of(type));
+    front_ = aligned ? 16 : static_cast<size_t>(espk::bytes_of(type));
+    bytes_ = front_ + static_cast<size_t>(count_ * espk::bytes_of(type));
     allocation_ = static_cast<unsigned char*>(std::malloc(bytes_ + kGuard));
     std::memset(allocation_, 0xff, bytes_ + kGuard);
   }
   Buffer(const Buffer&) = delete;
   ~Buffer() { std::free(allocation_); }
 
-  void* data() { return allocation_ + espk::bytes_of(type_); }
+  void* data() const { return allocation_ + front_; }
   double get(int64_t i) const { return read(type_, const_cast<Buffer*>(this)->element(i)); }
-  std::vector<unsigned char> bits() const { return {allocation_, allocation_ + bytes_}; }
+  std::vector<unsigned char> bits() const { return {allocation_ + front_, allocation_ + bytes_}; }
   bool guards_intact() const {
-    for (size_t i = 0; i < static_cast<size_t>(espk::bytes_of(type_)); ++i) {
+    for (size_t i = 0; i < front_; ++i) {
       if (allocation_[i] != 0xff) return false;
     }
     for (size_t i = bytes_; i < bytes_ + kGuard; ++i) {
@@ -150,6 +155,6 @@ class Buffer {
   Layout layout_;
   std::vector<int64_t> sizes_;
   int64_t count_;
-  size_t bytes_;
+  size_t front_, bytes_;
   unsigned char* allocation_;
 };

@@ -2,14 +2,8 @@
 // Whole numbers make every sum exact, so that each result is the naive one rounded once.
 #include <sys/mman.h>
 
-#include <functional>
-#include <map>
-#include <memory>
-#include <string>
-#include <thread>
-
-#include "cpu/kernels.h"
-#include "naive.h"
+#include "check.h"
+#include "inference.h"
 
 namespace espk {
 
@@ -30,173 +24,6 @@ void* scratch(Slot slot, int64_t bytes) {
 }  // namespace espk
 
 namespace {
-
-const espk::Kernels& kernels = espk::ESPK_ISA::kernels;
-int failures = 0, checks = 0;
-
-const Case kCases[] = {
-    {"one pixel", 1, 4, 1, 1, {1, 2, 3, 4}, 1, true, 4, 8},
-    {"one row", 2, 3, 1, 35, {1, 2, 3, 4}, 1, true, 4, 8},
-    {"one column", 1, 3, 19, 1, {1, 2, 3, 4}, 1, true, 3, 3},
-    {"map smaller than the dilation", 2, 5, 3, 2, {1, 3, 5, 9}, 1, true, 5, 10},
-    {"dilation far above the size", 1, 2, 2, 5, {1, 100000, 2}, 1, true, 1, 5},
-    {"dilation of 63 bits", 1, 2, 4, 5, {1, int64_t{1} << 62, 2}, 1, true, 1, 5},
-    {"dilation equals the size", 1, 4, 4, 4, {4, 4}, 1, true, 2, 6},
-    {"width 16", 1, 2, 3, 16, {1, 2, 3, 4}, 1, true, 2, 32},
-    {"width 17", 2, 3, 4, 17, {1, 1, 2, 3}, 1, true, 4, 36},
-    {"width 33", 1, 1, 5, 33, {2, 1}, 1, false, 1, 1},
-    {"width 70", 1, 2, 4, 70, {9, 1, 4, 2}, 1, true, 2, 34},
-    {"channels 17", 1, 17, 5, 6, {1, 1, 2, 3}, 1, true, 4, 20},
-    {"channels 33", 1, 33, 3, 4, {1, 2}, 1, true, 3, 51},
-    {"channels 65", 1, 65, 3, 3, {1}, 1, true, 5, 10},
-    {"eight branches", 1, 5, 7, 9, {1, 3, 2, 4, 1, 5, 9, 2}, 1, true, 8, 16},
-    {"seven branches without hff", 1, 3, 6, 8, {1, 2, 3, 4, 5, 6, 7}, 1, false, 7, 7},
-    {"stride 2 even", 2, 4, 8, 18, {1, 2, 3, 4}, 2, true, 4, 12},
-    {"stride 2 odd", 1, 19, 9, 35, {1, 2, 3}, 2, true, 3, 57},
-    {"stride 2 one pixel", 1, 1, 1, 1, {3}, 2, true, 1, 2},
-    {"stride 3 without hff", 2, 5, 10, 40, {1, 2, 3, 4}, 3, false, 2, 6},
-    {"stride above the size", 1, 6, 3, 4, {1, 2}, 7, true, 1, 9},
-    {"one input a group", 1, 4, 3, 7, {1, 2}, 1, true, 8, 24},
-    {"many outputs", 1, 2, 2, 3, {1, 2}, 1, true, 1, 130},
-    {"many inputs", 1, 130, 2, 3, {1, 2}, 1, true, 2, 6},
-    {"several blocks", 1, 9, 21, 37, {1, 2, 3, 4}, 1, true, 3, 33},
-    {"several blocks, stride 2", 1, 8, 22, 36, {1, 2, 3, 4}, 2, true, 4, 32},
-    {"five vectors of outputs a group", 1, 64, 6, 6, {1, 2, 3, 4}, 1, true, 4, 80},
-    {"a vector of channels and a rest", 1, 20, 7, 7, {1, 1, 1, 2}, 1, true, 4, 48},
-    {"two vectors of columns and one", 1, 35, 4, 33, {1, 2}, 1, true, 7, 21},
-    {"several strips, stride 2", 1, 8, 40, 37, {1, 2, 3, 4}, 2, true, 4, 36},
-    {"result outgrows the cache", 1, 20, 52, 61, {1, 2, 3, 4}, 1, true, 4, 8},
-    {"batch 0", 0, 4, 5, 6, {1, 2}, 1, true, 2, 4},
-};
-
-// Small whole numbers, or powers of two, from a fixed sequence.
-class Draw {
- public:
-  Tensor integers(std::vector<int64_t> sizes) {
-    Tensor t(std::move(sizes));
-    for (double& value : t.values) value = static_cast<double>(next() % 5) - 2;
-    return t;
-  }
-  Tensor one_of(std::vector<double> choices, int64_t count) {
-    Tensor t({count});
-    for (double& value : t.values) value = choices[next() % choices.size()];
-    return t;
-  }
-  Steps steps(int64_t channels, std::vector<int64_t> residual_sizes) {
-    Steps steps{one_of({0.5, 1, 2, -1}, channels), integers({channels}), one_of({0.25, 0.5, -0.5, 0}, channels), {}};
-    if (!residual_sizes.empty()) steps.residual = integers(std::move(residual_sizes));
-    return steps;
-  }
-
- private:
-  uint64_t state_ = 1;
-  uint64_t next() { return (state_ = state_ * 6364136223846793005u + 1442695040888963407u) >> 33; }
-};
-
-// Vectors of the compute type that an Epilogue points into.
-class EpilogueBuffers {
- public:
-  EpilogueBuffers(Type type, Layout layout, const Steps& steps) {
-    const Type compute = type == Type::float64 ? Type::float64 : Type::float32;
-    epilogue.scale = keep(compute, layout, steps.scale);
-    epilogue.shift = keep(compute, layout, steps.shift);
-    epilogue.slope = keep(compute, layout, steps.slope);
-    epilogue.residual = keep(type, layout, steps.residual);
-  }
-  espk::Epilogue epilogue;
-
- private:
-  std::vector<std::unique_ptr<Buffer>> buffers_;
-
-  const void* keep(Type type, Layout layout, const Tensor& tensor) {
-    if (!tensor.count()) return nullptr;
-    buffers_.push_back(std::make_unique<Buffer>(type, layout, tensor));
-    return buffers_.back()->data();
-  }
-};
-
-std::unique_ptr<void, void (*)(void*)> aligned(int64_t bytes) {
-  void* data = nullptr;
-  if (posix_memalign(&data, 64, static_cast<size_t>(bytes > 0 ? bytes : 1))) std::abort();
-  std::memset(data, 0xff, static_cast<size_t>(bytes));
-  return {data, std::free};
-}
-
-using Run = std::function<void(int64_t, int64_t)>;
-
-// Ways to cut [0, units) that must not differ in a bit.
-void whole(int64_t units, const Run& run) { run(0, units); }
-
-void one_by_one_backwards(int64_t units, const Run& run) {
-  for (int64_t unit = units; unit-- > 0;) run(unit, unit + 1);
-}
-
-void on_three_threads(int64_t units, const Run& run) {
-  std::vector<std::thread> threads;
-  for (int64_t t = 0; t < 3; ++t)
-    threads.emplace_back([&, t] {
-      if (units * t / 3 < units * (t + 1) / 3) run(units * t / 3, units * (t + 1) / 3);
-    });
-  for (std::thread& thread : threads) thread.join();
-}
-
-template <class Problem>
-void check(const char* what, const Case& s, const espk::Kernel<Problem>& kernel, Problem problem,
-           void* Problem::* result, const Tensor& expected) {
-  std::vector<unsigned char> first;
-  for (auto split : {whole, one_by_one_backwards, on_three_threads}) {
-    Buffer out(problem.type, problem.layout, expected.sizes);
-    problem.*result = out.data();
-    const auto shared = aligned(kernel.shared_bytes(problem));
-    if (kernel.before) kernel.before(problem, shared.get());
-    const int64_t units = kernel.units(problem);
-    if (units > 0) split(units, [&](int64_t begin, int64_t end) { kernel.run(problem, shared.get(), begin, end); });
-    if (kernel.after) kernel.after(problem, shared.get());
-
-    ++checks;
-    std::string wrong;
-    for (int64_t i = 0; i < expected.count() && wrong.empty(); ++i) {
-      const double right = rounded(problem.type, expected.values[static_cast<size_t>(i)]);
-      if (out.get(i) != right) {
-        wrong =
-            "value " + std::to_string(i) + " is " + std::to_string(out.get(i)) + " and not " + std::to_string(right);
-      }
-    }
-    if (!out.guards_intact()) wrong = "memory beside the result was written";
-    if (first.empty()) first = out.bits();
-    if (first != out.bits()) wrong = "another split of the work gives other bits";
-    if (!wrong.empty()) {
-      ++failures;
-      std::printf("FAIL %s, %s, type %d, %s: %s\n", what, s.name, static_cast<int>(problem.type),
-                  problem.layout == Layout::contiguous ? "contiguous" : "channels_last", wrong.c_str());
-    }
-  }
-}
-
-template <class Problem>
-Problem described(const Case& s, Type type, Layout layout) {
-  Problem p{};
-  p.type = type;
-  p.layout = layout;
-  p.batch = s.batch;
-  if constexpr (std::is_base_of_v<espk::Pyramid, Problem>) {
-    p.channels = s.channels;
-    p.height = s.height;
-    p.width = s.width;
-    p.out_height = s.out_height();
-    p.out_width = s.out_width();
-    p.branches = s.branches();
-    p.stride = s.stride;
-    p.hff = s.hff;
-    for (size_t k = 0; k < s.dilations.size(); ++k) p.dilations[k] = s.dilations[k];
-  } else {
-    p.pixels = s.out_height() * s.out_width();
-    p.in_channels = s.concatenated();
-    p.out_channels = s.outputs;
-    p.groups = s.groups;
-  }
-  return p;
-}
 
 void check_all(const Case& s, Type type, Layout layout) {
   Draw draw;
@@ -262,8 +89,6 @@ void check_all(const Case& s, Type type, Layout layout) {
     unit.x = x_buffer.data();
     unit.weight = weight_buffer.data();
     unit.pyramid_epilogue = inner_buffers.epilogue;
-    unit.pointwise_channels = s.outputs;
-    unit.groups = s.groups;
     unit.pointwise_weight = pointwise_buffer.data();
     unit.epilogue = outer_buffers.epilogue;
     const Tensor z = epilogue(spatial_pyramid(s, x, weight), inner);
@@ -350,8 +175,6 @@ void check_huge(Layout layout) {
   auto unit = described<espk::PyramidPointwise>(s, type, layout);
   unit.weight = weight.data();
   unit.pointwise_weight = pointwise.data();
-  unit.pointwise_channels = 16;
-  unit.groups = 4;
   check_last_image("pyramid_pointwise", kernels.pyramid_pointwise, unit, &espk::PyramidPointwise::x,
                    &espk::PyramidPointwise::out, narrow, wide);
 }
@@ -362,7 +185,10 @@ int main(int, char** argv) {
   const bool huge = argv[1] && std::string(argv[1]) == "--huge";
   for (Layout layout : {Layout::contiguous, Layout::channels_last}) {
     for (Type type : {Type::float32, Type::float64, Type::bfloat16, Type::float16}) {
-      for (const Case& s : kCases) check_all(s, type, layout);
+      for (const Case& s : kCases) {
+        check_all(s, type, layout);
+        check_inference(s, type, layout);
+      }
     }
     if (huge) check_huge(layout);
   }

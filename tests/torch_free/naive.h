@@ -106,6 +106,36 @@ inline Tensor pointwise_gradient_of_weight(const Case& s, const Tensor& grad, co
   return out;
 }
 
+// 3x3 means in steps of 2; the padding counts.
+inline Tensor average_pool(const Tensor& x) {
+  const int64_t height = (x.sizes[2] - 1) / 2 + 1, width = (x.sizes[3] - 1) / 2 + 1;
+  Tensor out({x.sizes[0], x.sizes[1], height, width});
+  for (int64_t b = 0; b < x.sizes[0]; ++b)
+    for (int64_t c = 0; c < x.sizes[1]; ++c)
+      for (int64_t y = 0; y < x.sizes[2]; ++y)
+        for (int64_t z = 0; z < x.sizes[3]; ++z)
+          for (int64_t i = y / 2; i <= (y + 1) / 2 && i < height; ++i)
+            for (int64_t j = z / 2; j <= (z + 1) / 2 && j < width; ++j) out.at(b, c, i, j) += x.at(b, c, y, z) / 9;
+  return out;
+}
+
+// Channels of `a`, then those of `b`.
+inline Tensor concatenated(const Tensor& a, const Tensor& b) {
+  Tensor out({a.sizes[0], a.sizes[1] + b.sizes[1], a.sizes[2], a.sizes[3]});
+  for (int64_t n = 0; n < out.sizes[0]; ++n)
+    for (int64_t c = 0; c < out.sizes[1]; ++c)
+      for (int64_t y = 0; y < out.sizes[2]; ++y)
+        for (int64_t z = 0; z < out.sizes[3]; ++z)
+          out.at(n, c, y, z) = c < a.sizes[1] ? a.at(n, c, y, z) : b.at(n, c - a.sizes[1], y, z);
+  return out;
+}
+
+// Every value rounded to `type`, as a kernel keeps it between two products.
+inline Tensor rounded(Type type, Tensor x) {
+  for (double& value : x.values) value = rounded(type, value);
+  return x;
+}
+
 // One number a channel each, and a map like the result; an empty one leaves its step out.
 struct Steps {
   Tensor scale, shift, slope, residual;

@@ -1,0 +1,88 @@
+// Bilinear resizing, and the merge of a decoder: skip connection weighted a channel, affine, PReLU, in one pass. Two rows are
+// mixed once, and every pixel of the result mixes two numbers of the mixed row.
+// Bytes: the input, read twice at most, + 1 written (+ 1 of the skip connection) for each number of the result.
+#include <cmath>
+
+#include "affine_prelu.h"
+#include "kernels.h"
+#include "zero_bordered_tile.h"
+
+namespace espk::ESPK_ISA {
+namespace {
+
+// Where output `i` of `out_size` lies in an input of `size`, corners on corners: between `first` and `second`.
+struct Between {
+  int64_t first, second;
+  double weight;  // of the second
+
+  Between(int64_t i, int64_t size, int64_t out_size) {
+    const double at = out_size > 1 ? static_cast<double>(i) * static_cast<double>(size - 1) / (out_size - 1) : 0.0;
+    first = least(static_cast<int64_t>(at), size - 1);
+    second = least(first + 1, size - 1);
+    weight = at - static_cast<double>(first);
+  }
+};
+
+constexpr int64_t kRows = 4;  // of a unit
+
+int64_t shared_bytes(const Resize&) { return 0; }
+
+void before(const Resize&, void*) {}
+
+int64_t units(const Resize& p) { return p.batch * ceil_div(p.out_height, kRows); }
+
+template <class T>
+void run_type(const Resize& p, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  constexpr int N = kLanes<C>;
+  const int64_t row = p.width * p.channels, strips = ceil_div(p.out_height, kRows);
+  C* mixed = static_cast<C*>(scratch(Slot::rows, (row + p.channels) * static_cast<int64_t>(sizeof(C))));
+  C* gate = mixed + row;
+  const AffinePrelu<C> finish(p.epilogue);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t image = unit / strips, first = unit % strips * kRows;
+    if (p.gate) {
+      const T* logits = static_cast<const T*>(p.gate) + image * p.channels;
+      for (int64_t c = 0; c < p.channels; ++c) gate[c] = 1 / (1 + std::exp(-load_one(logits + c)));
+    }
+    for (int64_t y = first; y < least(first + kRows, p.out_height); ++y) {
+      const Between rows(y, p.height, p.out_height);
+      const T* upper = static_cast<const T*>(p.x) + (image * p.height + rows.first) * row;
+      const T* lower = static_cast<const T*>(p.x) + (image * p.height + rows.second) * row;
+      const auto down = broadcast<C, N>(static_cast<C>(rows.weight));
+      for (int64_t i = 0; i < row; i += N) {
+        const int64_t valid = least(N, row - i);
+        const Vector<C, N> a = load_first<N>(upper + i, valid), b = load_first<N>(lower + i, valid);
+        store_first<N>(mixed + i, a + (b - a) * down, valid);
+      }
+      const int64_t pixel = (image * p.out_height + y) * p.out_width;
+      T* out = static_cast<T*>(p.out) + pixel * p.out_pixel;
+      const T* skip = p.skip ? static_cast<const T*>(p.skip) + pixel * p.channels : nullptr;
+      for (int64_t x = 0; x < p.out_width; ++x) {
+        const Between columns(x, p.width, p.out_width);
+        const C *left = mixed + columns.first * p.channels, *right = mixed + columns.second * p.channels;
+        const auto across = broadcast<C, N>(static_cast<C>(columns.weight));
+        for (int64_t c = 0; c < p.channels; c += N) {
+          const int64_t valid = least(N, p.channels - c);
+          const Vector<C, N> a = load_first<N>(left + c, valid), b = load_first<N>(right + c, valid);
+          Vector<C, N> v = a + (b - a) * across;
+          if (skip) {
+            const Vector<C, N> s = load_first<N>(skip + x * p.channels + c, valid);
+            v += p.gate ? s * load_first<N>(gate + c, valid) : s;
+          }
+          store_first<N>(out + x * p.out_pixel + c, finish.template operator()<N>(v, c, valid), valid);
+        }
+      }
+    }
+  }
+}
+
+void run(const Resize& p, void*, int64_t begin, int64_t end) {
+  with_type(p.type, [&](auto* type) { run_type<std::remove_pointer_t<decltype(type)>>(p, begin, end); });
+}
+
+}  // namespace
+
+extern const Kernel<Resize> resize = {shared_bytes, before, units, run, nullptr};
+
+}  // namespace espk::ESPK_ISA

@@ -1,0 +1,34 @@
+// What the torch door sees of the CUDA kernels: one row an operator, over the structs of shapes.h. No torch, no CUDA
+// header: pointers are device pointers, a stream is the cudaStream_t as void*.
+#pragma once
+
+#include "../shapes.h"
+
+namespace espk::cuda {
+
+// What a launch came to: no reason where all went well.
+struct Outcome {
+  const char* kernel = nullptr;
+  const char* reason = nullptr;
+
+  bool failed() const { return reason != nullptr; }
+};
+
+// One operator. `run` starts its kernels on `stream` of the current device and waits for nothing; `scratch` holds
+// `scratch_bytes` bytes, aligned to 256. Neither allocates, so that a call can be captured in a graph.
+template <class Problem>
+struct Kernel {
+  int64_t (*scratch_bytes)(const Problem&);
+  Outcome (*run)(const Problem&, void* scratch, void* stream);
+};
+
+extern const Kernel<SpatialPyramid> spatial_pyramid;
+extern const Kernel<SpatialPyramidBackwardInput> spatial_pyramid_backward_input;
+extern const Kernel<SpatialPyramidBackwardWeight> spatial_pyramid_backward_weight;
+extern const Kernel<GroupPointwise> group_pointwise;
+extern const Kernel<GroupPointwiseBackwardWeight> group_pointwise_backward_weight;
+extern const Kernel<PyramidPointwise> pyramid_pointwise;
+extern const Kernel<Eesp> eesp;
+extern const Kernel<DownSampler> down_sampler;
+
+}  // namespace espk::cuda

@@ -1,0 +1,237 @@
+// Runs every CUDA kernel over edge shapes on the CPU: each variant, aligned memory and not, threads in either order.
+#include <string>
+
+#include "cases.h"
+#include "cuda/kernels.h"
+#include "cuda_runtime.h"
+
+namespace {
+
+namespace kernels = espk::cuda;
+
+int failures = 0, checks = 0;
+
+// What makes kernels take another way through the same problem; none may change a result.
+struct Setting {
+  const char* name;
+  bool aligned, backwards;
+  int64_t enough_blocks;
+  int shared_memory;  // of a block, in bytes
+};
+
+constexpr int kKiB = 1024;
+const Setting kSettings[] = {
+    {"sm_80, large blocks", true, false, 1, 163 * kKiB},
+    {"sm_90, small blocks, unaligned", false, true, 1 << 30, 227 * kKiB},
+    {"little shared memory", true, true, 1 << 30, 40 * kKiB},
+};
+
+struct Scratch {
+  void* data = nullptr;
+  explicit Scratch(int64_t bytes) {
+    if (posix_memalign(&data, 256, static_cast<size_t>(bytes > 0 ? bytes : 1))) std::abort();
+    std::memset(data, 0xff, static_cast<size_t>(bytes));
+  }
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+};
+
+// `result` is the problem's pointer to its result, or that of the problem it extends.
+template <class Problem, class Holder>
+void check(const char* what, const Case& s, const Setting& setting, const espk::cuda::Kernel<Problem>& kernel,
+           Problem problem, void* Holder::* result, const Tensor& expected) {
+  Buffer out(problem.type, problem.layout, expected.sizes);
+  problem.*result = out.data();
+  const Scratch scratch(kernel.scratch_bytes(problem));
+  const espk::cuda::Outcome outcome = kernel.run(problem, scratch.data, nullptr);
+
+  ++checks;
+  std::string wrong;
+  if (outcome.failed()) wrong = std::string(outcome.kernel) + ": " + outcome.reason;
+  for (int64_t i = 0; i < expected.count() && wrong.empty(); ++i) {
+    const double right = rounded(problem.type, expected.values[static_cast<size_t>(i)]);
+    if (out.get(i) != right) {
+      wrong = "value " + std::to_string(i) + " is " + std::to_string(out.get(i)) + " and not " + std::to_string(right);
+    }
+  }
+  if (!out.guards_intact()) wrong = "memory beside the result was written";
+  if (!wrong.empty()) {
+    ++failures;
+    std::printf("FAIL %s, %s, type %d, %s, %s: %s\n", what, s.name, static_cast<int>(problem.type),
+                problem.layout == Layout::contiguous ? "contiguous" : "channels_last", setting.name, wrong.c_str());
+  }
+}
+
+void check_all(const Case& s, Type type, Layout layout, const Setting& setting) {
+  Draw draw;
+  const Tensor x = draw.integers({s.batch, s.channels, s.height, s.width});
+  const Tensor weight = draw.integers({s.branches(), s.channels, 3, 3});
+  const Tensor map = draw.integers({s.batch, s.concatenated(), s.out_height(), s.out_width()});
+  const Tensor pointwise = draw.integers({s.outputs, s.concatenated() / s.groups});
+  const Tensor grad = draw.integers({s.batch, s.outputs, s.out_height(), s.out_width()});
+  const Steps steps = draw.steps(s.outputs, grad.sizes), pyramid_steps = draw.steps(s.concatenated(), {});
+  Buffer x_buffer(type, layout, x), map_buffer(type, layout, map), grad_buffer(type, layout, grad);
+  Buffer weight_buffer(type, Layout::contiguous, weight), pointwise_buffer(type, Layout::contiguous, pointwise);
+
+  auto pyramid = described<espk::SpatialPyramid>(s, type, layout);
+  pyramid.x = x_buffer.data();
+  pyramid.weight = weight_buffer.data();
+  check("spatial_pyramid", s, setting, kernels::spatial_pyramid, pyramid, &espk::SpatialPyramid::out,
+        spatial_pyramid(s, x, weight));
+
+  auto to_input = described<espk::SpatialPyramidBackwardInput>(s, type, layout);
+  to_input.grad = map_buffer.data();
+  to_input.weight = weight_buffer.data();
+  check("spatial_pyramid_backward_input", s, setting, kernels::spatial_pyramid_backward_input, to_input,
+        &espk::SpatialPyramidBackwardInput::grad_x, pyramid_gradient_of_input(s, map, weight));
+
+  auto to_weight = described<espk::SpatialPyramidBackwardWeight>(s, type, layout);
+  to_weight.grad = map_buffer.data();
+  to_weight.x = x_buffer.data();
+  Tensor grad_weight = pyramid_gradient_of_weight(s, map, x);
+  grad_weight.sizes = {grad_weight.count()};  // contiguous in either layout
+  check("spatial_pyramid_backward_weight", s, setting, kernels::spatial_pyramid_backward_weight, to_weight,
+        &espk::SpatialPyramidBackwardWeight::grad_weight, grad_weight);
+
+  // Every step of an epilogue alone, all, and none.
+  const Tensor product = group_pointwise(s, map, pointwise);
+  for (const Steps& some : {Steps{}, Steps{steps.scale, {}, {}, {}}, Steps{{}, steps.shift, {}, {}},
+                            Steps{{}, {}, steps.slope, {}}, Steps{{}, {}, {}, steps.residual}, steps}) {
+    const EpilogueBuffers buffers(type, layout, some);
+    auto forward = described<espk::GroupPointwise>(s, type, layout);
+    forward.x = map_buffer.data();
+    forward.weight = pointwise_buffer.data();
+    forward.epilogue = buffers.epilogue;
+    check("group_pointwise", s, setting, kernels::group_pointwise, forward, &espk::GroupPointwise::out,
+          epilogue(product, some));
+  }
+
+  auto transposed = described<espk::GroupPointwise>(s, type, layout);
+  std::swap(transposed.in_channels, transposed.out_channels);
+  transposed.weight_transposed = true;
+  transposed.x = grad_buffer.data();
+  transposed.weight = pointwise_buffer.data();
+  check("group_pointwise, transposed", s, setting, kernels::group_pointwise, transposed, &espk::GroupPointwise::out,
+        pointwise_gradient_of_input(s, grad, pointwise));
+
+  auto pointwise_to_weight = described<espk::GroupPointwiseBackwardWeight>(s, type, layout);
+  pointwise_to_weight.grad = grad_buffer.data();
+  pointwise_to_weight.x = map_buffer.data();
+  check("group_pointwise_backward_weight", s, setting, kernels::group_pointwise_backward_weight, pointwise_to_weight,
+        &espk::GroupPointwiseBackwardWeight::grad_weight, pointwise_gradient_of_weight(s, grad, map));
+
+  // Between its products a unit keeps numbers of the element type, as tensor cores take them.
+  for (const auto& [inner, outer] : {std::pair{Steps{}, Steps{}}, {pyramid_steps, steps}}) {
+    const EpilogueBuffers inner_buffers(type, layout, inner), outer_buffers(type, layout, outer);
+    auto unit = described<espk::PyramidPointwise>(s, type, layout);
+    unit.x = x_buffer.data();
+    unit.weight = weight_buffer.data();
+    unit.pyramid_epilogue = inner_buffers.epilogue;
+    unit.pointwise_channels = s.outputs;
+    unit.groups = s.groups;
+    unit.pointwise_weight = pointwise_buffer.data();
+    unit.epilogue = outer_buffers.epilogue;
+    const Tensor z = rounded(type, epilogue(spatial_pyramid(s, x, weight), inner));
+    check("pyramid_pointwise", s, setting, kernels::pyramid_pointwise, unit, &espk::PyramidPointwise::out,
+          epilogue(group_pointwise(s, z, pointwise), outer));
+  }
+}
+
+// The pointwise convolution of `inputs` channels to `outputs` as a case of its own: a pyramid of one branch gives the
+// sizes that group_pointwise of naive.h reads.
+Case reduction(const Case& s, int64_t inputs, int64_t groups) {
+  return {s.name, s.batch, inputs, s.height, s.width, {1}, 1, true, groups, s.channels};
+}
+
+void check_units(const Case& s, Type type, Layout layout, const Setting& setting) {
+  Draw draw;
+  const int64_t reduce_groups = s.channels % 2 ? 1 : 2, inputs = 6 * reduce_groups;
+  const Case reduce = reduction(s, inputs, reduce_groups);
+  // Multiples of nine, whose means are whole.
+  Tensor x = draw.integers({s.batch, inputs, s.height, s.width});
+  for (double& value : x.values) value *= 9;
+  const Tensor reduce_weight = draw.one_of({0, 0, 1, -1, 0.5}, s.channels * 6);
+  const Tensor weight = draw.integers({s.branches(), s.channels, 3, 3});
+  const Tensor expand = draw.integers({s.outputs, s.concatenated() / s.groups});
+  const Steps reduce_steps{{}, draw.integers({s.channels}), draw.one_of({0.5, 0}, s.channels), {}};
+  const Steps pyramid_steps = draw.steps(s.concatenated(), {});
+  Steps steps = draw.steps(s.outputs, {s.batch, s.outputs, s.out_height(), s.out_width()});
+  steps.scale = {};
+  Tensor matrix = reduce_weight;
+  matrix.sizes = {s.channels, 6};
+
+  const Buffer x_buffer(type, layout, x), reduce_buffer(type, Layout::contiguous, matrix);
+  const Buffer weight_buffer(type, Layout::contiguous, weight), expand_buffer(type, Layout::contiguous, expand);
+  const EpilogueBuffers reduce_buffers(type, layout, reduce_steps), pyramid_buffers(type, layout, pyramid_steps);
+  const EpilogueBuffers buffers(type, layout, steps);
+  auto fill = [&](espk::Eesp& unit) {
+    unit.x = x_buffer.data();
+    unit.in_channels = inputs;
+    unit.reduce_groups = reduce_groups;
+    unit.reduce_weight = reduce_buffer.data();
+    unit.reduce_epilogue = reduce_buffers.epilogue;
+    unit.weight = weight_buffer.data();
+    unit.pyramid_epilogue = pyramid_buffers.epilogue;
+    unit.pointwise_channels = s.outputs;
+    unit.groups = s.groups;
+    unit.pointwise_weight = expand_buffer.data();
+  };
+  const Tensor r = rounded(type, epilogue(group_pointwise(reduce, x, matrix), reduce_steps));
+  const Tensor z = rounded(type, epilogue(spatial_pyramid(s, r, weight), pyramid_steps));
+  const Tensor product = group_pointwise(s, z, expand);
+
+  auto unit = described<espk::Eesp>(s, type, layout);
+  fill(unit);
+  unit.epilogue = buffers.epilogue;
+  check("eesp", s, setting, kernels::eesp, unit, &espk::Eesp::out, epilogue(product, steps));
+
+  if (s.stride != 2) return;
+  const int64_t channels = inputs + s.outputs;
+  const Tensor image = draw.integers({s.batch, 3, s.out_height(), s.out_width()});
+  const Tensor shortcut = draw.integers({channels, 3});
+  const Steps shifted{{}, draw.integers({channels}), {}, {}}, sloped{{}, {}, draw.one_of({0.5, -0.5}, channels), {}};
+  const Case small{s.name, s.batch, 3, s.out_height(), s.out_width(), {1}, 1, true, 1, channels};
+  const Buffer image_buffer(type, layout, image), shortcut_buffer(type, Layout::contiguous, shortcut);
+  const EpilogueBuffers shift_buffers(type, layout, shifted), slope_buffers(type, layout, sloped);
+  const Steps shift_alone{{}, steps.shift, {}, {}};
+  const Tensor both = concatenated(average_pool(x), epilogue(product, shift_alone));
+  for (const bool with_image : {false, true}) {
+    auto sampler = described<espk::DownSampler>(s, type, layout);
+    fill(sampler);
+    sampler.epilogue.shift = buffers.epilogue.shift;
+    sampler.slope = slope_buffers.epilogue.slope;
+    Steps last = sloped;
+    if (with_image) {
+      sampler.image = image_buffer.data();
+      sampler.image_channels = 3;
+      sampler.shortcut_weight = shortcut_buffer.data();
+      sampler.shortcut_shift = shift_buffers.epilogue.shift;
+      last.residual = epilogue(group_pointwise(small, image, shortcut), shifted);
+    }
+    check("down_sampler", s, setting, kernels::down_sampler, sampler, &espk::DownSampler::out, epilogue(both, last));
+  }
+}
+
+}  // namespace
+
+// The type to run, as its number in espk::Type, so that several programmes share the machine's cores.
+int main(int, char** argv) {
+  const Type type = static_cast<Type>(argv[1][0] - '0');
+  for (const Setting& setting : kSettings) {
+    Buffer::aligned = setting.aligned;
+    emulation::backwards = setting.backwards;
+    emulation::enough_blocks = setting.enough_blocks;
+    emulation::shared_memory_of_architecture = setting.shared_memory;
+    emulation::shared_memory_allowed.clear();
+    for (Layout layout : {Layout::contiguous, Layout::channels_last}) {
+      for (const Case& s : kCases) {
+        // That one is for the caches of a CPU, and long here.
+        if (s.concatenated() * s.height * s.width > 100'000) continue;
+        check_all(s, type, layout, setting);
+        check_units(s, type, layout, setting);
+      }
+    }
+  }
+  std::printf("%lld launches, %d checks, %d failures\n", static_cast<long long>(emulation::launches), checks, failures);
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,241 @@
+"""The CUDA operators on a real device, against the reference in float64: what the emulation cannot show."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from arguments import Arguments, build, cast, gradient
+from closeness import assert_exact
+from evaluation import Answers
+from samples import SAMPLES, Sample
+from torch import Tensor
+
+import espkernels
+from espkernels import reference
+
+
+def why_not() -> str | None:
+    """Why the operators cannot run here; loads their library where it is."""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    files = sorted(Path(espkernels.__file__).parent.glob("_C_cuda*.so"))
+    if not files:
+        return "espkernels/_C_cuda is not built (ESPKERNELS_BUILD_CUDA=1)"
+    torch.ops.load_library(str(files[-1]))
+    return None
+
+
+REASON = why_not()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+ops: Any = torch.ops.espkernels_cuda
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+# All in one test a sample: where there is no device, thousands of skips would say no more than hundreds.
+KINDS = list(itertools.product(DTYPES, LAYOUTS))
+
+each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+
+
+def compute(dtype: torch.dtype) -> torch.dtype:
+    """The type of the sums and of the epilogues' vectors."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def on_device(arguments: Arguments, dtype: torch.dtype, layout: torch.memory_format) -> Arguments:
+    """``arguments`` as the operators take them, in the order in which they were built."""
+    there = cast(arguments, dtype, layout, compute(dtype), requires_grad=False)
+    return {n: v.cuda() if isinstance(v, Tensor) else v for n, v in there.items()}
+
+
+def stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 ``value`` as a map of ``dtype`` holds it: between its products a unit keeps numbers of that type."""
+    return value.to(dtype).double()
+
+
+@each_sample
+def test_spatial_pyramid(sample: Sample) -> None:
+    for dtype, layout in KINDS:
+        arguments = build("spatial_pyramid", sample)
+        grad = gradient(reference.spatial_pyramid(**arguments), sample)
+        expected = Answers("spatial_pyramid", arguments, grad).values
+        x, weight, *options = on_device(arguments, dtype, layout).values()
+        grad = grad.to("cuda", dtype, memory_format=layout)
+
+        out = ops.spatial_pyramid(x, weight, *options)
+        assert_exact("output", out.cpu(), expected["output"])
+        assert_exact("x", ops.spatial_pyramid_backward_input(grad, weight, *options, *x.shape[2:]).cpu(), expected["x"])
+        assert_exact("weight", ops.spatial_pyramid_backward_weight(grad, x, *options).cpu(), expected["weight"])
+
+
+@each_sample
+def test_group_pointwise(sample: Sample) -> None:
+    for dtype, layout in KINDS:
+        arguments = build("group_pointwise", sample)
+        there = on_device(arguments, dtype, layout)
+        assert_exact("output", ops.group_pointwise(*there.values()).cpu(), reference.group_pointwise(**arguments))
+
+        plain = {name: arguments[name] for name in ("x", "weight", "groups")}
+        grad = gradient(reference.group_pointwise(**plain), sample)
+        expected = Answers("group_pointwise", plain, grad).values
+        x, weight, groups = (there[name] for name in plain)
+        grad = grad.to("cuda", dtype, memory_format=layout)
+        assert_exact("x", ops.group_pointwise_backward_input(grad, weight, groups).cpu(), expected["x"])
+        assert_exact("weight", ops.group_pointwise_backward_weight(grad, x, groups).cpu(), expected["weight"])
+
+
+def expected_unit(arguments: Arguments, dtype: torch.dtype) -> Tensor:
+    """pyramid_pointwise in float64, its concatenated map rounded as the kernel keeps it."""
+    a = arguments
+    z = reference.epilogue(
+        reference.spatial_pyramid(a["x"], a["weight"], a["dilations"], a["stride"], a["hff"]),
+        a["pyramid_scale"], a["pyramid_shift"], None, a["pyramid_slope"],
+    )  # fmt: skip
+    last = (a["scale"], a["shift"], a["residual"], a["slope"])
+    return reference.group_pointwise(stored(z, dtype), a["pointwise_weight"], a["groups"], *last)
+
+
+@each_sample
+def test_pyramid_pointwise(sample: Sample) -> None:
+    for dtype, layout in KINDS:
+        arguments = build("pyramid_pointwise", sample)
+        out = ops.pyramid_pointwise(*on_device(arguments, dtype, layout).values())
+        assert_exact("output", out.cpu(), expected_unit(arguments, dtype))
+
+
+def reduction(sample: Sample) -> Arguments:
+    """A reduction to the channels of ``sample`` from six a group, in front of its pyramid_pointwise."""
+    groups = 1 if sample.channels % 2 else 2
+    generator = torch.Generator().manual_seed(sample.channels)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-1, 2, shape, generator=generator).double()
+
+    return {
+        # Multiples of nine have whole means.
+        "x": 9 * integers(sample.batch, 6 * groups, sample.height, sample.width),
+        "reduce_weight": integers(sample.channels, 6),
+        "reduce_groups": groups,
+        "reduce_shift": integers(sample.channels),
+        "reduce_slope": integers(sample.channels),
+    }
+
+
+def unit_problem(sample: Sample, dtype: torch.dtype) -> tuple[Arguments, list[Any], Tensor]:
+    """The reduction, the arguments behind it as the schema has them, and the unit before residual and PReLU."""
+    first, rest = reduction(sample), build("pyramid_pointwise", sample)
+    names = (
+        "weight",
+        "dilations",
+        "pyramid_scale",
+        "pyramid_shift",
+        "pyramid_slope",
+        "pointwise_weight",
+        "groups",
+        "shift",
+    )
+    reduced = reference.group_pointwise(
+        first["x"],
+        first["reduce_weight"],
+        first["reduce_groups"],
+        None,
+        first["reduce_shift"],
+        None,
+        first["reduce_slope"],
+    )
+    problem = rest | {"x": stored(reduced, dtype), "scale": None, "slope": None}
+    return first, [rest[name] for name in names], expected_unit(problem, dtype) - rest["residual"]
+
+
+def moved(values: list[Any], dtype: torch.dtype, layout: torch.memory_format) -> list[Any]:
+    """Maps and weights in ``dtype``, vectors in the type of the sums, all on the device."""
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.to("cuda", compute(dtype) if value.dim() == 1 else dtype)
+        return value.contiguous(memory_format=layout) if value.dim() == 4 else value
+
+    return [move(value) for value in values]
+
+
+@each_sample
+def test_eesp(sample: Sample) -> None:
+    for dtype, layout in KINDS:
+        first, rest, expected = unit_problem(sample, dtype)
+        residual = gradient(expected, sample)
+        slope = torch.full((sample.outputs,), 0.5, dtype=torch.float64)
+        values = [*first.values(), *rest, residual, slope, sample.stride, sample.hff]
+        out = ops.eesp(*moved(values, dtype, layout))
+        assert_exact("output", out.cpu(), reference.epilogue(expected, None, None, residual, slope))
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.stride == 2], ids=str)
+@pytest.mark.parametrize("with_image", [False, True])
+def test_down_sampler(sample: Sample, with_image: bool) -> None:
+    for dtype in DTYPES:
+        first, rest, unit = unit_problem(sample, dtype)
+        x = first.pop("x")
+        channels = x.shape[1] + sample.outputs
+        slope = torch.full((channels,), 0.5, dtype=torch.float64)
+        pooled = torch.nn.functional.avg_pool2d(x, 3, stride=2, padding=1)
+        expected = torch.cat([pooled, unit], dim=1)
+        image = shortcut_weight = shortcut_shift = None
+        if with_image:
+            image = torch.ones(sample.batch, 3, *sample.output_size, dtype=torch.float64)
+            shortcut_weight = torch.arange(3.0 * channels, dtype=torch.float64).view(channels, 3) % 5 - 2
+            shortcut_shift = torch.arange(channels, dtype=torch.float64) % 3
+            expected = expected + reference.group_pointwise(image, shortcut_weight, 1, None, shortcut_shift)
+        values = [x, image, *first.values(), *rest, shortcut_weight, shortcut_shift, slope, sample.hff]
+        out = ops.down_sampler(*moved(values, dtype, torch.channels_last))
+        # The pooled half is rounded in the type of the sums, where a ninth of nine is exact.
+        assert_exact("output", out.cpu(), reference.epilogue(expected, slope=slope))
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def layer(batch: int = 2) -> Sample:
+    """A unit of the network's fourth level."""
+    return Sample("layer", batch, 32, 28, 28, (1, 1, 2, 3), outputs=128)
+
+
+def test_graph_on_a_stream_of_its_own() -> None:
+    first, rest, expected = unit_problem(layer(), torch.bfloat16)
+    values = moved([*first.values(), *rest, None, None, 1, True], torch.bfloat16, torch.channels_last)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ops.eesp(*values)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = ops.eesp(*values)
+    out.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_exact("output", out.cpu(), expected)
+
+
+@pytest.mark.parametrize("operator", ["spatial_pyramid_backward_weight", "group_pointwise_backward_weight"])
+def test_weight_gradients_are_the_same_each_time(operator: str) -> None:
+    sample = layer(8)
+    maps: dict[str, Callable[[], Tensor]] = {
+        "reduced": lambda: torch.randn(8, 32, 28, 28, device="cuda"),
+        "wide": lambda: torch.randn(8, 128, 28, 28, device="cuda"),
+    }
+    if operator.startswith("spatial"):
+        arguments = (maps["wide"](), maps["reduced"](), sample.dilations, 1, True)
+    else:
+        arguments = (maps["wide"](), maps["wide"](), 4)
+    once = getattr(ops, operator)(*arguments)
+    for _ in range(10):
+        assert torch.equal(getattr(ops, operator)(*arguments), once)
+
+
+def test_tensors_of_two_devices() -> None:
+    with pytest.raises(RuntimeError, match="expected CUDA tensors of one dtype"):
+        ops.group_pointwise(torch.ones(1, 4, 2, 2, device="cuda"), torch.ones(4, 4), 1, None, None, None, None)

@@ -1,0 +1,306 @@
+"""Replays of frozen networks have the bits of the layers one by one, for every shape and number of threads."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import resource
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from replaying import layers, own, photograph, stem, the_plan
+from test_freeze import trained
+from torch import Tensor, nn
+
+import espkernels
+from espkernels import backends, models
+from espkernels.models import plain
+from espkernels.replay import Replayed
+
+pytestmark = [
+    pytest.mark.skipif(backends.library is None, reason="the compiled library is not built"),
+    pytest.mark.usefixtures("threads"),
+]
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    return trained(models.espnetv2(0.5, num_classes=10)).eval()
+
+
+@pytest.fixture
+def frozen(network: nn.Module) -> Any:
+    torch.set_num_threads(2)
+    return espkernels.freeze(network)
+
+
+# --- the same numbers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(224, 224), (97, 65), (64, 131), (33, 32)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@torch.no_grad()
+def test_the_bits_of_the_layers(frozen: Any, size: tuple[int, int], channels_last: bool) -> None:
+    for batch in (1, 2, 3, 5) if size[0] < 200 else (1, 3):
+        x = photograph(batch, 3, *size, channels_last=channels_last)
+        torch.set_num_threads(1)
+        expected = layers(frozen, x)
+        plain = own(frozen, x)
+        # Torch's own mean before the classifier adds in another order.
+        assert torch.allclose(expected, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for _ in range(3):
+                assert torch.equal(frozen(x), expected), (batch, threads)
+    assert the_plan(frozen).plan is not None
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float16], ids=["float64", "bfloat16", "float16"]
+)
+@torch.no_grad()
+def test_other_types(network: nn.Module, dtype: torch.dtype) -> None:
+    frozen: Any = espkernels.freeze(copy.deepcopy(network).to(dtype))
+    x = photograph(2, 3, 65, 64).to(dtype)
+    torch.set_num_threads(2)
+    assert torch.equal(frozen(x), layers(frozen, x))
+    assert the_plan(frozen).plan is not None
+
+
+@torch.no_grad()
+def test_every_instruction_set(isa: str, network: nn.Module) -> None:
+    frozen: Any = espkernels.freeze(network)
+    x = photograph(2, 3, 64, 65)
+    torch.set_num_threads(2)
+    assert torch.equal(frozen(x), layers(frozen, x))
+    assert the_plan(frozen).plan is not None
+
+
+@torch.no_grad()
+def test_a_map_as_result() -> None:
+    body: Any = espkernels.freeze(trained(nn.Sequential(stem(2), plain.EESP(16, 16))).eval())
+    for channels_last in (False, True):
+        x = photograph(3, 3, 17, 22, channels_last=channels_last)
+        result = body(x)
+        assert torch.equal(result, own(body, x)) and result.stride() == own(body, x).stride()
+    assert [recorded.refusal for recorded in body.plans.values()] == ["", ""]
+
+
+@torch.no_grad()
+def test_one_plan_a_shape(frozen: Any) -> None:
+    for batch in (1, 4, 2):
+        frozen(photograph(batch, 3, 64, 64))
+    assert len(frozen.plans) == 1
+    frozen(photograph(1, 3, 64, 65))
+    frozen(photograph(1, 3, 64, 64, channels_last=True))
+    assert len(frozen.plans) == 3
+    frozen(photograph(2, 3, 65, 64)[:, :, :64])  # not dense: no plan fits, and none is made
+    assert len(frozen.plans) == 3
+    assert frozen(photograph(0, 3, 64, 64)).shape == (0, 10)
+
+
+@torch.no_grad()
+def test_hooks_of_layers_are_called(frozen: Any) -> None:
+    ran = []
+    x = photograph(1, 3, 64, 64)
+    for when in ("before the recording", "after it"):
+        for register in (frozen.level1.register_forward_hook, frozen.level3_0.register_forward_pre_hook):
+            handle = register(lambda *_: ran.append(1))
+            frozen(x)
+            frozen(x)
+            assert len(ran) == 2, when
+            handle.remove()
+            ran.clear()
+        replayed = frozen(x)
+        assert the_plan(frozen).plan is not None and not ran
+    # Those of the model itself run around every call.
+    frozen.register_forward_hook(lambda *_: ran.append(1))
+    assert torch.equal(frozen(x), replayed) and ran == [1]
+
+
+# --- weights that change ----------------------------------------------------------------------------------------------
+
+
+def scaled(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value * 1.5 for name, value in model.state_dict().items()}
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "load_state_dict": lambda m: m.load_state_dict(scaled(m)),
+    "load_state_dict of a layer": lambda m: m.level2_0.load_state_dict(scaled(m.level2_0)),
+    "to": lambda m: m.double(),
+    "_apply": lambda m: m._apply(lambda t: t * 1.5),
+    "_apply of a layer": lambda m: m.level3_0._apply(lambda t: t * 1.5),
+    "_apply of the classifier": lambda m: m.classifier._apply(lambda t: t * 1.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda name: name.replace(" ", "-"))
+@torch.no_grad()
+def test_changed_weights_outdate_plans(frozen: Any, change: str) -> None:
+    x = photograph(2, 3, 64, 64)
+    before = frozen(x)
+    CHANGES[change](frozen)
+    x = x.to(frozen.level1.weight.dtype)
+    after = frozen(x)
+    assert torch.equal(after, layers(frozen, x))
+    assert not torch.equal(after, before.to(after.dtype))
+    assert the_plan(frozen).plan is not None
+
+
+@torch.no_grad()
+def test_copies_and_files(frozen: Any, network: nn.Module) -> None:
+    x = photograph(2, 3, 64, 65)
+    expected = frozen(x)
+    memory = io.BytesIO()
+    torch.save(frozen, memory)
+    memory.seek(0)
+    for other in (
+        copy.deepcopy(frozen),
+        copy.copy(frozen),
+        pickle.loads(pickle.dumps(frozen)),
+        torch.load(memory, weights_only=False),
+        espkernels.freeze(frozen),
+    ):
+        assert type(other) is type(frozen) and isinstance(other, (Replayed, type(network)))
+        assert not other.plans and not other.training
+        assert torch.equal(other(x), expected)
+        assert the_plan(other).plan is not None
+    other = espkernels.freeze(trained(copy.deepcopy(network), seed=3))
+    assert not torch.equal(other(x), expected)
+    other.load_state_dict(frozen.state_dict())
+    assert torch.equal(other(x), expected)
+
+
+# --- what else torch does with models ---------------------------------------------------------------------------------
+
+
+def test_gradients(frozen: Any) -> None:
+    x = photograph(1, 3, 64, 64)
+    assert not frozen(x).requires_grad and frozen.plans
+    gradients = []
+    for function in (frozen, lambda leaf: own(frozen, leaf)):
+        leaf = x.clone().requires_grad_()
+        (function(leaf) * torch.arange(10)).sum().backward()
+        gradients.append(leaf.grad)
+    assert gradients[0] is not None and torch.equal(*gradients)
+    with torch.no_grad():
+        assert torch.equal(frozen(leaf), frozen(x))
+
+
+def test_training_mode_runs_the_layers(frozen: Any) -> None:
+    frozen.train()
+    frozen(photograph(1, 3, 64, 64))
+    assert not frozen.plans
+
+
+def test_compile_and_export(frozen: Any) -> None:
+    x = photograph(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = own(frozen, x)
+        torch.compiler.reset()
+        assert torch.equal(torch.compile(frozen, fullgraph=True, backend="aot_eager")(x), expected)
+        assert torch.equal(torch.export.export(frozen, (x,)).module()(x), expected)
+        assert not frozen.plans
+
+
+@torch.no_grad()
+def test_tracing(frozen: Any) -> None:
+    x = photograph(2, 3, 64, 64)
+    assert torch.equal(torch.jit.trace(frozen, (x,), check_trace=False)(x), own(frozen, x))
+    assert not frozen.plans
+
+
+@torch.no_grad()
+def test_autocast_and_backends(frozen: Any) -> None:
+    x = photograph(1, 3, 64, 64)
+    replayed = frozen(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = own(frozen, x)
+        assert torch.equal(frozen(x), expected) and expected.dtype == torch.bfloat16
+    with espkernels.use_backend("reference"):
+        assert torch.equal(frozen(x), own(frozen, x))
+    with espkernels.use_backend("cpu"):
+        assert torch.equal(frozen(x), replayed)
+    assert len(frozen.plans) == 1
+
+
+@torch.no_grad()
+def test_negated_views(frozen: Any) -> None:
+    x = photograph(1, 3, 64, 64)
+    assert torch.equal(frozen(torch._neg_view(-x)), own(frozen, x))
+    assert not frozen.plans
+
+
+def test_inference_mode(frozen: Any) -> None:
+    x = photograph(2, 3, 64, 64)
+    with torch.inference_mode():
+        first = frozen(x)
+    assert torch.equal(frozen(x), first)
+
+
+def test_a_frozen_model_inside_another() -> None:
+    with torch.no_grad():
+        inner = espkernels.freeze(trained(nn.Sequential(stem(1), plain.EESP(16, 16))).eval())
+        outer: Any = espkernels.freeze(nn.Sequential(inner, plain.EESP(16, 16)).eval())
+        x = photograph(2, 3, 9, 11)
+        assert torch.equal(outer(x), own(outer, x))
+        assert the_plan(outer).plan is not None
+
+
+@torch.no_grad()
+def test_python_threads_call_at_once(frozen: Any) -> None:
+    # Plans are recorded and replayed side by side, each call in memory of its own.
+    inputs = [photograph(batch, 3, 64, width) for batch in (1, 2, 3) for width in (64, 65)]
+    expected = [layers(frozen, x) for x in inputs]
+    failures: list[str] = []
+    start = threading.Barrier(4)
+
+    def caller(turn: int) -> None:
+        with torch.no_grad():
+            start.wait(timeout=30)
+            for step in range(60):
+                at = (step * (turn + 1) + turn) % len(inputs)
+                if not torch.equal(frozen(inputs[at]), expected[at]):
+                    failures.append(f"input {at} in thread {turn}")
+
+    callers = [threading.Thread(target=caller, args=(turn,)) for turn in range(4)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join(timeout=120)
+        assert not thread.is_alive()
+    assert not failures
+    assert len(frozen.plans) == 2
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_maps_take_turns_in_a_small_arena(frozen: Any) -> None:
+    x = photograph(1, 3, 224, 224)
+    frozen(x)
+    plan = the_plan(frozen).plan
+    maps = sum(sum(step_bytes) for *_, step_bytes in plan.steps())  # each at least once read or written
+    assert plan.input_bytes == x.numel() * 4 and plan.output_bytes == 40
+    assert 0 < plan.arena_bytes < maps / 4
+    # No step has more than its input, residual and result at once; the image pyramid lives beside them.
+    assert plan.arena_bytes <= 4 * max(sum(step_bytes) for *_, step_bytes in plan.steps())
+
+
+@torch.no_grad()
+def test_replays_take_no_memory(frozen: Any) -> None:
+    x = photograph(2, 3, 224, 224)
+    for _ in range(20):
+        frozen(x)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(200):
+        frozen(x)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    # In KiB; the smallest map that a leak of one a call would add is larger by a hundred times.
+    assert grown < 1024, f"{grown} KiB more after 200 replays"

@@ -1,0 +1,200 @@
+"""Models whose forward pass cannot be replayed say why, and give the right result all the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from replaying import layers, own, photograph, stem, the_plan
+from test_freeze import trained
+from torch import Tensor, nn
+
+import espkernels
+from espkernels import backends, inference
+
+pytestmark = pytest.mark.skipif(backends.library is None, reason="the compiled library is not built")
+
+
+class Body(nn.Module):
+    """A stem, then what a subclass does with its map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = stem(2)
+        self.head = nn.Linear(16, 5)
+        self.extra = nn.Conv2d(16, 16, 3, padding=1)
+        self.register_buffer("mixing", torch.eye(16))
+
+    def forward(self, x: Tensor) -> Any:
+        raise NotImplementedError
+
+    def logits(self, y: Tensor) -> Tensor:
+        result: Tensor = self.head(nn.functional.adaptive_avg_pool2d(y, 1).flatten(1))
+        return result
+
+
+class Softmax(Body):
+    def forward(self, x: Tensor) -> Any:
+        return self.logits(self.stem(x).softmax(1))
+
+
+class InPlace(Body):
+    def forward(self, x: Tensor) -> Any:
+        logits = self.logits(self.stem(x))
+        logits += 1
+        return logits
+
+
+class Branch(Body):
+    def forward(self, x: Tensor) -> Any:
+        y = self.stem(x)
+        return self.logits(y) if y.sum() > 0 else -self.logits(y)
+
+
+class BranchInPython(Body):
+    def forward(self, x: Tensor) -> Any:
+        y = self.stem(x)
+        logits = self.logits(y)
+        return logits if logits.tolist()[0][0] > 0 else self.logits(self.stem(-x))
+
+
+class BranchInNumpy(Body):
+    def forward(self, x: Tensor) -> Any:
+        logits = self.logits(self.stem(x))
+        return logits if logits.numpy()[0, 0] > 0 else self.logits(self.stem(-x))
+
+
+class Wraps(Body):
+    def forward(self, x: Tensor) -> Any:
+        try:
+            return self.logits(self.stem(x).tanh())
+        except Exception as error:
+            raise ValueError("no") from error
+
+
+class Scalar(Body):
+    def forward(self, x: Tensor) -> Any:
+        return self.mixing.sum()
+
+
+class Pair(Body):
+    def forward(self, x: Tensor) -> Any:
+        y = self.stem(x)
+        return y, self.logits(y)
+
+
+class TorchsConvolution(Body):
+    def forward(self, x: Tensor) -> Any:
+        return self.logits(nn.functional.conv2d(self.stem(x), self.extra.weight, padding=1))
+
+
+class Swallows(Body):
+    def forward(self, x: Tensor) -> Any:
+        y = self.stem(x)
+        try:
+            return self.logits(y.softmax(1))
+        except Exception:
+            return self.logits(y)
+
+
+class MeanInDouble(Body):
+    def forward(self, x: Tensor) -> Any:
+        return self.stem(x).mean((2, 3), dtype=torch.float64)
+
+
+class OwnWeights(Body):
+    """Weights made of the image: every one has its own."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.stem(x)
+        mean = inference.global_average(y[:1]).flatten()
+        return espkernels.group_pointwise(y, self.mixing, 1, shift=mean)
+
+
+class Tokens(Body):
+    def forward(self, x: Tensor) -> Any:
+        return self.stem(x).flatten(2)
+
+
+REFUSED: dict[type[Body], str] = {
+    Softmax: "softmax",
+    InPlace: "add_",
+    Branch: "sum",
+    BranchInPython: "tolist",
+    BranchInNumpy: "numpy",
+    Wraps: "tanh",
+    Scalar: "the result has shape []",
+    Pair: "the result is a tuple",
+    TorchsConvolution: "convolution",
+    Swallows: "softmax",
+    MeanInDouble: "mean",
+    OwnWeights: "shift",
+    Tokens: "the result",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
+@torch.no_grad()
+def test_refused_with_a_reason_and_right(kind: type[Body]) -> None:
+    frozen: Any = espkernels.freeze(trained(kind()).eval())
+    for seed in range(3):
+        x = torch.randn(2, 3, 15, 18, generator=torch.Generator().manual_seed(seed))
+        actual, expected = frozen(x), own(frozen, x)
+        actual, expected = (list(t) if isinstance(t, tuple) else [t] for t in (actual, expected))
+        for one, other in zip(actual, expected, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+    recorded = the_plan(frozen)
+    assert recorded.plan is None and REFUSED[kind] in recorded.refusal, recorded.refusal
+
+
+class Raises(Body):
+    error: Exception | None = None
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.stem(x)
+        if self.error is not None:
+            raise self.error
+        return self.logits(y)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), ValueError("no"), KeyboardInterrupt()], ids=repr)
+@torch.no_grad()
+def test_a_recording_ends_where_forward_raises(error: Any) -> None:
+    frozen: Any = espkernels.freeze(Raises().eval())
+    x = photograph(1, 3, 9, 9)
+    frozen.error = error
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            frozen(x)
+    # Neither this model nor another finds a recording that still runs, and nothing is recorded of a failed pass.
+    frozen.error = None
+    other: Any = espkernels.freeze(Raises().eval())
+    for model in (frozen, other):
+        assert torch.equal(model(x), layers(model, x))
+        assert the_plan(model).plan is not None
+    library: Any = backends.library
+    with pytest.raises(RuntimeError, match="not recording"):
+        library.end_recording(0, 0)
+
+
+class Tuned(Body):
+    """A layer on top that still learns, of this library's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top = nn.Parameter(torch.eye(16))
+
+    def forward(self, x: Tensor) -> Any:
+        return espkernels.group_pointwise(self.stem(x), self.top, 1)
+
+
+def test_layers_that_learn_keep_learning() -> None:
+    frozen: Any = espkernels.freeze(Tuned().eval())
+    x = photograph(1, 3, 9, 9)
+    frozen(x).sum().backward()
+    assert frozen.top.grad is not None
+    with torch.no_grad():
+        frozen(x)
+        frozen.top.mul_(2)
+        assert torch.equal(frozen(x), own(frozen, x))

@@ -1,0 +1,160 @@
+// The kernels that only inference has, and how the units of inference use the others.
+#pragma once
+
+#include "check.h"
+
+inline Tensor convolution(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
+  const int64_t rows = weight.sizes[2], columns = weight.sizes[3];
+  Tensor out({x.sizes[0], weight.sizes[0], (x.sizes[2] + 2 * padding - rows) / stride + 1,
+              (x.sizes[3] + 2 * padding - columns) / stride + 1});
+  for (int64_t b = 0; b < out.sizes[0]; ++b)
+    for (int64_t n = 0; n < out.sizes[1]; ++n)
+      for (int64_t y = 0; y < out.sizes[2]; ++y)
+        for (int64_t z = 0; z < out.sizes[3]; ++z)
+          for (int64_t c = 0; c < x.sizes[1]; ++c)
+            for (int64_t i = 0; i < rows; ++i)
+              for (int64_t j = 0; j < columns; ++j) {
+                const int64_t r = y * stride + i - padding, q = z * stride + j - padding;
+                if (r < 0 || r >= x.sizes[2] || q < 0 || q >= x.sizes[3]) continue;
+                out.at(b, n, y, z) += weight.at(n, c, i, j) * x.at(b, c, r, q);
+              }
+  return out;
+}
+
+// Rounded to the type that the kernel divides in, from which it rounds to its own.
+inline Tensor global_average(Type type, const Tensor& x) {
+  Tensor out({x.sizes[0], x.sizes[1], 1, 1});
+  for (int64_t b = 0; b < x.sizes[0]; ++b)
+    for (int64_t c = 0; c < x.sizes[1]; ++c) {
+      double sum = 0;
+      for (int64_t y = 0; y < x.sizes[2]; ++y)
+        for (int64_t z = 0; z < x.sizes[3]; ++z) sum += x.at(b, c, y, z);
+      out.at(b, c, 0, 0) =
+          rounded(type == Type::float64 ? type : Type::float32, sum / static_cast<double>(x.sizes[2] * x.sizes[3]));
+    }
+  return out;
+}
+
+// `map` with `part` in the place of its channels from `first` on.
+inline Tensor with_channels(Tensor map, const Tensor& part, int64_t first) {
+  for (int64_t b = 0; b < part.sizes[0]; ++b)
+    for (int64_t c = 0; c < part.sizes[1]; ++c)
+      for (int64_t y = 0; y < part.sizes[2]; ++y)
+        for (int64_t z = 0; z < part.sizes[3]; ++z) map.at(b, first + c, y, z) = part.at(b, c, y, z);
+  return map;
+}
+
+inline Tensor channels_of(const Tensor& map, int64_t first, int64_t count) {
+  Tensor part({map.sizes[0], count, map.sizes[2], map.sizes[3]});
+  for (int64_t b = 0; b < map.sizes[0]; ++b)
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t y = 0; y < map.sizes[2]; ++y)
+        for (int64_t z = 0; z < map.sizes[3]; ++z) part.at(b, c, y, z) = map.at(b, first + c, y, z);
+  return part;
+}
+
+inline void check_convolution(const Case& s, Type type, Layout layout, const Tensor& x, const Tensor& weight,
+                              int64_t padding, const Steps& steps) {
+  const Tensor expected = epilogue(convolution(x, weight, s.stride, padding), steps);
+  Buffer x_buffer(type, layout, x), weight_buffer(type, Layout::contiguous, weight);
+  const EpilogueBuffers buffers(type, layout, steps);
+  espk::Convolution p{};
+  p.type = type;
+  p.layout = layout;
+  p.batch = s.batch;
+  p.in_channels = s.channels;
+  p.height = s.height;
+  p.width = s.width;
+  p.out_channels = weight.sizes[0];
+  p.out_height = expected.sizes[2];
+  p.out_width = expected.sizes[3];
+  p.filter_height = weight.sizes[2];
+  p.filter_width = weight.sizes[3];
+  p.stride = s.stride;
+  p.padding_rows = p.padding_columns = padding;
+  p.x = x_buffer.data();
+  p.weight = weight_buffer.data();
+  p.epilogue = buffers.epilogue;
+  check("convolution", s, kernels.convolution, p, &espk::Convolution::out, expected, Target{Layout::channels_last});
+}
+
+// Alone, with its epilogue, and where a down-sampler has it: in a wider map, added to what lies there.
+inline void check_average_pool(const Case& s, Type type, Layout layout, Draw& draw) {
+  Tensor x = draw.integers({s.batch, s.channels, s.height, s.width});
+  for (double& value : x.values) value *= 9;  // so that all means are whole
+  const Tensor means = average_pool(x);
+  Steps steps = draw.steps(s.channels, means.sizes);
+  steps.scale = steps.shift = Tensor{};
+  Buffer x_buffer(type, layout, x);
+  espk::AveragePool p{};
+  p.type = type;
+  p.layout = layout;
+  p.batch = s.batch;
+  p.channels = p.out_pixel = s.channels;
+  p.height = s.height;
+  p.width = s.width;
+  p.out_height = means.sizes[2];
+  p.out_width = means.sizes[3];
+  p.x = x_buffer.data();
+  check("average_pool", s, kernels.average_pool, p, &espk::AveragePool::out, means);
+
+  const EpilogueBuffers buffers(type, layout, steps);
+  p.epilogue = buffers.epilogue;
+  check("average_pool, epilogue", s, kernels.average_pool, p, &espk::AveragePool::out, epilogue(means, steps));
+
+  const int64_t first = layout == Layout::channels_last ? 3 : 0;
+  const Tensor before = draw.integers({s.batch, s.channels + 2 * first, means.sizes[2], means.sizes[3]});
+  steps.residual = channels_of(before, first, s.channels);
+  p.out_pixel = before.sizes[1];
+  check("average_pool, in place", s, kernels.average_pool, p, &espk::AveragePool::out,
+        with_channels(before, epilogue(means, steps), first), Target{layout, &before, first});
+}
+
+inline void check_inference(const Case& s, Type type, Layout layout) {
+  Draw draw;
+  const Tensor x = draw.integers({s.batch, s.channels, s.height, s.width});
+  const Tensor weight = draw.integers({s.branches(), s.channels, 3, 3});
+  const Tensor pointwise = draw.integers({s.outputs, s.concatenated() / s.groups});
+  const Steps steps = draw.steps(s.outputs, {}), pyramid_steps = draw.steps(s.concatenated(), {});
+  Buffer x_buffer(type, layout, x), weight_buffer(type, Layout::contiguous, weight);
+  Buffer pointwise_buffer(type, Layout::contiguous, pointwise);
+  const EpilogueBuffers inner(type, layout, pyramid_steps), outer(type, layout, steps);
+  const Tensor z = epilogue(spatial_pyramid(s, x, weight), pyramid_steps);
+
+  auto pyramid = described<espk::SpatialPyramid>(s, type, layout);
+  pyramid.x = x_buffer.data();
+  pyramid.weight = weight_buffer.data();
+  pyramid.epilogue = inner.epilogue;
+  check("spatial_pyramid, epilogue", s, kernels.spatial_pyramid, pyramid, &espk::SpatialPyramid::out, z);
+
+  const int64_t first = layout == Layout::channels_last ? 5 : 0;
+  const Tensor before = draw.integers({s.batch, s.outputs + first, s.out_height(), s.out_width()});
+  Steps in_place = steps;
+  in_place.residual = channels_of(before, first, s.outputs);
+  auto unit = described<espk::PyramidPointwise>(s, type, layout);
+  unit.x = x_buffer.data();
+  unit.weight = weight_buffer.data();
+  unit.pointwise_weight = pointwise_buffer.data();
+  unit.pyramid_epilogue = inner.epilogue;
+  unit.epilogue = outer.epilogue;
+  unit.out_pixel = before.sizes[1];
+  unit.threads = 3;
+  check("pyramid_pointwise, in place", s, kernels.pyramid_pointwise, unit, &espk::PyramidPointwise::out,
+        with_channels(before, epilogue(group_pointwise(s, z, pointwise), in_place), first),
+        Target{layout, &before, first});
+
+  Steps no_scale = steps;
+  no_scale.scale = Tensor{};
+  check_convolution(s, type, layout, x, draw.integers({s.outputs, s.channels, 3, 3}), 1, no_scale);
+  check_convolution(s, type, layout, x, draw.integers({s.outputs, s.channels, 5, 2}), 2, {});
+  check_average_pool(s, type, layout, draw);
+
+  espk::GlobalAverage average{};
+  average.type = type;
+  average.layout = layout;
+  average.batch = s.batch;
+  average.channels = s.channels;
+  average.pixels = s.height * s.width;
+  average.x = x_buffer.data();
+  check("global_average", s, kernels.global_average, average, &espk::GlobalAverage::out, global_average(type, x));
+}
