@@ -39,6 +39,17 @@ class Floorplan {
   int64_t size_ = 0;
 };
 
+// Some tens of microseconds on the core, as long as a unit may take; then asleep, because the thread that is waited for may
+// need this very core.
+void wait_a_moment(int64_t waits) {
+  if (waits > 2'000) return std::this_thread::sleep_for(std::chrono::microseconds(20));
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 }  // namespace
 
 Recording*& recording() {
@@ -149,9 +160,7 @@ void Plan::run_together(const char* input, char* output, char* arena, int64_t th
           now.done.fetch_add(to - from, std::memory_order_release);
         }
       }
-      for (int64_t waits = 0; now.done.load(std::memory_order_acquire) < now.units; ++waits) {
-        if (waits > 10'000) std::this_thread::yield();
-      }
+      for (int64_t waits = 0; now.done.load(std::memory_order_acquire) < now.units; ++waits) wait_a_moment(waits);
       if (seconds && thread == 0) {
         seconds[s] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
       }

@@ -209,7 +209,7 @@ class FrozenLinear(_Frozen):
         self._register({"weight": linear.weight.detach()}, vectors, linear.weight.dtype)
 
     def _pack(self) -> None:
-        self.packed = ops.pack_group_pointwise(self.weight, 1, False)
+        self.packed = ops.pack_group_pointwise(self.weight, 1, True)  # one pixel lies so in both layouts
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2:
