@@ -143,10 +143,10 @@ void Plan::run_together(const char* input, char* output, char* arena, int64_t th
     progress[s].units = steps[s]->units(threads);
     progress[s].shares = std::vector<Share>(static_cast<std::size_t>(threads));
   }
+  const auto start = std::chrono::steady_clock::now();
   auto work = [&](int64_t thread) {
     for (std::size_t s = 0; s < steps.size(); ++s) {
       Progress& now = progress[s];
-      const auto start = std::chrono::steady_clock::now();
       for (int64_t i = 0; i < threads; ++i) {
         const int64_t owner = (thread + i) % threads;
         const int64_t first = now.units * owner / threads, end = now.units * (owner + 1) / threads;
@@ -157,13 +157,15 @@ void Plan::run_together(const char* input, char* output, char* arena, int64_t th
           if (from >= end) break;
           const int64_t to = std::min(from + few, end);
           steps[s]->run(begins.data(), threads, from, to);
-          now.done.fetch_add(to - from, std::memory_order_release);
+          // Ahead of the last unit's count, and by whichever thread did it: thread 0 may come when all is done.
+          const auto time = seconds ? std::chrono::steady_clock::now() : start;
+          const int64_t before = now.done.fetch_add(to - from, std::memory_order_release);
+          if (seconds && before + to - from == now.units) {
+            seconds[s] = std::chrono::duration<double>(time - start).count();
+          }
         }
       }
       for (int64_t waits = 0; now.done.load(std::memory_order_acquire) < now.units; ++waits) wait_a_moment(waits);
-      if (seconds && thread == 0) {
-        seconds[s] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-      }
     }
   };
   parallel_for(
@@ -231,7 +233,11 @@ std::vector<double> Plan::profile(const char* input, char* output, int64_t round
   std::vector<double> one(steps.size());
   for (int64_t round = 0; round < rounds; ++round) {
     run_together(input, output, arena.get(), thread_count(), one.data());
-    for (std::size_t s = 0; s < steps.size(); ++s) seconds[s].push_back(one[s]);
+    double ended = 0;
+    for (std::size_t s = 0; s < steps.size(); ++s) {
+      seconds[s].push_back(std::max(one[s] - ended, 0.0));
+      ended = std::max(one[s], ended);
+    }
   }
   give_back(std::move(arena));
   std::vector<double> medians;

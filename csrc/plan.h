@@ -112,6 +112,7 @@ class Plan {
  private:
   friend class Recording;
   void run_alone(const char* input, char* output, char* arena) const;
+  // seconds: when each step ended, from the start on; may be null.
   void run_together(const char* input, char* output, char* arena, int64_t threads, double* seconds) const;
   std::vector<char*> buffers(const char* input, char* output, char* arena) const;
   Bytes take_arena() const;
