@@ -33,7 +33,7 @@ BUILD = Path("build/ninja")
 OLDEST_TORCH = (2, 10)
 STABLE_ABI = "0x020a000000000000"
 
-TORCH_SOURCES = ["csrc/ops.cpp", "csrc/cpu_door.cpp", "csrc/cpu_inference_door.cpp"]
+TORCH_SOURCES = ["csrc/ops.cpp", "csrc/cpu_door.cpp", "csrc/cpu_unit_door.cpp", "csrc/cpu_inference_door.cpp"]
 PYBIND_SOURCES = ["csrc/module.cpp"]
 DISPATCH_SOURCES = ["csrc/cpu/dispatch.cpp", "csrc/plan.cpp"]
 KERNEL_SOURCES = [

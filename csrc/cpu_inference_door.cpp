@@ -1,4 +1,4 @@
-// Where torch ends on the CPU for the operators of inference: whole units, and the layers around them in a network.
+// Where torch ends on the CPU for the layers around the units in a network for inference; units are in cpu_unit_door.cpp.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu_launch.h"
@@ -12,160 +12,6 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int
 }
 
 namespace {
-
-// The weights of an EESP unit with its batch norms folded, as every operator of whole units takes them.
-struct Unit {
-  const Tensor& reduce_weight;
-  int64_t reduce_groups;
-  const Tensor &reduce_shift, &reduce_slope, &weight;
-  const std::vector<int64_t>& dilations;
-  const Tensor &pyramid_scale, &pyramid_shift, &pyramid_slope, &expand_weight;
-  int64_t groups;
-  const Tensor& shift;
-};
-
-// Runs the unit on `x`; residual and slope may be absent. With `into`, a channels_last map, the result goes to its
-// channels from `channel` on, where the residual is then read too, if `add` says so.
-// The reduced map: one quarter of x's size, written and read once; then see csrc/cpu/pyramid_pointwise.cpp.
-Tensor run_unit(const Tensor& x, const Unit& u, int64_t stride, bool hff, const std::optional<Tensor>& residual,
-                const std::optional<Tensor>& slope, const std::optional<Tensor>& into, int64_t channel, bool add) {
-  check_map(x, "x");
-  for (const Tensor* weight : {&u.reduce_weight, &u.weight, &u.expand_weight}) check_same_type(x, *weight);
-  check_pointwise_weight(u.reduce_weight, x.size(1), u.reduce_groups);
-  // A map of one pixel or column may be dense both ways.
-  const Layout layout = into ? Layout::channels_last : layout_of(x);
-  const Tensor map = dense_map(x, layout), reduce = dense_weight(u.reduce_weight), branches = dense_weight(u.weight),
-               expand = dense_weight(u.expand_weight);
-
-  GroupPointwise r{};
-  r.type = type_of(x);
-  r.layout = layout;
-  r.batch = x.size(0);
-  r.pixels = x.size(2) * x.size(3);
-  r.in_channels = x.size(1);
-  r.out_channels = reduce.size(0);
-  r.groups = u.reduce_groups;
-  const std::vector<int64_t> reduced_sizes{x.size(0), r.out_channels, x.size(2), x.size(3)};
-  const EpilogueTensors reduce_epilogue =
-      dense_epilogue(x, layout, reduced_sizes, std::nullopt, u.reduce_shift, std::nullopt, u.reduce_slope);
-  Tensor reduced = result_map(reduced_sizes, x, layout);
-  r.x = map.const_data_ptr();
-  r.weight = reduce.const_data_ptr();
-  r.epilogue = pointers(reduce_epilogue);
-  r.out = reduced.mutable_data_ptr();
-
-  PyramidPointwise p{};
-  describe(p, x, layout, reduced_sizes, u.dilations, stride, hff);
-  check_branch_weight(branches, p);
-  check_pointwise_weight(expand, p.out_channels(), u.groups);
-  p.groups = u.groups;
-  p.pointwise_channels = expand.size(0);
-  const std::vector<int64_t> concatenated{p.batch, p.out_channels(), p.out_height, p.out_width};
-  const std::vector<int64_t> sizes{p.batch, p.pointwise_channels, p.out_height, p.out_width};
-  const EpilogueTensors first =
-      dense_epilogue(x, layout, concatenated, u.pyramid_scale, u.pyramid_shift, std::nullopt, u.pyramid_slope);
-  const EpilogueTensors second = dense_epilogue(x, layout, sizes, std::nullopt, u.shift, residual, slope);
-  Tensor out = into ? *into : result_map(sizes, x, layout);
-  p.x = reduced.const_data_ptr();
-  p.weight = branches.const_data_ptr();
-  p.pointwise_weight = expand.const_data_ptr();
-  p.pyramid_epilogue = pointers(first);
-  p.epilogue = pointers(second);
-  p.out_pixel = out.size(1);
-  p.out = static_cast<char*>(out.mutable_data_ptr()) + channel * bytes_of(p.type);
-  if (add) p.epilogue.residual = p.out;
-
-  launch("reduce", kernels().group_pointwise, r);
-  launch("pyramid and expand", kernels().pyramid_pointwise, p);
-  return out;
-}
-
-Tensor eesp(const Tensor& x, const Tensor& reduce_weight, int64_t reduce_groups, const Tensor& reduce_shift,
-            const Tensor& reduce_slope, const Tensor& weight, std::vector<int64_t> dilations,
-            const Tensor& pyramid_scale, const Tensor& pyramid_shift, const Tensor& pyramid_slope,
-            const Tensor& expand_weight, int64_t groups, const Tensor& shift, std::optional<Tensor> residual,
-            std::optional<Tensor> slope, int64_t stride, bool hff) {
-  const Unit unit{reduce_weight, reduce_groups, reduce_shift,  reduce_slope,  weight, dilations,
-                  pyramid_scale, pyramid_shift, pyramid_slope, expand_weight, groups, shift};
-  return run_unit(x, unit, stride, hff, residual, slope, std::nullopt, 0, false);
-}
-
-Tensor slice(const Tensor& vector, int64_t first, int64_t count) {
-  return torch::stable::narrow(const_cast<Tensor&>(vector), 0, first, count);
-}
-
-// The shortcut is written to the whole result first; both halves then add themselves to it where it lies.
-Tensor down_sampler(const Tensor& x, std::optional<Tensor> image, const Tensor& reduce_weight, int64_t reduce_groups,
-                    const Tensor& reduce_shift, const Tensor& reduce_slope, const Tensor& weight,
-                    std::vector<int64_t> dilations, const Tensor& pyramid_scale, const Tensor& pyramid_shift,
-                    const Tensor& pyramid_slope, const Tensor& expand_weight, int64_t groups, const Tensor& shift,
-                    std::optional<Tensor> shortcut_weight, std::optional<Tensor> shortcut_shift, const Tensor& slope,
-                    bool hff) {
-  check_map(x, "x");
-  STD_TORCH_CHECK(image.has_value() == shortcut_weight.has_value() && image.has_value() == shortcut_shift.has_value(),
-                  "image, shortcut_weight, shortcut_shift: expected all three or none");
-  STD_TORCH_CHECK(expand_weight.dim() == 2 && slope.dim() == 1,
-                  "expand_weight, slope: expected [N, K*d/groups], [M+N]");
-  const int64_t pooled_channels = x.size(1), unit_channels = expand_weight.size(0);
-  const int64_t channels = pooled_channels + unit_channels;
-  STD_TORCH_CHECK(slope.size(0) == channels, "slope: expected one number a channel of the result");
-  const Tensor map = dense_map(x, Layout::channels_last);
-  const int64_t height = (x.size(2) - 1) / 2 + 1, width = (x.size(3) - 1) / 2 + 1;
-  const std::vector<int64_t> sizes{x.size(0), channels, height, width};
-  Tensor out = result_map(sizes, x, Layout::channels_last);
-
-  if (image) {
-    check_map(*image, "image");
-    check_same_type(*image, x);
-    check_same_type(*shortcut_weight, x);
-    check_pointwise_weight(*shortcut_weight, image->size(1), 1);
-    STD_TORCH_CHECK(image->size(0) == x.size(0) && image->size(2) == height && image->size(3) == width &&
-                        shortcut_weight->size(0) == channels,
-                    "image: expected the height and width of the result, a weight row for each of its channels");
-    const Tensor pixels = dense_map(*image, Layout::channels_last), dense = dense_weight(*shortcut_weight);
-    const EpilogueTensors epilogue =
-        dense_epilogue(x, Layout::channels_last, sizes, std::nullopt, shortcut_shift, std::nullopt, std::nullopt);
-    GroupPointwise s{};
-    s.type = type_of(x);
-    s.layout = Layout::channels_last;
-    s.batch = x.size(0);
-    s.pixels = height * width;
-    s.in_channels = image->size(1);
-    s.out_channels = channels;
-    s.groups = 1;
-    s.x = pixels.const_data_ptr();
-    s.weight = dense.const_data_ptr();
-    s.epilogue = pointers(epilogue);
-    s.out = out.mutable_data_ptr();
-    launch("shortcut", kernels().group_pointwise, s);
-  }
-
-  const Tensor slopes = dense_weight(slope);
-  const std::optional<Tensor> pooled_slope = slice(slopes, 0, pooled_channels);
-  const std::optional<Tensor> unit_slope = slice(slopes, pooled_channels, unit_channels);
-  const EpilogueTensors pooled_epilogue =
-      dense_epilogue(x, Layout::channels_last, {x.size(0), pooled_channels, height, width}, std::nullopt, std::nullopt,
-                     std::nullopt, pooled_slope);
-  AveragePool a{};
-  a.type = type_of(x);
-  a.layout = Layout::channels_last;
-  a.batch = x.size(0);
-  a.channels = pooled_channels;
-  a.height = x.size(2);
-  a.width = x.size(3);
-  a.out_height = height;
-  a.out_width = width;
-  a.x = map.const_data_ptr();
-  a.epilogue = pointers(pooled_epilogue);
-  a.out_pixel = channels;
-  a.out = out.mutable_data_ptr();
-  if (image) a.epilogue.residual = a.out;
-  launch("average_pool", kernels().average_pool, a);
-
-  const Unit unit{reduce_weight, reduce_groups, reduce_shift,  reduce_slope,  weight, dilations,
-                  pyramid_scale, pyramid_shift, pyramid_slope, expand_weight, groups, shift};
-  return run_unit(map, unit, 2, hff, std::nullopt, unit_slope, out, pooled_channels, image.has_value());
-}
 
 Tensor average_pool(const Tensor& x) {
   check_map(x, "x");
@@ -437,8 +283,6 @@ Tensor convolution(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
 
 STABLE_TORCH_LIBRARY_IMPL(espkernels, CPU, m) {
   using namespace espk;
-  m.impl("eesp", TORCH_BOX(&eesp));
-  m.impl("down_sampler", TORCH_BOX(&down_sampler));
   m.impl("convolution", TORCH_BOX(&convolution));
   m.impl("average_pool", TORCH_BOX(&average_pool));
   m.impl("resize", TORCH_BOX(&resize));

@@ -159,4 +159,9 @@ inline void check_pointwise_weight(const Tensor& weight, int64_t in_channels, in
                   "pointwise weight: expected [N, M/groups] with groups dividing N and M");
 }
 
+// Some numbers of a vector, where they lie.
+inline Tensor slice(const Tensor& vector, int64_t first, int64_t count) {
+  return torch::stable::narrow(const_cast<Tensor&>(vector), 0, first, count);
+}
+
 }  // namespace espk

@@ -1,34 +1,22 @@
-"""An inference copy of a model: batch norms folded, weights packed, each EESP unit in two kernels.
+"""An inference copy of a model: batch norms folded, whole units in one call, whole networks replayed.
 
-Traffic of a stride-1 unit, in maps of N channels: the reduction reads one and writes a quarter, the rest reads that and
-the residual and writes one; 3.5 in all, where eager moves about 20.
+What is recognised here becomes a layer of :mod:`espkernels.frozen`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from espkernels import inference, ops, replay
+from espkernels import frozen, replay
 from espkernels import nn as layers
 from espkernels.checks import MAX_BRANCHES
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join
 from espkernels.replace import replace
 
-__all__ = [
-    "FrozenConvolution",
-    "FrozenDownSampler",
-    "FrozenEESP",
-    "FrozenJoin",
-    "FrozenLinear",
-    "FrozenPyramidPooling",
-    "freeze",
-]
+__all__ = ["freeze"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -43,21 +31,20 @@ def freeze(model: M) -> M:
     Gradients flow to the inputs of a frozen model, its folded weights are buffers. A batch norm without running
     statistics cannot be folded, and its layer stays as it was.
     """
-    frozen = copy.deepcopy(model).eval()
-    root = nn.ModuleList([frozen])  # a parent for a model that is itself a layer
+    root = nn.ModuleList([copy.deepcopy(model).eval()])  # a parent for a model that is itself a layer
     replace(root)
     _freeze_children(root)
     whole = root[0]
-    return whole if isinstance(whole, _Frozen) else replay.replayed(whole)  # type: ignore[return-value]
+    return whole if isinstance(whole, frozen.Frozen) else replay.replayed(whole)  # type: ignore[return-value]
 
 
 def _freeze_children(parent: nn.Module) -> None:
     for name, child in parent.named_children():
-        frozen = _frozen(child)
-        if frozen is None:
+        layer = _frozen(child)
+        if layer is None:
             _freeze_children(child)
         else:
-            parent._modules[name] = frozen.eval()
+            parent._modules[name] = layer.eval()
 
 
 def _frozen(module: nn.Module) -> nn.Module | None:
@@ -65,23 +52,23 @@ def _frozen(module: nn.Module) -> nn.Module | None:
     if not all(_foldable(part) for part in module.modules()):
         return None
     if isinstance(module, layers.EESP):
-        return FrozenEESP(module)
+        return frozen.FrozenEESP(module)
     if isinstance(module, layers.DownSampler):
-        return FrozenDownSampler(module)
+        return frozen.FrozenDownSampler(module)
     if isinstance(module, (layers.CBR, layers.CB)):
-        return FrozenConvolution(module.conv, module.bn, getattr(module, "act", None))
+        return frozen.FrozenConvolution(module.conv, module.bn, getattr(module, "act", None))
     if isinstance(module, EfficientPyramidPooling):
-        return FrozenPyramidPooling(module) if len(module.scales) <= MAX_BRANCHES else None
+        return frozen.FrozenPyramidPooling(module) if len(module.scales) <= MAX_BRANCHES else None
     if isinstance(module, Join):
-        return FrozenJoin(module)
+        return frozen.FrozenJoin(module)
     if type(module) is nn.Conv2d and tuple(module.kernel_size) == tuple(module.stride) == (1, 1):
-        return FrozenConvolution(module)
+        return frozen.FrozenConvolution(module)
     if type(module) is nn.Linear:
-        return FrozenLinear(module)
+        return frozen.FrozenLinear(module)
     if type(module) is nn.Sequential:
         kinds = tuple(type(part) for part in module)
         if kinds in ((nn.Conv2d, nn.BatchNorm2d, nn.PReLU), (nn.Conv2d, nn.BatchNorm2d)):
-            return FrozenConvolution(*module)
+            return frozen.FrozenConvolution(*module)
     return None
 
 
@@ -90,300 +77,3 @@ def _foldable(part: nn.Module) -> bool:
     if isinstance(part, nn.modules.batchnorm._BatchNorm):
         return part.running_mean is not None
     return not hasattr(part, "running_mean")
-
-
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift a channel of a batch norm with its running statistics, in float64."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -norm.running_mean.detach().double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    return scale, shift
-
-
-def _slope(act: nn.PReLU, channels: int) -> Tensor:
-    return act.weight.detach().double().expand(channels).contiguous()
-
-
-def _vector_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _blocks(container: Any) -> list[Any]:
-    """The modules of a container, whose types their places say."""
-    return list(container)
-
-
-class _Frozen(nn.Module):
-    """Folded weights as buffers, and packs of them that follow every change of the buffers."""
-
-    def _register(self, weights: dict[str, Tensor], vectors: dict[str, Tensor], dtype: torch.dtype) -> None:
-        for name, weight in weights.items():
-            self.register_buffer(name, weight.to(dtype).contiguous())
-        for name, vector in vectors.items():
-            self.register_buffer(name, vector.to(_vector_dtype(dtype)).contiguous())
-        self._pack()
-
-    def _pack(self) -> None:
-        """Makes the packs anew; nothing to do for a module that has none."""
-
-    def _changed(self) -> None:
-        self._pack()
-        replay.forget()
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._changed()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
-        self._changed()
-        return result
-
-
-class FrozenConvolution(_Frozen):
-    """Convolution, batch norm and PReLU as one convolution: [B, M, H, W] -> [B, N, H', W'] in channels_last."""
-
-    weight: Tensor
-    shift: Tensor
-    slope: Tensor | None
-
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, act: nn.PReLU | None = None) -> None:
-        super().__init__()
-        weight = conv.weight.detach().double()
-        shift = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().double()
-        if norm is not None:
-            scale, offset = _affine(norm)
-            weight, shift = weight * scale.view(-1, 1, 1, 1), shift * scale + offset
-        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
-        self.pointwise = (
-            tuple(conv.kernel_size) == (1, 1) and tuple(conv.stride) == (1, 1) and conv.padding in ((0, 0), 0, "valid")
-        )
-        # One number each, as all convolutions of these networks have.
-        self.square = (
-            all(
-                isinstance(value, tuple) and len(set(value)) == 1
-                for value in (conv.stride, conv.padding, conv.dilation)
-            )
-            and conv.padding_mode == "zeros"
-        )
-        vectors = {"shift": shift}
-        if act is None:
-            self.slope = None
-        else:
-            vectors["slope"] = _slope(act, conv.out_channels)
-        self._register({"weight": weight.flatten(1) if self.pointwise else weight}, vectors, conv.weight.dtype)
-
-    def _pack(self) -> None:
-        self.packed = ops.pack_group_pointwise(self.weight, self.groups, True) if self.pointwise else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.pointwise:
-            x = x.contiguous(memory_format=torch.channels_last)
-            return ops.group_pointwise(
-                x, self.weight, self.groups, None, self.shift, None, self.slope, packed=self.packed
-            )
-        if self.square:
-            stride, padding, dilation = self.stride[0], int(self.padding[0]), self.dilation[0]
-            return inference.convolution(x, self.weight, self.shift, self.slope, stride, padding, dilation, self.groups)
-        x = F.conv2d(x, self.weight, self.shift.to(x.dtype), self.stride, self.padding, self.dilation, self.groups)
-        return x if self.slope is None else F.prelu(x, self.slope.to(x.dtype))
-
-
-class FrozenLinear(_Frozen):
-    """A linear layer: [B, M] -> [B, N]."""
-
-    weight: Tensor
-    shift: Tensor | None
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        vectors: dict[str, Tensor] = {}
-        if linear.bias is None:
-            self.shift = None
-        else:
-            vectors["shift"] = linear.bias.detach()
-        self._register({"weight": linear.weight.detach()}, vectors, linear.weight.dtype)
-
-    def _pack(self) -> None:
-        self.packed = ops.pack_group_pointwise(self.weight, 1, True)  # one pixel lies so in both layouts
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 2:
-            return F.linear(x, self.weight, None if self.shift is None else self.shift.to(x.dtype))
-        y = ops.group_pointwise(x[:, :, None, None], self.weight, 1, None, self.shift, packed=self.packed)
-        return y.flatten(1)
-
-
-class FrozenEESP(_Frozen):
-    """An EESP unit in two kernels: the reduction, and all of the rest (paper Fig. 1c).
-
-    [B, M, H, W] -> [B, N, H', W'] in channels_last.
-    """
-
-    reduce_weight: Tensor
-    reduce_shift: Tensor
-    reduce_slope: Tensor
-    weight: Tensor
-    pyramid_scale: Tensor
-    pyramid_shift: Tensor
-    pyramid_slope: Tensor
-    expand_weight: Tensor
-    shift: Tensor
-    slope: Tensor | None
-
-    def __init__(self, unit: layers.EESP) -> None:
-        super().__init__()
-        self.dilations, self.stride, self.hff = tuple(unit.dilations), unit.stride, unit.hff
-        self.reduce_groups, self.groups = unit.proj_1x1.conv.groups, unit.conv_1x1_exp.conv.groups
-        reduce_scale, reduce_shift = _affine(unit.proj_1x1.bn)
-        pyramid_scale, pyramid_shift = _affine(unit.br_after_cat.bn)
-        expand_scale, shift = _affine(unit.conv_1x1_exp.bn)
-        reduce_weight = unit.proj_1x1.conv.weight.detach()
-        vectors = {
-            "reduce_shift": reduce_shift,
-            "reduce_slope": _slope(unit.proj_1x1.act, reduce_weight.shape[0]),
-            "pyramid_scale": pyramid_scale,
-            "pyramid_shift": pyramid_shift,
-            "pyramid_slope": _slope(unit.br_after_cat.act, pyramid_scale.shape[0]),
-            "shift": shift,
-        }
-        if unit.stride == 2 and unit.down_method == "avg":
-            self.slope = None
-        else:
-            vectors["slope"] = _slope(unit.module_act, shift.shape[0])
-        weights = {
-            "reduce_weight": reduce_weight.flatten(1).double() * reduce_scale.view(-1, 1),
-            "weight": unit.pyramid_weight().detach().double(),
-            "expand_weight": unit.conv_1x1_exp.conv.weight.detach().flatten(1).double() * expand_scale.view(-1, 1),
-        }
-        self._register(weights, vectors, reduce_weight.dtype)
-
-    @property
-    def unit(self) -> dict[str, Any]:
-        """The arguments that :func:`espkernels.inference.eesp` and ``down_sampler`` have in common."""
-        return {
-            "reduce_weight": self.reduce_weight,
-            "reduce_groups": self.reduce_groups,
-            "reduce_shift": self.reduce_shift,
-            "reduce_slope": self.reduce_slope,
-            "weight": self.weight,
-            "dilations": self.dilations,
-            "pyramid_scale": self.pyramid_scale,
-            "pyramid_shift": self.pyramid_shift,
-            "pyramid_slope": self.pyramid_slope,
-            "expand_weight": self.expand_weight,
-            "groups": self.groups,
-            "shift": self.shift,
-            "hff": self.hff,
-        }
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        same_shape = self.stride == 1 and x.shape[1] == self.expand_weight.shape[0]
-        residual = x if same_shape and self.slope is not None else None
-        return inference.eesp(x, **self.unit, residual=residual, slope=self.slope, stride=self.stride)
-
-
-class FrozenDownSampler(_Frozen):
-    """The strided unit with its shortcut from the image (paper section 3.2, Fig. 2): [B, M, H, W] -> [B, N, H', W']."""
-
-    slope: Tensor
-    shortcut_weight: Tensor
-    shortcut_shift: Tensor
-
-    def __init__(self, unit: layers.DownSampler) -> None:
-        super().__init__()
-        self.eesp = FrozenEESP(unit.eesp)
-        channels = unit.eesp.proj_1x1.conv.in_channels + self.eesp.expand_weight.shape[0]
-        vectors = {"slope": _slope(unit.act, channels)}
-        weights: dict[str, Tensor] = {}
-        if hasattr(unit, "inp_reinf"):
-            first, second = cast(layers.CBR, unit.inp_reinf[0]), cast(layers.CB, unit.inp_reinf[1])
-            self.image_convolution = FrozenConvolution(first.conv, first.bn, first.act)
-            scale, shift = _affine(second.bn)
-            weights["shortcut_weight"] = second.conv.weight.detach().flatten(1).double() * scale.view(-1, 1)
-            vectors["shortcut_shift"] = shift
-        self._register(weights, vectors, unit.act.weight.dtype)
-
-    def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
-        shortcut_weight = shortcut_shift = None
-        if image is not None:
-            size = ((x.shape[2] - 1) // 2 + 1, (x.shape[3] - 1) // 2 + 1)
-            image = self.image_convolution(layers.pooled_image(image, size))
-            shortcut_weight, shortcut_shift = self.shortcut_weight, self.shortcut_shift
-        return inference.down_sampler(
-            x,
-            image,
-            **self.eesp.unit,
-            shortcut_weight=shortcut_weight,
-            shortcut_shift=shortcut_shift,
-            slope=self.slope,
-        )
-
-
-class FrozenPyramidPooling(_Frozen):
-    """Efficient pyramid pooling: projection, all branches with their merge, expansion. [B, M, H, W] -> [B, N, H, W]."""
-
-    weight: Tensor
-    scale: Tensor
-    shift: Tensor
-    slope: Tensor
-    merge_weight: Tensor
-    merge_shift: Tensor
-    merge_slope: Tensor
-
-    def __init__(self, block: EfficientPyramidPooling) -> None:
-        super().__init__()
-        self.target_sizes = block.target_sizes
-        self.enlarged = sum(scale > 1 for scale in block.scales)
-        self.projection = FrozenConvolution(*_blocks(block.projection_layer.cbr))
-        normalise, _, merge, expand = _blocks(block.merge_layer)
-        norm, act = _blocks(normalise.br)
-        scale, shift = _affine(norm)
-        conv, merge_norm, merge_act = _blocks(merge.cbr)
-        merge_scale, merge_shift = _affine(merge_norm)
-        self.expansion = FrozenConvolution(expand, *(() if block.br is None else _blocks(block.br.br)))
-        weights = {
-            "weight": torch.stack([stage.weight.detach().squeeze(1) for stage in _blocks(block.stages)]),
-            "merge_weight": conv.weight.detach().double() * merge_scale.view(-1, 1, 1, 1),
-        }
-        vectors = {
-            "scale": scale,
-            "shift": shift,
-            "slope": _slope(act, len(scale)),
-            "merge_shift": merge_shift,
-            "merge_slope": _slope(merge_act, len(merge_shift)),
-        }
-        self._register(weights, vectors, conv.weight.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.projection(x)
-        sizes = [side for size in self.target_sizes(x.shape[2], x.shape[3]) for side in size]
-        x = inference.pyramid_pooling(
-            x, self.weight, sizes, self.enlarged, self.scale, self.shift, self.slope,
-            self.merge_weight, self.merge_shift, self.merge_slope,
-        )  # fmt: skip
-        return self.expansion(x)
-
-
-class FrozenJoin(_Frozen):
-    """Resizing, weighted skip connection, batch norm and PReLU in one pass; see :class:`Join`."""
-
-    scale: Tensor
-    shift: Tensor
-    slope: Tensor
-
-    def __init__(self, join: Join) -> None:
-        super().__init__()
-        norm, act = cast(nn.BatchNorm2d, join[0]), cast(nn.PReLU, join[1])
-        scale, shift = _affine(norm)
-        vectors = {"scale": scale, "shift": shift, "slope": _slope(act, len(scale))}
-        self._register({}, vectors, act.weight.dtype)
-
-    def forward(self, x: Tensor, skip: Tensor, gate: Tensor) -> Tensor:
-        height, width = skip.shape[2:]
-        return inference.resize(x, height, width, skip, gate, self.scale, self.shift, self.slope)

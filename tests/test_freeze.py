@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import espkernels
 from espkernels import models
-from espkernels.freeze import FrozenConvolution, FrozenDownSampler, FrozenEESP
+from espkernels.frozen import FrozenConvolution, FrozenDownSampler, FrozenEESP
 from espkernels.models import plain
 
 
