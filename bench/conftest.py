@@ -17,9 +17,9 @@ import pytest
 from bench.cases import check
 from bench.comparison import PEERS, Comparison, Outcome, Provider, WrongResult, measure
 from bench.floor import MODES
-from bench.probe import probe
 from bench.selection import DTYPES, Selection
 from espkernels.info import collect
+from espkernels.probe import probe
 
 
 class ReplayClock:
@@ -138,7 +138,7 @@ def facts(comparison: Comparison, provider: Provider, outcome: Outcome) -> dict[
         "flops": outcome.floor.flops,
         "bytes_per_second": outcome.floor.bytes / seconds,
         "flops_per_second": outcome.floor.flops / seconds,
-        "share_of_ceiling": probe(comparison.threads).least_seconds(outcome.floor) / seconds,
+        "share_of_ceiling": probe(comparison.threads).least_seconds(outcome.floor.bytes, outcome.floor.flops) / seconds,
         "memory": outcome.memory.get(name),
     }
 

@@ -1,8 +1,8 @@
 """The machine's multiply-add peak: what the floor of a network is counted against.
 
-:mod:`bench.probe` multiplies matrices in torch, which is what a library reaches, and on some machines well below what
-the registers can do; a floor from it would flatter us. So a few lines of C++ keep every multiply-add unit busy without
-touching memory. Without a compiler the matrix product has to do, and ``source`` says so.
+:mod:`espkernels.probe` multiplies matrices in torch, which is what a library reaches, and on some machines well below
+what the registers can do; a floor from it would flatter us. So a few lines of C++ keep every multiply-add unit busy
+without touching memory. Without a compiler the matrix product has to do, and ``source`` says so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.probe import probe
+from espkernels.probe import probe
 
 __all__ = ["Peak", "peak"]
 

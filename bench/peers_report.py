@@ -13,7 +13,8 @@ from typing import Any
 
 from bench.engines import ENGINES, OURS
 from bench.report import headline
-from bench.tables import duration, markdown_table
+from bench.tables import markdown_table
+from espkernels.quantities import duration
 
 __all__ = ["GOALS", "Goal", "Verdict", "judge", "line", "markdown", "picture", "verdicts"]
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench.comparison import PEERS
-from bench.tables import amount, duration, markdown_table
+from bench.tables import markdown_table
+from espkernels.probe import Ceilings
+from espkernels.quantities import amount, duration
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -170,13 +172,10 @@ def headline(run: dict[str, Any]) -> str:
 
 
 def _ceilings(run: dict[str, Any]) -> list[str]:
-    lines = []
-    for ceiling in run.get("ceilings", ()):
-        bandwidth = {int(size): rate for size, rate in ceiling["bandwidth"].items()}
-        rates = ", ".join(f"{rate / 1e9:.0f} GB/s in {amount(size)}" for size, rate in sorted(bandwidth.items()))
-        threads = f"{ceiling['threads']} thread" + "s" * (ceiling["threads"] != 1)
-        lines.append(f"{threads}: {ceiling['flops'] / 1e9:.0f} GFLOP/s (torch.mm, float32); copying {rates}")
-    return lines
+    return [
+        str(Ceilings(one["threads"], one["flops"], {int(size): rate for size, rate in one["bandwidth"].items()}))
+        for one in run.get("ceilings", ())
+    ]
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -70,12 +70,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", set_isa, "Uses another instruction set from the next call on, in the whole process.");
   m.def("begin_recording", begin_recording,
         "Kernel calls of this thread are recorded; address and bytes of the input.");
+  m.def(
+      "recorded_steps", [] { return espk::recording() ? espk::recording()->steps() : 0; },
+      "How many kernel calls this thread has recorded so far.");
   m.def("end_recording", end_recording, "The plan; address and bytes of the result. ValueError where there is none.");
   m.def("drop_recording", drop_recording, "Ends a recording, if there is one, and forgets it.");
   py::class_<espk::Plan>(m, "Plan", "The kernel calls of a recorded forward pass.")
       .def_readonly("input_bytes", &espk::Plan::input_bytes)
       .def_readonly("output_bytes", &espk::Plan::output_bytes)
       .def_readonly("arena_bytes", &espk::Plan::arena_bytes)
+      .def_readonly("buffer_bytes", &espk::Plan::buffer_bytes)
       .def(
           "run",
           [](const espk::Plan& plan, uintptr_t input, uintptr_t output, int64_t images) {
@@ -93,9 +97,11 @@ PYBIND11_MODULE(_C, m) {
           [](const espk::Plan& plan) {
             py::list rows;
             for (const auto& step : plan.steps)
-              rows.append(py::make_tuple(step->name, step->multiply_adds(), step->bytes));
+              rows.append(
+                  py::make_tuple(step->name, step->multiply_adds(), step->weight_bytes, step->touches, step->bytes));
             return rows;
           },
-          "Name, multiply-adds and bytes of the maps of each step.");
+          "Of each step: name, multiply-adds, bytes of the weights, buffers of its maps (0 is the input, the last is "
+          "written), bytes of each map.");
   m.def("build_info", build_info, "Compiler, architecture and interface that this binary was built with.");
 }

@@ -57,15 +57,15 @@ Recording*& recording() {
   return current;
 }
 
-Place Recording::find(const void* pointer, int64_t bytes, Step& step) {
+Place Recording::find(const void* pointer, MapBytes bytes, Step& step) {
   if (!pointer) return {-1, 0};
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   for (std::size_t i = 0; i < ranges_.size(); ++i) {
     const auto begin = reinterpret_cast<uintptr_t>(ranges_[i].data);
     if (address >= begin &&
-        address + static_cast<uintptr_t>(bytes) <= begin + static_cast<uintptr_t>(ranges_[i].bytes)) {
+        address + static_cast<uintptr_t>(bytes.span) <= begin + static_cast<uintptr_t>(ranges_[i].bytes)) {
       step.touches.push_back(static_cast<int64_t>(i));
-      step.bytes += bytes;
+      step.bytes.push_back(bytes.own);
       return {static_cast<int64_t>(i), static_cast<int64_t>(address - begin)};
     }
   }
@@ -103,6 +103,7 @@ std::unique_ptr<Plan> Recording::finish(const void* result, int64_t bytes, std::
       }
     }
   }
+  for (const Range& range : ranges_) plan->buffer_bytes.push_back(range.bytes);
   plan->input_bytes = input_bytes_;
   plan->output_bytes = bytes;
   plan->arena_bytes = floorplan.size();
@@ -142,10 +143,10 @@ void Plan::run_together(const char* input, char* output, char* arena, int64_t th
     progress[s].units = steps[s]->units(threads);
     progress[s].shares = std::vector<Share>(static_cast<std::size_t>(threads));
   }
+  const auto start = std::chrono::steady_clock::now();
   auto work = [&](int64_t thread) {
     for (std::size_t s = 0; s < steps.size(); ++s) {
       Progress& now = progress[s];
-      const auto start = std::chrono::steady_clock::now();
       for (int64_t i = 0; i < threads; ++i) {
         const int64_t owner = (thread + i) % threads;
         const int64_t first = now.units * owner / threads, end = now.units * (owner + 1) / threads;
@@ -156,13 +157,15 @@ void Plan::run_together(const char* input, char* output, char* arena, int64_t th
           if (from >= end) break;
           const int64_t to = std::min(from + few, end);
           steps[s]->run(begins.data(), threads, from, to);
-          now.done.fetch_add(to - from, std::memory_order_release);
+          // Ahead of the last unit's count, and by whichever thread did it: thread 0 may come when all is done.
+          const auto time = seconds ? std::chrono::steady_clock::now() : start;
+          const int64_t before = now.done.fetch_add(to - from, std::memory_order_release);
+          if (seconds && before + to - from == now.units) {
+            seconds[s] = std::chrono::duration<double>(time - start).count();
+          }
         }
       }
       for (int64_t waits = 0; now.done.load(std::memory_order_acquire) < now.units; ++waits) wait_a_moment(waits);
-      if (seconds && thread == 0) {
-        seconds[s] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-      }
     }
   };
   parallel_for(
@@ -230,7 +233,11 @@ std::vector<double> Plan::profile(const char* input, char* output, int64_t round
   std::vector<double> one(steps.size());
   for (int64_t round = 0; round < rounds; ++round) {
     run_together(input, output, arena.get(), thread_count(), one.data());
-    for (std::size_t s = 0; s < steps.size(); ++s) seconds[s].push_back(one[s]);
+    double ended = 0;
+    for (std::size_t s = 0; s < steps.size(); ++s) {
+      seconds[s].push_back(std::max(one[s] - ended, 0.0));
+      ended = std::max(one[s], ended);
+    }
   }
   give_back(std::move(arena));
   std::vector<double> medians;

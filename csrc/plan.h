@@ -61,7 +61,8 @@ class Step {
 
   const char* const name;
   std::vector<int64_t> touches;  // buffers
-  int64_t bytes = 0;  // of the maps that it reads and writes
+  std::vector<int64_t> bytes;  // of the map in each of them
+  int64_t weight_bytes = 0;
 };
 
 template <class Problem>
@@ -106,10 +107,12 @@ class Plan {
 
   int64_t input_bytes = 0, output_bytes = 0, arena_bytes = 0;
   std::vector<std::unique_ptr<Step>> steps;
+  std::vector<int64_t> buffer_bytes;
 
  private:
   friend class Recording;
   void run_alone(const char* input, char* output, char* arena) const;
+  // seconds: when each step ended, from the start on; may be null.
   void run_together(const char* input, char* output, char* arena, int64_t threads, double* seconds) const;
   std::vector<char*> buffers(const char* input, char* output, char* arena) const;
   Bytes take_arena() const;
@@ -137,6 +140,7 @@ class Recording {
       if (kernel.after) return refuse(std::string(name) + " has a second stage");
       auto step = std::make_unique<StepOf<Problem>>(name, kernel, problem);
       const int64_t bytes = kernel.shared_bytes(problem);
+      step->weight_bytes = bytes;
       step->prepared_ = aligned_bytes(bytes);
       std::memcpy(step->prepared_.get(), prepared, static_cast<std::size_t>(bytes));
       Finder finder{*this, *step, step->vectors_, step->places_, problem.type == Type::float64 ? 8 : 4};
@@ -146,6 +150,8 @@ class Recording {
       refuse(std::string(name) + " is not for inference");
     }
   }
+
+  int64_t steps() const { return static_cast<int64_t>(steps_.size()); }
 
   void refuse(std::string reason) {
     if (refusal_.empty()) refusal_ = std::move(reason);
@@ -167,8 +173,8 @@ class Recording {
     std::vector<Place>& places;
     int64_t compute_bytes;
 
-    void map(const void* pointer, int64_t bytes) { places.push_back(recording.find(pointer, bytes, step)); }
-    void out(const void* pointer, int64_t bytes) { map(pointer, bytes); }
+    void map(const void* pointer, MapBytes bytes) { places.push_back(recording.find(pointer, bytes, step)); }
+    void out(const void* pointer, MapBytes bytes) { map(pointer, bytes); }
     void weight(const void*& pointer) { pointer = nullptr; }
     void vector(const void*& pointer, int64_t count) {
       if (!pointer) return;
@@ -178,7 +184,7 @@ class Recording {
     }
   };
 
-  Place find(const void* pointer, int64_t bytes, Step& step);
+  Place find(const void* pointer, MapBytes bytes, Step& step);
 
   int64_t input_bytes_;
   std::vector<Range> ranges_;

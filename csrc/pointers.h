@@ -7,14 +7,23 @@
 
 namespace espk {
 
+// How far a map reaches, and how much of that is its own: less where it lies between the channels of a wider map.
+struct MapBytes {
+  int64_t span, own;
+
+  MapBytes(int64_t dense) : span(dense), own(dense) {}
+  MapBytes(int64_t span, int64_t own) : span(span), own(own) {}
+  operator int64_t() const { return span; }
+};
+
 // Bytes of a map of channels_last rows `pixel` elements apart, or of a dense one.
-inline int64_t map_bytes(Type type, int64_t batch, int64_t channels, int64_t pixels, int64_t pixel) {
-  const int64_t count = batch * pixels;
-  return count ? ((count - 1) * pixel + channels) * bytes_of(type) : 0;
+inline MapBytes map_bytes(Type type, int64_t batch, int64_t channels, int64_t pixels, int64_t pixel) {
+  const int64_t count = batch * pixels, size = bytes_of(type);
+  return {count ? ((count - 1) * pixel + channels) * size : 0, count * channels * size};
 }
 
 template <class Visitor>
-void visit(Visitor& v, Epilogue& e, int64_t channels, int64_t residual_bytes) {
+void visit(Visitor& v, Epilogue& e, int64_t channels, MapBytes residual_bytes) {
   v.vector(e.scale, channels);
   v.vector(e.shift, channels);
   v.vector(e.slope, channels);
@@ -31,7 +40,7 @@ void visit_pointers(Visitor& v, SpatialPyramid& p) {
 
 template <class Visitor>
 void visit_pointers(Visitor& v, GroupPointwise& p) {
-  const int64_t bytes = map_bytes(p.type, p.batch, p.out_channels, p.pixels, p.out_channels);
+  const MapBytes bytes = map_bytes(p.type, p.batch, p.out_channels, p.pixels, p.out_channels);
   v.map(p.x, map_bytes(p.type, p.batch, p.in_channels, p.pixels, p.in_channels));
   v.weight(p.weight);
   visit(v, p.epilogue, p.out_channels, bytes);
@@ -40,7 +49,7 @@ void visit_pointers(Visitor& v, GroupPointwise& p) {
 
 template <class Visitor>
 void visit_pointers(Visitor& v, PyramidPointwise& p) {
-  const int64_t bytes = map_bytes(p.type, p.batch, p.pointwise_channels, p.out_height * p.out_width, p.out_pixel);
+  const MapBytes bytes = map_bytes(p.type, p.batch, p.pointwise_channels, p.out_height * p.out_width, p.out_pixel);
   v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
   v.weight(p.weight);
   v.weight(p.pointwise_weight);
@@ -61,7 +70,7 @@ void visit_pointers(Visitor& v, Convolution& p) {
 
 template <class Visitor>
 void visit_pointers(Visitor& v, AveragePool& p) {
-  const int64_t bytes = map_bytes(p.type, p.batch, p.channels, p.out_height * p.out_width, p.out_pixel);
+  const MapBytes bytes = map_bytes(p.type, p.batch, p.channels, p.out_height * p.out_width, p.out_pixel);
   v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
   visit(v, p.epilogue, p.channels, bytes);
   v.out(p.out, bytes);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from espkernels import nn, reference
 from espkernels.backends import use_backend
+from espkernels.explain import explain
 from espkernels.freeze import freeze
 from espkernels.ops import group_pointwise, pyramid_pointwise, spatial_pyramid
 from espkernels.replace import replace, restore
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "explain",
     "freeze",
     "group_pointwise",
     "models",

@@ -12,6 +12,7 @@ COMMANDS = {
     "info": "versions, build, instruction sets, backends and threads",
     "selftest": "check the installed kernels on this machine, in seconds",
     "bench": "verify and time the kernels on the real layer shapes",
+    "explain": "where the time of a network goes, layer by layer",
     "segment": "segment images with a trained ESPNetv2",
 }
 

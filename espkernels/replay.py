@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from espkernels import backends, inference
 
-__all__ = ["Recorded", "Replayed", "forget", "replayed"]
+__all__ = ["Recorded", "Replayed", "forget", "record", "replayed"]
 
 _aten = torch.ops.aten
 
@@ -179,7 +179,11 @@ class Recorded:
     hooks: tuple[dict[int, Any], ...] = ()
 
 
-def _record(forward: Callable[[Tensor], Any], x: Tensor, parameters: Iterable[Tensor]) -> Recorded:
+def record(forward: Callable[[Tensor], Any], x: Tensor, parameters: Iterable[Tensor]) -> Recorded:
+    """Runs ``forward`` on the first image of ``x`` and gives its plan, or why there is none.
+
+    ``parameters`` are those of the model that may still learn. What the model itself raises is raised.
+    """
     library = backends.library
     assert library is not None
     image = x[:1]
@@ -234,7 +238,7 @@ class Replayed(nn.Module):
             return super().forward(x)
         if recorded is None:
             self.plans = {k: plan for k, plan in self.plans.items() if k[-1] == _generation}
-            recorded = self.plans[key] = replace(_record(super().forward, x, self.parameters()), hooks=hooks)
+            recorded = self.plans[key] = replace(record(super().forward, x, self.parameters()), hooks=hooks)
         if recorded.plan is None:
             return super().forward(x)
         memory_format = torch.channels_last if recorded.channels_last else torch.contiguous_format

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espkernels.backends import use_backend
+from espkernels.running import running
 
 __all__ = ["Count", "count"]
 
@@ -61,9 +61,9 @@ _MACS: dict[str, Callable[..., int]] = {
 class _Counter(TorchDispatchMode):
     """Adds up the multiply-adds of the convolutions that run, for every module that is running at the time."""
 
-    def __init__(self) -> None:
+    def __init__(self, running: list[str]) -> None:
         super().__init__()
-        self.running: list[str] = []
+        self.running = running
         self.macs: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,30 +74,6 @@ class _Counter(TorchDispatchMode):
             for name in {"", *self.running}:
                 self.macs[name] = self.macs.get(name, 0) + macs
         return out
-
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Know which modules of ``model`` are running.
-
-        The hooks are global ones, because layers of this library step out of their fused path for hooks of their own.
-        """
-        names = {id(module): name for name, module in model.named_modules() if name}
-
-        def enter(module: nn.Module, *_: Any) -> None:
-            if id(module) in names:
-                self.running.append(names[id(module)])
-
-        def leave(module: nn.Module, *_: Any) -> None:
-            if id(module) in names:
-                self.running.pop()
-
-        before = register_module_forward_pre_hook(enter)
-        after = register_module_forward_hook(leave)
-        try:
-            yield
-        finally:
-            before.remove()
-            after.remove()
 
 
 @contextmanager
@@ -134,8 +110,13 @@ def count(model: nn.Module, size: tuple[int, int], *, in_channels: int | None = 
     dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.get_default_dtype())
     image = torch.empty(1, in_channels, *size, dtype=dtype, device="meta")
 
-    counter = _Counter()
-    with torch.no_grad(), use_backend("reference"), _evaluating(model), counter.watching(model), counter:
+    with (
+        torch.no_grad(),
+        use_backend("reference"),
+        _evaluating(model),
+        running(model) as names,
+        _Counter(names) as counter,
+    ):
         torch.func.functional_call(model, {name: t.to("meta") for name, t in state.items()}, (image,))
 
     return Count(

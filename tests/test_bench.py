@@ -22,10 +22,10 @@ from bench.cases import CASES, DEFAULT, IMAGES, SCALES, Case, check, matching, u
 from bench.comparison import Comparison, Provider, WrongResult, measure
 from bench.floor import Floor, operator_floor, operator_memory
 from bench.interleave import Run, Samples, interleave
-from bench.probe import Ceilings, probe
 from bench.selection import Selection, Variant
 from espkernels import backends, models, problem
 from espkernels.commands import bench as command
+from espkernels.probe import Ceilings, probe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -155,10 +155,10 @@ def test_floor_of_a_network_is_the_papers() -> None:
 
 def test_the_slower_ceiling_counts() -> None:
     ceilings = Ceilings(1, flops=1e9, bandwidth={1000: 4e9, 2000: 1e9})
-    assert ceilings.least_seconds(Floor(900, 0)) == pytest.approx(900 / 4e9)
-    assert ceilings.least_seconds(Floor(1500, 0)) == pytest.approx(1500 / 1e9)
-    assert ceilings.least_seconds(Floor(5000, 0)) == pytest.approx(5000 / 1e9)
-    assert ceilings.least_seconds(Floor(900, 10**9)) == pytest.approx(1.0)
+    assert ceilings.least_seconds(900, 0) == pytest.approx(900 / 4e9)
+    assert ceilings.least_seconds(1500, 0) == pytest.approx(1500 / 1e9)
+    assert ceilings.least_seconds(5000, 0) == pytest.approx(5000 / 1e9)
+    assert ceilings.least_seconds(900, 10**9) == pytest.approx(1.0)
 
 
 def test_probe_measures_this_machine() -> None:

@@ -7,13 +7,14 @@ The multiply-add rate is that of a large float32 matrix product in torch (MKL or
 from __future__ import annotations
 
 import functools
+import timeit
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from bench.floor import Floor
-from bench.interleave import Run
+from espkernels.quantities import amount
 
 __all__ = ["Ceilings", "probe"]
 
@@ -29,11 +30,19 @@ class Ceilings:
     flops: float
     bandwidth: dict[int, float]
 
-    def least_seconds(self, floor: Floor) -> float:
-        """The time that the slower of the two ceilings allows for ``floor``."""
-        fitting = [rate for size, rate in self.bandwidth.items() if size >= floor.bytes]
-        rate = fitting[0] if fitting else self.bandwidth[max(self.bandwidth)]
-        return max(floor.bytes / rate, floor.flops / self.flops)
+    def moving(self, count: int) -> float:
+        """Seconds that moving ``count`` bytes takes at least."""
+        fitting = [rate for size, rate in self.bandwidth.items() if size >= count]
+        return count / (fitting[0] if fitting else self.bandwidth[max(self.bandwidth)])
+
+    def least_seconds(self, count: int, flops: int) -> float:
+        """The time that the slower of the two ceilings allows for ``count`` bytes and ``flops`` operations."""
+        return max(self.moving(count), flops / self.flops)
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{rate / 1e9:.0f} GB/s in {amount(n)}" for n, rate in self.bandwidth.items())
+        threads = f"{self.threads} thread" + "s" * (self.threads != 1)
+        return f"{threads}: {self.flops / 1e9:.0f} GFLOP/s (torch.mm, float32); copying {rates}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -60,22 +69,23 @@ def _measure(threads: int) -> Ceilings:
     try:
         n = 1024
         a, b, product = torch.rand(n, n), torch.rand(n, n), torch.empty(n, n)
-        flops = 2 * n**3 / _best(Run(lambda: torch.mm(a, b, out=product)))
+        flops = 2 * n**3 / _best(lambda: torch.mm(a, b, out=product))
         bandwidth = {}
         for size in SIZES:
             source, target = torch.zeros(size // 8), torch.zeros(size // 8)
-            bandwidth[size] = size / _best(Run(functools.partial(target.copy_, source)))
+            bandwidth[size] = size / _best(functools.partial(target.copy_, source))
         return Ceilings(threads, flops, bandwidth)
     finally:
         torch.set_num_threads(before)
 
 
-def _best(run: Run, seconds: float = 0.15) -> float:
+def _best(call: Callable[[], object], seconds: float = 0.15) -> float:
     """The shortest seconds a call: a ceiling is what the machine does when nothing disturbs it."""
-    single = min(run.time(1) for _ in range(5))
+    timer = timeit.Timer(call)
+    single = min(timer.repeat(5, 1))
     calls = max(1, int(1e-3 / single))
     best, spent = single, 0.0
     while spent < seconds:
-        elapsed = run.time(calls)
+        elapsed = timer.timeit(calls)
         best, spent = min(best, elapsed / calls), spent + elapsed
     return best
