@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from espkernels import backends, replay
 from espkernels.explanation import Explanation, Row
-from espkernels.freeze import _Frozen, freeze
+from espkernels.freeze import freeze
+from espkernels.frozen import Frozen
 from espkernels.probe import Ceilings, probe
 from espkernels.running import running
 
@@ -53,7 +54,7 @@ def explain(model: nn.Module, sample: Tensor) -> Explanation:
         raise ValueError(f"sample: got shape {list(sample.shape)} on {sample.device}, expected numbers on the CPU")
     notes = []
     name = type(model).__name__
-    if not isinstance(model, (replay.Replayed, _Frozen)):
+    if not isinstance(model, (replay.Replayed, Frozen)):
         model = freeze(model)
         notes.append("the model was not frozen: this is a frozen copy of it")
     x = sample.detach()
