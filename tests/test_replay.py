@@ -302,5 +302,6 @@ def test_replays_take_no_memory(frozen: Any) -> None:
     for _ in range(200):
         frozen(x)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    # In KiB; the smallest map that a leak of one a call would add is larger by a hundred times.
-    assert grown < 1024, f"{grown} KiB more after 200 replays"
+    # In KiB. A thread that the pool starts late takes its working memory late, a few MiB once; a leak of one map of a
+    # hundred KiB a call would be 20 MiB.
+    assert grown < 16 * 1024, f"{grown} KiB more after 200 replays"
