@@ -14,11 +14,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from espkernels import backends
 from espkernels.probe import probe
 
 __all__ = ["Peak", "peak"]
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+
+# What widens a vector and joins multiply and add, for each instruction set that the library names.
+FLAGS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f"]}
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,16 @@ def peak(threads: int) -> Peak:
     return Peak(threads, measured, "a loop of multiply-adds in registers", product)
 
 
+def _newest() -> str:
+    """The newest instruction set of the library that this machine runs."""
+    return "baseline" if backends.library is None else str(backends.library.available_isas()[-1])
+
+
 def _measure(threads: int) -> float | None:
     compiler = os.environ.get("CXX", "c++")
     with tempfile.TemporaryDirectory() as folder:
         binary = f"{folder}/fma_peak"
-        # For this machine alone: nothing of it is installed.
-        command = [*compiler.split(), "-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-pthread"]
+        command = [*compiler.split(), "-std=c++17", "-O2", "-ffp-contract=fast", "-pthread", *FLAGS[_newest()]]
         try:
             subprocess.run([*command, str(SOURCE), "-o", binary], capture_output=True, check=True)
             done = subprocess.run([binary, str(threads)], capture_output=True, text=True, check=True)

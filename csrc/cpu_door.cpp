@@ -9,6 +9,12 @@ namespace espk {
 bool is_here(const Tensor& t) { return t.is_cpu(); }
 const char* const device_name = "CPU";
 
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
 namespace {
 
 Tensor spatial_pyramid(const Tensor& x, const Tensor& weight, std::vector<int64_t> dilations, int64_t stride,

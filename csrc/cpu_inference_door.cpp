@@ -5,12 +5,6 @@
 
 namespace espk {
 
-int64_t thread_count() { return torch::stable::get_num_threads(); }
-
-void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-  torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
 namespace {
 
 Tensor average_pool(const Tensor& x) {
@@ -84,10 +78,10 @@ Tensor grouped_convolution(const Tensor& x, const Tensor& weight, const std::opt
   return out;
 }
 
-// Resizes `x` into channels from `channel` on of `into`; see Resize.
-void run_resize(const Tensor& x, const std::optional<Tensor>& skip, const std::optional<Tensor>& gate,
-                const EpilogueTensors& epilogue, const Tensor& into, int64_t channel) {
-  Resize p{};
+// Resize or AdaptiveAverage of `x` into channels from `channel` on of `into`; `p` holds what only one of them has.
+template <class Problem>
+void resample(const char* name, const Kernel<Problem>& kernel, Problem p, const Tensor& x,
+              const EpilogueTensors& epilogue, const Tensor& into, int64_t channel) {
   p.type = type_of(x);
   p.batch = x.size(0);
   p.channels = x.size(1);
@@ -96,28 +90,22 @@ void run_resize(const Tensor& x, const std::optional<Tensor>& skip, const std::o
   p.out_height = into.size(2);
   p.out_width = into.size(3);
   p.x = x.const_data_ptr();
-  if (skip) p.skip = skip->const_data_ptr();
-  if (gate) p.gate = gate->const_data_ptr();
   p.epilogue = pointers(epilogue);
   p.out_pixel = into.size(1);
   p.out = static_cast<char*>(into.data_ptr()) + channel * bytes_of(p.type);
-  launch("resize", kernels().resize, p);
+  launch(name, kernel, p);
+}
+
+void run_resize(const Tensor& x, const EpilogueTensors& epilogue, const Tensor& into, int64_t channel,
+                const std::optional<Tensor>& skip = std::nullopt, const std::optional<Tensor>& gate = std::nullopt) {
+  Resize p{};
+  if (skip) p.skip = skip->const_data_ptr();
+  if (gate) p.gate = gate->const_data_ptr();
+  resample("resize", kernels().resize, p, x, epilogue, into, channel);
 }
 
 void run_adaptive_average(const Tensor& x, const EpilogueTensors& epilogue, const Tensor& into, int64_t channel) {
-  AdaptiveAverage p{};
-  p.type = type_of(x);
-  p.batch = x.size(0);
-  p.channels = x.size(1);
-  p.height = x.size(2);
-  p.width = x.size(3);
-  p.out_height = into.size(2);
-  p.out_width = into.size(3);
-  p.x = x.const_data_ptr();
-  p.epilogue = pointers(epilogue);
-  p.out_pixel = into.size(1);
-  p.out = static_cast<char*>(into.data_ptr()) + channel * bytes_of(p.type);
-  launch("adaptive_average", kernels().adaptive_average, p);
+  resample("adaptive_average", kernels().adaptive_average, AdaptiveAverage{}, x, epilogue, into, channel);
 }
 
 void check_size(int64_t height, int64_t width) {
@@ -143,7 +131,7 @@ Tensor resize(const Tensor& x, int64_t height, int64_t width, std::optional<Tens
     gate = dense_map(*gate, Layout::contiguous);
   }
   Tensor out = result_map(sizes, x, Layout::channels_last);
-  run_resize(map, dense_skip, gate, epilogue, out, 0);
+  run_resize(map, epilogue, out, 0, dense_skip, gate);
   return out;
 }
 
@@ -190,7 +178,7 @@ Tensor pyramid_pooling(const Tensor& x, const Tensor& weight, std::vector<int64_
     if (!same) {
       resized = result_map({x.size(0), channels, h, w}, x, Layout::channels_last);
       if (larger) {
-        run_resize(map, std::nullopt, std::nullopt, EpilogueTensors{}, resized, 0);
+        run_resize(map, EpilogueTensors{}, resized, 0);
       } else {
         run_adaptive_average(map, EpilogueTensors{}, resized, 0);
       }
@@ -205,7 +193,7 @@ Tensor pyramid_pooling(const Tensor& x, const Tensor& weight, std::vector<int64_
     p.out = static_cast<char*>(filtered.mutable_data_ptr()) + (same ? first * bytes_of(p.type) : 0);
     launch("depthwise", kernels().spatial_pyramid, p);
     if (!same && larger) run_adaptive_average(filtered, epilogue, out, first);
-    if (!same && !larger) run_resize(filtered, std::nullopt, std::nullopt, epilogue, out, first);
+    if (!same && !larger) run_resize(filtered, epilogue, out, first);
   }
   return grouped_convolution(out, merge_weight, merge_shift, merge_slope, channels, true);
 }
