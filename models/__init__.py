@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from espkernels.models.count import Count, count
+from espkernels.models.detection import ESPNetv2Detection, espnetv2_detection
+from espkernels.models.detections import Detections
 from espkernels.models.espnetv2 import ESPNetv2, espnetv2
 from espkernels.models.load import LoadReport, from_official, load_official
 from espkernels.models.segmentation import ESPNetv2Segmentation, espnetv2_segmentation
 
 __all__ = [
     "Count",
+    "Detections",
     "ESPNetv2",
+    "ESPNetv2Detection",
     "ESPNetv2Segmentation",
     "LoadReport",
     "count",
     "espnetv2",
+    "espnetv2_detection",
     "espnetv2_segmentation",
     "from_official",
     "load_official",

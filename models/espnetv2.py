@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from espkernels import nn as fused
 from espkernels.models import plain as plain_layers
 
-__all__ = ["ESPNetv2", "Encoder", "Switches", "espnetv2", "widths"]
+__all__ = ["DeepEncoder", "ESPNetv2", "Encoder", "Switches", "espnetv2", "widths"]
 
 GROUPS = 4
 # Receptive-field limits (section 3.2): smaller maps, smaller branches.
@@ -97,11 +98,15 @@ class Encoder(nn.Module):
             for _ in range(REPEATS[level])
         ]
 
+    def stages(self) -> list[tuple[nn.Module, Iterable[nn.Module]]]:
+        """The levels whose strided units see the image: that unit, and the units after it."""
+        return [(self.level2_0, ()), (self.level3_0, self.level3), (self.level4_0, self.level4)]
+
     def encode(self, image: Tensor) -> list[Tensor]:
-        """The maps of levels 1 to 4."""
+        """The maps of level 1 and of the levels of :meth:`stages`."""
         maps = [self.level1(image)]
         shortcut = image if self.switches.long_range_shortcut else None
-        for down_sampler, units in ((self.level2_0, ()), (self.level3_0, self.level3), (self.level4_0, self.level4)):
+        for down_sampler, units in self.stages():
             x = maps[-1]
             if shortcut is not None:
                 # Pooled on from the level before, so that every level of the image pyramid is computed once.
@@ -116,7 +121,26 @@ class Encoder(nn.Module):
         return self.encode(image)
 
 
-class ESPNetv2(Encoder):
+class DeepEncoder(Encoder):
+    """An encoder with the layers of level 5, as classification and detection have them.
+
+    Level 5 ends with a depthwise 3x3 and, with ``expansion``, a grouped 1x1 convolution to the last of :func:`widths`.
+    """
+
+    def __init__(
+        self, scale: float, in_channels: int = 3, switches: Switches | None = None, expansion: bool = True
+    ) -> None:
+        super().__init__(scale, in_channels, switches)
+        *levels, last = widths(scale)
+        width = dict(enumerate(levels, start=1))
+        self.level5_0 = self._down_sampler(5, width)
+        self.level5 = nn.ModuleList([*self._units(5, width), fused.CBR(width[5], width[5], 3, groups=width[5])])
+        if expansion:
+            self.level5.append(fused.CBR(width[5], last, 1, groups=GROUPS))
+        self.out_channels = last if expansion else width[5]
+
+
+class ESPNetv2(DeepEncoder):
     """The classification network; :func:`espnetv2` describes it.
 
     ``forward``: image [B, in_channels, H, W] -> logits [B, num_classes].
@@ -133,19 +157,9 @@ class ESPNetv2(Encoder):
         super().__init__(scale, in_channels, switches)
         if num_classes < 1:
             raise ValueError(f"num_classes: got {num_classes}, expected at least 1")
-        *levels, last = widths(scale)
-        width = dict(enumerate(levels, start=1))
         self.num_classes = num_classes
         self.dropout = dropout
-        self.level5_0 = self._down_sampler(5, width)
-        self.level5 = nn.ModuleList(
-            [
-                *self._units(5, width),
-                fused.CBR(width[5], width[5], 3, groups=width[5]),
-                fused.CBR(width[5], last, 1, groups=GROUPS),
-            ]
-        )
-        self.classifier = nn.Linear(last, num_classes)
+        self.classifier = nn.Linear(self.out_channels, num_classes)
         fused.init_parameters(self)
 
     def forward(self, image: Tensor) -> Tensor:  # type: ignore[override]
