@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espkernels import nn as fused
-from espkernels.models import plain as plain_layers
+from espkernels.models import eesp_a, esp, plain
 
 __all__ = ["DeepEncoder", "ESPNetv2", "Encoder", "Switches", "espnetv2", "widths"]
 
@@ -21,23 +20,36 @@ LIMIT_DOWN = {2: 13, 3: 11, 4: 9, 5: 7}
 LIMIT = {3: 9, 4: 7, 5: 5}
 # EESP units after the strided one.
 REPEATS = {3: 3, 4: 7, 5: 3}
+# Each form of the unit, and the down-sampler around it.
+UNITS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "eesp": (fused.EESP, fused.DownSampler),
+    "eesp_a": (eesp_a.EESPA, eesp_a.DownSampler),
+    "esp": (esp.ESP, esp.DownSampler),
+}
 
 
 @dataclass(frozen=True)
 class Switches:
     """What the paper's ablations turn off (Tables 5 and 6), and which layers a network is built from.
 
-    ``plain`` takes the layers of :mod:`espkernels.models.plain`, in which no operator of this library runs.
+    ``plain`` takes the layers of :mod:`espkernels.models.plain`, in which no operator of this library runs; the units
+    other than "eesp" are plain as they are. Raises ValueError for an unknown ``unit``.
     """
 
     hff: bool = True
     long_range_shortcut: bool = True
     dilated: bool = True
     plain: bool = False
+    unit: str = "eesp"
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise ValueError(f"unit: got {self.unit!r}, expected one of {', '.join(map(repr, UNITS))}")
 
     @property
-    def layers(self) -> ModuleType:
-        return plain_layers if self.plain else fused
+    def layers(self) -> tuple[type[nn.Module], type[nn.Module]]:
+        """The unit and the down-sampler."""
+        return (plain.EESP, plain.DownSampler) if self.plain and self.unit == "eesp" else UNITS[self.unit]
 
 
 def widths(scale: float) -> tuple[int, int, int, int, int, int]:
@@ -74,7 +86,7 @@ class Encoder(nn.Module):
         self.level4 = nn.ModuleList(self._units(4, width))
 
     def _down_sampler(self, level: int, width: dict[int, int]) -> nn.Module:
-        return self.switches.layers.DownSampler(
+        return self.switches.layers[1](
             width[level - 1],
             width[level],
             k=GROUPS,
@@ -87,7 +99,7 @@ class Encoder(nn.Module):
 
     def _units(self, level: int, width: dict[int, int]) -> list[nn.Module]:
         return [
-            self.switches.layers.EESP(
+            self.switches.layers[0](
                 width[level],
                 width[level],
                 k=GROUPS,
@@ -180,6 +192,7 @@ def espnetv2(
     hff: bool = True,
     long_range_shortcut: bool = True,
     dilated: bool = True,
+    unit: str = "eesp",
     dropout: float = 0.2,
 ) -> ESPNetv2:
     """ESPNetv2 for classification at width ``scale``: 0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0 or any other above 0.
@@ -192,9 +205,10 @@ def espnetv2(
 
     ``hff``, ``long_range_shortcut`` and ``dilated`` turn off hierarchical feature fusion, the shortcut from the image
     (parameters of level 5 included) and dilation, as in Tables 5 and 6. ``plain`` builds from plain torch layers with
-    the same parameters. ``dropout`` comes before the classifier.
+    the same parameters. ``unit`` "esp" takes the unit of ESPNet (first row of Table 5) and "eesp_a" that of Fig. 1b in
+    the place of EESP. ``dropout`` comes before the classifier.
 
-    Raises ValueError for a scale, class or channel count that is not positive.
+    Raises ValueError for an unknown unit and for a scale, class or channel count that is not positive.
     """
-    switches = Switches(hff, long_range_shortcut, dilated, plain)
+    switches = Switches(hff, long_range_shortcut, dilated, plain, unit)
     return ESPNetv2(scale, num_classes, in_channels, switches, dropout)

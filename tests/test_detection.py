@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_freeze import trained
 from torch import Tensor
 
 from espkernels import freeze, models
@@ -32,15 +33,6 @@ def built(*arguments, **options) -> models.ESPNetv2Detection:
     """A network without numbers, for its names and counts."""
     with torch.device("meta"):
         return models.espnetv2_detection(*arguments, **options)
-
-
-def as_after_training(model: torch.nn.Module) -> torch.nn.Module:
-    """Statistics that are not those of a new network, so that a batch norm left out or applied twice shows."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.5, 0.5)
-            module.running_var.uniform_(0.5, 1.5)
-    return model.eval()
 
 
 def test_multiply_adds_and_parameters():
@@ -130,7 +122,7 @@ def test_results_lie_in_the_order_of_the_priors():
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_plain_fused_and_frozen_networks_agree(configuration: str):
-    model = as_after_training(models.espnetv2_detection(0.5, 5, 96, configuration=configuration)).double()
+    model = trained(models.espnetv2_detection(0.5, 5, 96, configuration=configuration)).double().eval()
     plain = models.espnetv2_detection(0.5, 5, 96, configuration=configuration, plain=True).eval().double()
     plain.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 96, 96, dtype=torch.float64)
@@ -160,7 +152,7 @@ def test_boxes_come_in_pixels_of_the_photograph():
 
 
 def test_a_batch_finds_what_single_images_do_and_a_frozen_network_the_same():
-    model = as_after_training(models.espnetv2_detection(0.5, 6, 64)).double()
+    model = trained(models.espnetv2_detection(0.5, 6, 64)).double().eval()
     x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     together = model.detect(x, least_score=0.2)
     assert all(len(found) for found in together)
@@ -175,7 +167,7 @@ def test_a_batch_finds_what_single_images_do_and_a_frozen_network_the_same():
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_checkpoint_says_which_network_it_is_from(tmp_path: Path, name: str):
-    source = as_after_training(models.espnetv2_detection(0.5, 7, 300, configuration=name, in_channels=4))
+    source = trained(models.espnetv2_detection(0.5, 7, 300, configuration=name, in_channels=4))
     torch.save({f"module.{key}": tensor for key, tensor in source.state_dict().items()}, tmp_path / "ssd.pth")
     target = models.espnetv2_detection(0.5, 7, 512, configuration=name, in_channels=4)
     report = models.load_official(target, tmp_path / "ssd.pth")
