@@ -5,6 +5,7 @@ from __future__ import annotations
 from espkernels.models.count import Count, count
 from espkernels.models.detection import ESPNetv2Detection, espnetv2_detection
 from espkernels.models.detections import Detections
+from espkernels.models.espnet import ESPNet, espnet
 from espkernels.models.espnetv2 import ESPNetv2, espnetv2
 from espkernels.models.load import LoadReport, from_official, load_official
 from espkernels.models.segmentation import ESPNetv2Segmentation, espnetv2_segmentation
@@ -12,11 +13,13 @@ from espkernels.models.segmentation import ESPNetv2Segmentation, espnetv2_segmen
 __all__ = [
     "Count",
     "Detections",
+    "ESPNet",
     "ESPNetv2",
     "ESPNetv2Detection",
     "ESPNetv2Segmentation",
     "LoadReport",
     "count",
+    "espnet",
     "espnetv2",
     "espnetv2_detection",
     "espnetv2_segmentation",
