@@ -9,7 +9,7 @@ from espkernels.models.boxes import overlaps
 
 __all__ = ["suppress"]
 
-# Candidates compared with one another at once: 256 x 256 overlaps stay in the first-level caches' reach.
+# Candidates compared with one another at once: their overlaps in float32 are 256 KiB, which a second-level cache holds.
 BLOCK = 256
 
 

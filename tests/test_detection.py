@@ -11,8 +11,12 @@ from test_freeze import trained
 from torch import Tensor
 
 from espkernels import freeze, models
+from espkernels.__main__ import main
 from espkernels.models import checkpoint
+from espkernels.models.boxes import overlaps
 from espkernels.models.detection import CONFIGURATIONS, Configuration
+from espkernels.models.matching import match
+from espkernels.models.multibox_loss import multibox_loss
 from espkernels.models.priors import map_sizes
 
 # Image size, millions of multiply-adds with 21 and 81 classes in the released configuration, with 81 in the paper's.
@@ -165,6 +169,30 @@ def test_a_batch_finds_what_single_images_do_and_a_frozen_network_the_same():
             torch.testing.assert_close(one.scores, other.scores, rtol=1e-6, atol=1e-7)
 
 
+def test_six_pictures_of_squares_are_learnt():
+    """The whole way round: priors, matching, loss, gradients through every layer, decoding, suppression."""
+    images, boxes, labels = torch.randn(6, 3, 64, 64) * 0.1, [], []
+    for index, image in enumerate(images):
+        side = int(torch.randint(16, 40, ()))
+        x, y = (int(torch.randint(0, 64 - side, ())) for _ in range(2))
+        image[index % 3, y : y + side, x : x + side] += 2
+        boxes.append(torch.tensor([[x, y, x + side, y + side]]) / 64)
+        labels.append(torch.tensor([index % 3 + 1]))
+    model = models.espnetv2_detection(0.5, 4, 64).train()
+    targets = [match(*objects, model.priors) for objects in zip(boxes, labels, strict=True)]
+    classes, offsets = (torch.stack(part) for part in zip(*targets, strict=True))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        sum(multibox_loss(*model(images), classes, offsets)).backward()
+        optimizer.step()
+    # In training mode, whose batch statistics are those learnt with; running ones would want more steps.
+    for found, box, label in zip(model.detect(images), boxes, labels, strict=True):
+        best = found.scores.argmax()
+        assert found.labels[best] == label
+        assert overlaps(found.boxes[best : best + 1], box * 64).item() > 0.8
+
+
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_checkpoint_says_which_network_it_is_from(tmp_path: Path, name: str):
     source = trained(models.espnetv2_detection(0.5, 7, 300, configuration=name, in_channels=4))
@@ -188,6 +216,16 @@ def test_classification_weights_start_a_detection_network(tmp_path: Path):
     report = models.load_official(target, tmp_path / "imagenet.pth", backbone=True)
     assert (report.loaded, report.left_out) == (485, ("classifier.weight", "classifier.bias"))
     assert torch.equal(target.base_net.basenet.level5[4].conv.weight, source.level5[4].conv.weight)
+
+
+def test_commands_know_a_detection_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    weights = tmp_path / "ssd.pth"
+    torch.save(models.espnetv2_detection(0.5, 3, 64).state_dict(), weights)
+    (tmp_path / "photo.png").touch()
+    assert main(["segment", str(tmp_path / "photo.png"), "--weights", str(weights), "-o", str(tmp_path / "o.png")]) == 2
+    assert "is of an ESPNetv2Detection, expected a checkpoint for segmentation" in capsys.readouterr().err
+    assert main(["explain", "--segmentation", "--weights", str(weights)]) == 2
+    assert "is no checkpoint for segmentation" in capsys.readouterr().err
 
 
 def test_incomplete_detection_checkpoints_are_not_known():
