@@ -86,7 +86,8 @@ class Encoder(nn.Module):
         self.level4 = nn.ModuleList(self._units(4, width))
 
     def _down_sampler(self, level: int, width: dict[int, int]) -> nn.Module:
-        return self.switches.layers[1](
+        _, down_sampler = self.switches.layers
+        return down_sampler(
             width[level - 1],
             width[level],
             k=GROUPS,
@@ -98,8 +99,9 @@ class Encoder(nn.Module):
         )
 
     def _units(self, level: int, width: dict[int, int]) -> list[nn.Module]:
+        unit, _ = self.switches.layers
         return [
-            self.switches.layers[0](
+            unit(
                 width[level],
                 width[level],
                 k=GROUPS,

@@ -37,10 +37,10 @@ def multibox_loss(
 
     Half types are computed in float32. Raises ValueError for shapes that do not fit.
     """
-    if classes.shape != confidences.shape[:2] or offsets.shape != locations.shape != (*classes.shape, 4):
+    if classes.shape != confidences.shape[:2] or not offsets.shape == locations.shape == (*classes.shape, 4):
         raise ValueError(
-            f"classes, offsets: got shapes {list(classes.shape)} and {list(offsets.shape)}, expected the first two "
-            f"sides of confidences {list(confidences.shape)} and the shape of locations {list(locations.shape)}"
+            f"classes, offsets: got shapes {list(classes.shape)} and {list(offsets.shape)}, expected [B, P] and "
+            f"[B, P, 4] as of confidences {list(confidences.shape)} and locations {list(locations.shape)}"
         )
     logs = F.log_softmax(confidences.float() if confidences.dtype != torch.float64 else confidences, dim=2)
     positive = classes != BACKGROUND

@@ -195,9 +195,20 @@ def test_half_precision_results_are_summed_in_float32():
     assert [float(loss) for loss in losses] == pytest.approx([math.log(2), 4 * 0.5], rel=1e-5)
 
 
-def test_targets_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"classes, offsets: got shapes \[2, 5\]"):
-        multibox_loss(torch.zeros(2, 6, 3), torch.zeros(2, 6, 4), torch.zeros(2, 5).long(), torch.zeros(2, 5, 4))
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(2, 6, 3), (2, 6, 4), (2, 5), (2, 5, 4)],
+        [(2, 6, 3), (2, 6, 4), (2, 6), (2, 5, 4)],
+        [(2, 6, 3), (2, 5, 4), (2, 6), (2, 5, 4)],
+        [(2, 6, 3), (2, 5, 4), (2, 6), (2, 6, 4)],
+        [(2, 6, 3), (2, 6), (2, 6), (2, 6)],
+    ],
+)
+def test_targets_that_do_not_fit_are_named(shapes: list[tuple[int, ...]]):
+    confidences, locations, classes, offsets = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=r"classes, offsets: got shapes \[2, [56]\] and \["):
+        multibox_loss(confidences, locations, classes.long(), offsets)
 
 
 def slow_suppress(boxes: Tensor, scores: Tensor, threshold: float) -> list[int]:
