@@ -104,6 +104,28 @@ def test_the_image_reaches_level_5_and_the_shortcut_learns():
     assert dead == {f"base_net.basenet.level{i}_0.eesp.module_act.weight" for i in (2, 3, 4, 5)}
 
 
+def test_the_maps_against_their_definition():
+    """Each join sees the coarser map, enlarged, in its first channels and the finer one after it."""
+    net = trained(models.espnetv2_detection(0.5, 3, 96, configuration="released")).double().eval().base_net
+    x = torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    with torch.no_grad():
+        level3, level4, level5 = net.basenet(x)[2:]
+        level6 = net.extra_level6.layer(level5)
+        level7 = net.extra_level7.layer(level6)
+        level8 = net.extra_level8[1](level7.mean(dim=(2, 3), keepdim=True)).clamp(min=0)
+        expected = [level7, level8]
+        for join, fine in (
+            ("3x3_5x5", level6),
+            ("5x5_10x10", level5),
+            ("10x10_19x19", level4),
+            ("19x19_38x38", level3),
+        ):
+            large = torch.nn.functional.interpolate(expected[0], fine.shape[2:], mode="bilinear", align_corners=True)
+            expected.insert(0, getattr(net, f"bu_{join}")(torch.cat([large, fine], dim=1)))
+        for found, want in zip(net(x), expected, strict=True):
+            torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+
+
 def test_results_lie_in_the_order_of_the_priors():
     """Heads that answer with the number of their map, pixel and box: no weight has any part in it."""
     model = models.espnetv2_detection(0.5, 2, 64, configuration="released").eval()
