@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from espkernels.models.paper import TABLES, Table
+
+if TYPE_CHECKING:
+    from rich.table import Table as Grid
 
 __all__ = ["add_arguments", "run"]
 
@@ -23,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 when the tables were printed, 2 when they could not be."""
     try:
-        tables = [build() for name, build in TABLES.items() if name in (args.only or TABLES)]
-        _print(tables)
+        tables = _printed([build for name, build in TABLES.items() if name in (args.only or TABLES)])
         if args.json is not None:
             content = [
                 {"title": table.title, "note": table.note, "rows": [row.as_dict() for row in table.rows]}
@@ -37,30 +40,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print(tables: Sequence[Table]) -> None:
+def _printed(builds: Sequence[Callable[[], Table]]) -> list[Table]:
+    """The tables, each printed as soon as it is measured."""
     try:
         from rich.console import Console
-        from rich.table import Table as Grid
     except ImportError as error:
         raise ImportError("the tables need rich: pip install 'espkernels[images]'") from error
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a file has no edge to wrap at
-    for table in tables:
-        grid = Grid(title=table.title, caption=table.note or None, title_justify="left", caption_justify="left")
-        for index, name in enumerate(COLUMNS):
-            grid.add_column(name, justify="left" if index < 2 else "right")
-        subject = ""
-        for row in table.rows:
-            word = {True: "yes", False: "no", None: "-"}[row.agrees]
-            first = "" if row.subject == subject else row.subject
-            cells = (first, row.quantity, row.paper, row.measured(), row.difference(), word)
-            grid.add_row(*cells, style="red" if row.agrees is False else None)
-            subject = row.subject
-        console.print(grid)
+    tables = []
+    for build in builds:
+        tables.append(build())
+        console.print(_grid(tables[-1]))
     found = [row.agrees for table in tables for row in table.rows if row.agrees is not None]
     console.print(
         f"{found.count(True)} of {len(found)} cells measured here agree with the paper to less than one unit of its "
         "last digit. FLOPs are multiply-adds of convolutions. Scores need training, which this command does not do.",
         highlight=False,
     )
+    return tables
+
+
+def _grid(table: Table) -> Grid:
+    from rich.table import Table as Grid
+
+    grid = Grid(title=table.title, caption=table.note or None, title_justify="left", caption_justify="left")
+    for index, name in enumerate(COLUMNS):
+        grid.add_column(name, justify="left" if index < 2 else "right")
+    subject = ""
+    for row in table.rows:
+        word = {True: "yes", False: "no", None: "-"}[row.agrees]
+        first = "" if row.subject == subject else row.subject
+        cells = (first, row.quantity, row.paper, row.measured(), row.difference(), word)
+        grid.add_row(*cells, style="red" if row.agrees is False else None)
+        subject = row.subject
+    return grid
