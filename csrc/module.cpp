@@ -79,6 +79,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("input_bytes", &espk::Plan::input_bytes)
       .def_readonly("output_bytes", &espk::Plan::output_bytes)
       .def_readonly("arena_bytes", &espk::Plan::arena_bytes)
+      .def_readonly("recorded_as", &espk::Plan::recorded_as, "Which of the recorded kernel calls each step is.")
       .def_readonly("buffer_bytes", &espk::Plan::buffer_bytes)
       .def(
           "run",

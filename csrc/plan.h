@@ -107,6 +107,7 @@ class Plan {
 
   int64_t input_bytes = 0, output_bytes = 0, arena_bytes = 0;
   std::vector<std::unique_ptr<Step>> steps;
+  std::vector<int64_t> recorded_as;  // which of the recorded kernel calls each step is
   std::vector<int64_t> buffer_bytes;
 
  private:
@@ -185,6 +186,7 @@ class Recording {
   };
 
   Place find(const void* pointer, MapBytes bytes, Step& step);
+  void drop_unread(int64_t result, std::vector<int64_t>& kept);
 
   int64_t input_bytes_;
   std::vector<Range> ranges_;

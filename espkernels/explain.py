@@ -114,7 +114,10 @@ def _recorded(model: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> 
     with running(model, before):
         recorded = replay.record(forward, x, model.parameters())
     if recorded.plan is not None:
-        owners.extend([""] * (len(recorded.plan.steps()) - len(owners)))
+        # Kernels whose work a later one took over are not in the plan.
+        kept = recorded.plan.recorded_as
+        owners.extend([""] * (max(kept) + 1 - len(owners)))
+        owners = [owners[step] for step in kept]
     return recorded, owners
 
 
@@ -122,7 +125,7 @@ def _planned(
     model: nn.Module, x: Tensor, recorded: replay.Recorded, owners: list[str], ceilings: Ceilings | None
 ) -> list[Row]:
     plan = recorded.plan
-    output = torch.empty((1, *recorded.shape), dtype=x.dtype)
+    output = torch.empty((1, *recorded.shape), dtype=recorded.dtype)
 
     def profile(rounds: int) -> list[float]:
         found: list[float] = plan.profile(x.data_ptr(), output.data_ptr(), rounds)
