@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from espkernels import blocks, frozen, frozen_decoder, replay
+from espkernels import blocks, frozen, frozen_decoder, graphs, replay
 from espkernels import nn as layers
 from espkernels.checks import MAX_BRANCHES
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join
@@ -22,7 +22,7 @@ __all__ = ["freeze"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def freeze(model: M) -> M:
+def freeze(model: M, *, graph: bool = False) -> M:
     """A copy of ``model`` for inference, on this library's kernels; the model itself is not touched.
 
     The copy is in eval mode. EESP units and down-samplers, ours or anybody's that :func:`espkernels.replace`
@@ -33,11 +33,15 @@ def freeze(model: M) -> M:
 
     Gradients flow to the inputs of a frozen model, its folded weights are buffers. A batch norm without running
     statistics cannot be folded, and its layer stays as it was; so does a layer with hooks.
+
+    ``graph`` is for a model on a CUDA device: the frozen model captures its forward pass into a CUDA graph for each
+    shape, dtype and memory format of its input, at most eight of them, and replays that; results are fresh tensors.
+    **This has not run on a GPU yet.** Raises ValueError where the model is not on one CUDA device.
     """
     root = nn.ModuleList([copy.deepcopy(model).eval()])  # a parent for a model that is itself a layer
     replace(root)
     _freeze_children(root)
-    return replay.replayed(root[0])  # type: ignore[return-value]
+    return graphs.graphed(root[0]) if graph else replay.replayed(root[0])  # type: ignore[return-value]
 
 
 def _freeze_children(parent: nn.Module) -> None:

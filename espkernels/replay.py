@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from espkernels import backends
 from espkernels.translation import Translation
 
-__all__ = ["Recorded", "Replayed", "forget", "record", "replayed"]
+__all__ = ["Recorded", "Replayed", "forget", "generation", "record", "replayed"]
 
 _aten = torch.ops.aten
 
@@ -41,6 +41,11 @@ def forget() -> None:
     """Makes every plan outdated: some frozen weights have changed."""
     global _generation
     _generation += 1
+
+
+def generation() -> int:
+    """Another number whenever frozen weights have changed."""
+    return _generation
 
 
 class _Refused(Exception):
@@ -193,6 +198,7 @@ class Replayed(nn.Module):
     """
 
     plans: dict[Any, Recorded]
+    _espkernels_base: ClassVar[type[nn.Module]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or len(args) != 1 or kwargs or not self._replayable(args[0]):
@@ -265,28 +271,30 @@ class Replayed(nn.Module):
         return {**self.__dict__, "plans": {}}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (type(self).__mro__[2],), self.__getstate__()
+        return _blank, (type(self).__mro__[1], type(self)._espkernels_base), self.__getstate__()
 
 
 _classes: dict[Any, type[nn.Module]] = {}
 
 
-def _class_of(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _classes:
+def _class_of(joined: type[Replayed], base: type[nn.Module]) -> type[nn.Module]:
+    if (joined, base) not in _classes:
         name = f"Frozen{base.__name__.removeprefix('Frozen')}"
-        _classes[base] = type(name, (Replayed, base), {"__doc__": base.__doc__})
-    return _classes[base]
+        members = {"__doc__": base.__doc__, "_espkernels_base": base}
+        _classes[joined, base] = type(name, (joined, base), members)
+    return _classes[joined, base]
 
 
-def _blank(base: type[nn.Module]) -> nn.Module:
-    made = _class_of(base)
+def _blank(joined: type[Replayed], base: type[nn.Module]) -> nn.Module:
+    made = _class_of(joined, base)
     return made.__new__(made)
 
 
-def replayed(model: nn.Module) -> nn.Module:
-    """``model`` itself, its class joined with :class:`Replayed`: still an instance of its own class."""
-    if isinstance(model, Replayed):
+def replayed(model: nn.Module, joined: type[Replayed] = Replayed) -> nn.Module:
+    """``model`` itself, its class joined with ``joined``: still an instance of its own class."""
+    if isinstance(model, joined):
         return model
-    model.__class__ = _class_of(type(model))
+    base = type(model)._espkernels_base if isinstance(model, Replayed) else type(model)
+    model.__class__ = _class_of(joined, base)
     model.plans = {}  # type: ignore[assignment]
     return model
