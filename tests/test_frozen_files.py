@@ -104,7 +104,8 @@ def test_a_compiled_package_in_a_process_of_its_own(name: str, tmp_path: Path) -
     for x, result in zip(inputs, torch.load(tmp_path / "results.pt"), strict=True):
         with torch.no_grad():
             expected = own(frozen, x)
-        # Kernels of this library give the same bits. The mean before the classifier is torch's and may add its four pixels
-        # in another order, 3 u of S apart; a logit sums 1024 of them of either sign, whose S is some sqrt(1024) times it.
+        # Kernels of this library give the same bits. The mean before the classifier is torch's and may add its four
+        # pixels in another order, 3 u of S apart; a logit sums 1024 of them of either sign, and their S is some
+        # sqrt(1024) times the logit.
         bound = 0 if name == "unit" else 3 * 32 * torch.finfo(torch.float32).eps / 2 * expected.abs().max()
         assert result.shape == expected.shape and (result - expected).abs().max() <= bound
