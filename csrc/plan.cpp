@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <stdexcept>
 #include <thread>
 
 namespace espk {
@@ -244,6 +245,24 @@ void Plan::run(const char* input, char* output, int64_t images) const {
     }
   }
   give_back(std::move(arena));
+}
+
+std::vector<int64_t> Plan::cuts() const {
+  std::vector<int64_t> found;
+  for (const auto& step : steps) found.push_back(step->has_cut() ? step->cut : 0);
+  return found;
+}
+
+void Plan::set_cuts(const std::vector<int64_t>& cuts) {
+  if (cuts.size() != steps.size()) throw std::invalid_argument("cuts: expected one number a step");
+  constexpr int64_t kFinest = 64;
+  for (std::size_t s = 0; s < steps.size(); ++s) {
+    const bool right = steps[s]->has_cut() ? cuts[s] >= 1 && cuts[s] <= kFinest : cuts[s] == 0;
+    if (!right) throw std::invalid_argument("cuts: expected 1 to 64, and 0 for steps that have no choice");
+  }
+  for (std::size_t s = 0; s < steps.size(); ++s) {
+    if (steps[s]->has_cut()) steps[s]->cut = cuts[s];
+  }
 }
 
 std::vector<double> Plan::profile(const char* input, char* output, int64_t rounds) const {

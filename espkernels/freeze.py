@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from espkernels import blocks, frozen, frozen_decoder, graphs, replay
+from espkernels import blocks, frozen, frozen_decoder, graphs, replay, tuning
 from espkernels import nn as layers
 from espkernels.checks import MAX_BRANCHES
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join
@@ -22,7 +22,7 @@ __all__ = ["freeze"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def freeze(model: M, *, graph: bool = False) -> M:
+def freeze(model: M, *, tune: Tensor | None = None, graph: bool = False) -> M:
     """A copy of ``model`` for inference, on this library's kernels; the model itself is not touched.
 
     The copy is in eval mode. EESP units and down-samplers, ours or anybody's that :func:`espkernels.replace`
@@ -34,14 +34,26 @@ def freeze(model: M, *, graph: bool = False) -> M:
     Gradients flow to the inputs of a frozen model, its folded weights are buffers. A batch norm without running
     statistics cannot be folded, and its layer stays as it was; so does a layer with hooks.
 
+    ``tune`` is an input [B, C, H, W] like those to come: every unit of the network is timed on its first image with its
+    strips of rows cut once, twice and four times as finely, some seconds in all, and the fastest is kept for inputs of
+    that shape, in the ``state_dict`` too; results have the same bits. :func:`espkernels.explain` shows the choice.
+    Raises ValueError where the model cannot be replayed on ``tune``, with the reason.
+
     ``graph`` is for a model on a CUDA device: the frozen model captures its forward pass into a CUDA graph for each
     shape, dtype and memory format of its input, at most eight of them, and replays that; results are fresh tensors.
-    **This has not run on a GPU yet.** Raises ValueError where the model is not on one CUDA device.
+    **This has not run on a GPU yet.** Raises ValueError where the model is not on one CUDA device,
+    and where ``tune``, which is for the CPU, is given too.
     """
+    if graph and tune is not None:
+        raise ValueError(
+            "tune: got a tensor beside graph=True, expected None: only plans on the CPU have what is tuned"
+        )
     root = nn.ModuleList([copy.deepcopy(model).eval()])  # a parent for a model that is itself a layer
     replace(root)
     _freeze_children(root)
-    return graphs.graphed(root[0]) if graph else replay.replayed(root[0])  # type: ignore[return-value]
+    if graph:
+        return graphs.graphed(root[0])  # type: ignore[return-value]
+    return replay.replayed(root[0]) if tune is None else tuning.tuned(root[0], tune)  # type: ignore[return-value]
 
 
 def _freeze_children(parent: nn.Module) -> None:

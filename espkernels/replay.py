@@ -237,13 +237,19 @@ class Replayed(nn.Module):
         if recorded is None:
             current = [(k, plan) for k, plan in self.plans.items() if k[-1] == _generation]
             self.plans = dict(current[-(KEPT - 1) :])
-            recorded = self.plans[key] = replace(record(forward, x, self.parameters()), hooks=hooks)
+            recorded = replace(record(forward, x, self.parameters()), hooks=hooks)
+            if recorded.plan is not None:
+                self._prepare(recorded.plan, x)
+            self.plans[key] = recorded
         if recorded.plan is None:
             return forward(x)
         memory_format = torch.channels_last if recorded.channels_last else torch.contiguous_format
         result = torch.empty((x.shape[0], *recorded.shape), dtype=recorded.dtype, memory_format=memory_format)
         recorded.plan.run(x.data_ptr(), result.data_ptr(), x.shape[0])
         return result
+
+    def _prepare(self, plan: Any, x: Tensor) -> None:
+        """What is to be done to a plan for inputs like ``x`` before its first replay."""
 
     def _replayable(self, x: Any) -> bool:
         return (
