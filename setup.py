@@ -34,6 +34,7 @@ OLDEST_TORCH = (2, 10)
 STABLE_ABI = "0x020a000000000000"
 
 TORCH_SOURCES = ["csrc/ops.cpp", "csrc/cpu_door.cpp", "csrc/cpu_unit_door.cpp", "csrc/cpu_inference_door.cpp"]
+TORCH_SOURCES += ["csrc/cpu_pixel_door.cpp"]
 PYBIND_SOURCES = ["csrc/module.cpp"]
 DISPATCH_SOURCES = ["csrc/cpu/dispatch.cpp", "csrc/plan.cpp"]
 KERNEL_SOURCES = [
@@ -52,6 +53,9 @@ KERNEL_SOURCES = [
     "csrc/cpu/resize.cpp",
     "csrc/cpu/adaptive_average.cpp",
     "csrc/cpu/grouped_convolution.cpp",
+    "csrc/cpu/resized_argmax.cpp",
+    "csrc/cpu/affine.cpp",
+    "csrc/cpu/change_layout.cpp",
     "csrc/cpu/kernels.cpp",
 ]
 

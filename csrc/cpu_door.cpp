@@ -94,7 +94,7 @@ Tensor group_pointwise(const Tensor& x, const Tensor& weight, int64_t groups, st
   p.out = out.mutable_data_ptr();
   p.epilogue = pointers(epilogue);
   const auto& kernel = kernels().group_pointwise;
-  launch("group_pointwise", kernel, p, prepared_in(packed, kernel, p));
+  launch("group_pointwise", kernel, p, Packs(packed).next(kernel, p));
   return out;
 }
 
@@ -177,7 +177,7 @@ Tensor pyramid_pointwise(const Tensor& x, const Tensor& weight, std::vector<int6
   p.out = out.mutable_data_ptr();
   p.out_pixel = p.pointwise_channels;
   const auto& kernel = kernels().pyramid_pointwise;
-  launch("pyramid_pointwise", kernel, p, prepared_in(packed, kernel, p));
+  launch("pyramid_pointwise", kernel, p, Packs(packed).next(kernel, p));
   return out;
 }
 

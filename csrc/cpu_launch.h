@@ -10,12 +10,15 @@
 
 namespace espk {
 
-// A map for a kernel to write, known to the recording of this thread.
+// Tells the recording of this thread of a tensor that a kernel will write.
+inline void record_output(const Tensor& out, int64_t bytes) {
+  if (Recording* record = recording()) record->output(out.const_data_ptr(), bytes, std::make_shared<Tensor>(out));
+}
+
+// A map for a kernel to write, known to the recording.
 inline Tensor result_map(std::vector<int64_t> sizes, const Tensor& like, Layout layout) {
   Tensor out = empty_map(std::move(sizes), like, layout);
-  if (Recording* record = recording()) {
-    record->output(out.const_data_ptr(), out.numel() * bytes_of(type_of(out)), std::make_shared<Tensor>(out));
-  }
+  record_output(out, out.numel() * bytes_of(type_of(out)));
   return out;
 }
 
@@ -46,11 +49,14 @@ inline PackLabel label_of(const PyramidPointwise& p, int64_t bytes) {
       &kernels(), int64_t(p.type), int64_t(p.layout), bytes, {p.groups, p.branches, p.channels, p.pointwise_channels}};
 }
 
+// Whole cache lines, so that packs may lie one behind the other.
+inline int64_t pack_size(int64_t bytes) { return int64_t(sizeof(PackLabel)) + (bytes + 63) / 64 * 64; }
+
 template <class Problem>
 Tensor pack(const Kernel<Problem>& kernel, const Problem& problem, const Tensor& like) {
   const int64_t bytes = kernel.shared_bytes(problem);
-  Tensor packed = torch::stable::empty(std::vector<int64_t>{int64_t(sizeof(PackLabel)) + bytes}, ScalarType::Byte,
-                                       std::nullopt, like.device());
+  Tensor packed =
+      torch::stable::empty(std::vector<int64_t>{pack_size(bytes)}, ScalarType::Byte, std::nullopt, like.device());
   char* data = static_cast<char*>(packed.mutable_data_ptr());
   const PackLabel label = label_of(problem, bytes);
   __builtin_memcpy(data, &label, sizeof label);
@@ -58,20 +64,33 @@ Tensor pack(const Kernel<Problem>& kernel, const Problem& problem, const Tensor&
   return packed;
 }
 
-// The prepared weights in a pack, or null where it does not fit this call.
-template <class Problem>
-void* prepared_in(const std::optional<Tensor>& packed, const Kernel<Problem>& kernel, const Problem& problem) {
-  if (!packed || !packed->is_cpu() || packed->scalar_type() != ScalarType::Byte || !packed->is_contiguous()) {
+// The packs in a tensor, one behind the other, in the order in which a call launches its kernels.
+class Packs {
+ public:
+  explicit Packs(const std::optional<Tensor>& packed) {
+    if (!packed || !packed->is_cpu() || packed->scalar_type() != ScalarType::Byte || !packed->is_contiguous()) return;
+    data_ = static_cast<char*>(packed->data_ptr());
+    left_ = reinterpret_cast<uintptr_t>(data_) % 64 == 0 ? packed->numel() : 0;
+  }
+
+  // The prepared weights in the next pack, or null where it does not fit this launch, or there is none.
+  template <class Problem>
+  void* next(const Kernel<Problem>& kernel, const Problem& problem) {
+    const int64_t bytes = kernel.shared_bytes(problem), size = pack_size(bytes);
+    if (left_ < size) return nullptr;
+    char* pack = data_;
+    data_ += size;
+    left_ -= size;
+    PackLabel label;
+    __builtin_memcpy(&label, pack, sizeof label);
+    if (label == label_of(problem, bytes)) return pack + sizeof label;
+    left_ = 0;
     return nullptr;
   }
-  const int64_t bytes = kernel.shared_bytes(problem);
-  char* data = static_cast<char*>(packed->data_ptr());
-  if (packed->numel() != int64_t(sizeof(PackLabel)) + bytes || reinterpret_cast<uintptr_t>(data) % 64 != 0) {
-    return nullptr;
-  }
-  PackLabel label;
-  __builtin_memcpy(&label, data, sizeof label);
-  return label == label_of(problem, bytes) ? data + sizeof label : nullptr;
-}
+
+ private:
+  char* data_ = nullptr;
+  int64_t left_ = 0;
+};
 
 }  // namespace espk

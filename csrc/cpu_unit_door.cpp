@@ -15,6 +15,7 @@ struct Unit {
   const Tensor &pyramid_scale, &pyramid_shift, &pyramid_slope, &expand_weight;
   int64_t groups;
   const Tensor& shift;
+  const std::optional<Tensor>& packed;  // of the reduction and the rest
 };
 
 // Runs the unit on `x`; residual and slope may be absent. With `into`, a channels_last map, the result goes to its
@@ -68,8 +69,9 @@ Tensor run_unit(const Tensor& x, const Unit& u, int64_t stride, bool hff, const 
   p.out = static_cast<char*>(out.mutable_data_ptr()) + channel * bytes_of(p.type);
   if (add) p.epilogue.residual = p.out;
 
-  launch("reduce", kernels().group_pointwise, r);
-  launch("pyramid and expand", kernels().pyramid_pointwise, p);
+  Packs packs(u.packed);
+  launch("reduce", kernels().group_pointwise, r, packs.next(kernels().group_pointwise, r));
+  launch("pyramid and expand", kernels().pyramid_pointwise, p, packs.next(kernels().pyramid_pointwise, p));
   return out;
 }
 
@@ -77,9 +79,9 @@ Tensor eesp(const Tensor& x, const Tensor& reduce_weight, int64_t reduce_groups,
             const Tensor& reduce_slope, const Tensor& weight, std::vector<int64_t> dilations,
             const Tensor& pyramid_scale, const Tensor& pyramid_shift, const Tensor& pyramid_slope,
             const Tensor& expand_weight, int64_t groups, const Tensor& shift, std::optional<Tensor> residual,
-            std::optional<Tensor> slope, int64_t stride, bool hff) {
-  const Unit unit{reduce_weight, reduce_groups, reduce_shift,  reduce_slope,  weight, dilations,
-                  pyramid_scale, pyramid_shift, pyramid_slope, expand_weight, groups, shift};
+            std::optional<Tensor> slope, int64_t stride, bool hff, std::optional<Tensor> packed) {
+  const Unit unit{reduce_weight, reduce_groups, reduce_shift,  reduce_slope, weight, dilations, pyramid_scale,
+                  pyramid_shift, pyramid_slope, expand_weight, groups,       shift,  packed};
   return run_unit(x, unit, stride, hff, residual, slope, std::nullopt, 0, false);
 }
 
@@ -89,7 +91,7 @@ Tensor down_sampler(const Tensor& x, std::optional<Tensor> image, const Tensor& 
                     std::vector<int64_t> dilations, const Tensor& pyramid_scale, const Tensor& pyramid_shift,
                     const Tensor& pyramid_slope, const Tensor& expand_weight, int64_t groups, const Tensor& shift,
                     std::optional<Tensor> shortcut_weight, std::optional<Tensor> shortcut_shift, const Tensor& slope,
-                    bool hff) {
+                    bool hff, std::optional<Tensor> packed, std::optional<Tensor> packed_shortcut) {
   check_map(x, "x");
   STD_TORCH_CHECK(image.has_value() == shortcut_weight.has_value() && image.has_value() == shortcut_shift.has_value(),
                   "image, shortcut_weight, shortcut_shift: expected all three or none");
@@ -126,7 +128,7 @@ Tensor down_sampler(const Tensor& x, std::optional<Tensor> image, const Tensor& 
     s.weight = dense.const_data_ptr();
     s.epilogue = pointers(epilogue);
     s.out = out.mutable_data_ptr();
-    launch("shortcut", kernels().group_pointwise, s);
+    launch("shortcut", kernels().group_pointwise, s, Packs(packed_shortcut).next(kernels().group_pointwise, s));
   }
 
   const Tensor slopes = dense_weight(slope);
@@ -151,8 +153,8 @@ Tensor down_sampler(const Tensor& x, std::optional<Tensor> image, const Tensor& 
   if (image) a.epilogue.residual = a.out;
   launch("average_pool", kernels().average_pool, a);
 
-  const Unit unit{reduce_weight, reduce_groups, reduce_shift,  reduce_slope,  weight, dilations,
-                  pyramid_scale, pyramid_shift, pyramid_slope, expand_weight, groups, shift};
+  const Unit unit{reduce_weight, reduce_groups, reduce_shift,  reduce_slope, weight, dilations, pyramid_scale,
+                  pyramid_shift, pyramid_slope, expand_weight, groups,       shift,  packed};
   return run_unit(map, unit, 2, hff, std::nullopt, unit_slope, out, pooled_channels, image.has_value());
 }
 

@@ -76,7 +76,7 @@ Tensor eesp(const Tensor& x, const Tensor& reduce_weight, int64_t reduce_groups,
             const Tensor& reduce_slope, const Tensor& weight, std::vector<int64_t> dilations,
             const Tensor& pyramid_scale, const Tensor& pyramid_shift, const Tensor& pyramid_slope,
             const Tensor& expand_weight, int64_t groups, const Tensor& shift, std::optional<Tensor> residual,
-            std::optional<Tensor> slope, int64_t stride, bool hff) {
+            std::optional<Tensor> slope, int64_t stride, bool hff, std::optional<Tensor>) {
   const DeviceGuard guard(x.get_device_index());
   check_map(x, "x");
   const Layout layout = layout_of(x);
@@ -100,7 +100,7 @@ Tensor down_sampler(const Tensor& x, std::optional<Tensor> image, const Tensor& 
                     std::vector<int64_t> dilations, const Tensor& pyramid_scale, const Tensor& pyramid_shift,
                     const Tensor& pyramid_slope, const Tensor& expand_weight, int64_t groups, const Tensor& shift,
                     std::optional<Tensor> shortcut_weight, std::optional<Tensor> shortcut_shift, const Tensor& slope,
-                    bool hff) {
+                    bool hff, std::optional<Tensor>, std::optional<Tensor>) {
   const DeviceGuard guard(x.get_device_index());
   check_map(x, "x");
   STD_TORCH_CHECK(image.has_value() == shortcut_weight.has_value() && image.has_value() == shortcut_shift.has_value(),

@@ -79,6 +79,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("input_bytes", &espk::Plan::input_bytes)
       .def_readonly("output_bytes", &espk::Plan::output_bytes)
       .def_readonly("arena_bytes", &espk::Plan::arena_bytes)
+      .def_readonly("recorded_as", &espk::Plan::recorded_as, "Which of the recorded kernel calls each step is.")
       .def_readonly("buffer_bytes", &espk::Plan::buffer_bytes)
       .def(
           "run",
@@ -86,6 +87,8 @@ PYBIND11_MODULE(_C, m) {
             plan.run(reinterpret_cast<const char*>(input), reinterpret_cast<char*>(output), images);
           },
           py::call_guard<py::gil_scoped_release>(), "Replays on `images` inputs at an address, into an address.")
+      .def_property("cuts", &espk::Plan::cuts, &espk::Plan::set_cuts,
+                    "For how many times the threads each step is cut; 0 where there is no choice.")
       .def(
           "profile",
           [](const espk::Plan& plan, uintptr_t input, uintptr_t output, int64_t rounds) {

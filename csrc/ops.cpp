@@ -40,13 +40,14 @@ ESPK_LIBRARY(ESPK_NAMESPACE, m) {
       "eesp(Tensor x, Tensor reduce_weight, int reduce_groups, Tensor reduce_shift, Tensor reduce_slope, Tensor "
       "weight, "
       "int[] dilations, Tensor pyramid_scale, Tensor pyramid_shift, Tensor pyramid_slope, Tensor expand_weight, "
-      "int groups, Tensor shift, Tensor? residual, Tensor? slope, int stride, bool hff) -> Tensor");
+      "int groups, Tensor shift, Tensor? residual, Tensor? slope, int stride, bool hff, Tensor? packed=None) -> "
+      "Tensor");
   // prelu(concat(average_pool(x), eesp(x)) + shortcut(image)): x [B, M, H, W], image [B, I, H', W'] -> [B, M+N, H', W']
   m.def(
       "down_sampler(Tensor x, Tensor? image, Tensor reduce_weight, int reduce_groups, Tensor reduce_shift, "
       "Tensor reduce_slope, Tensor weight, int[] dilations, Tensor pyramid_scale, Tensor pyramid_shift, "
       "Tensor pyramid_slope, Tensor expand_weight, int groups, Tensor shift, Tensor? shortcut_weight, "
-      "Tensor? shortcut_shift, Tensor slope, bool hff) -> Tensor");
+      "Tensor? shortcut_shift, Tensor slope, bool hff, Tensor? packed=None, Tensor? packed_shortcut=None) -> Tensor");
   // x [B, M, H, W], weight [N, M/groups, h, w], shift and slope [N] -> [B, N, H', W'] in channels_last
   m.def(
       "convolution(Tensor x, Tensor weight, Tensor? shift, Tensor? slope, int stride, int padding, int dilation, "
@@ -69,9 +70,17 @@ ESPK_LIBRARY(ESPK_NAMESPACE, m) {
       "Tensor merge_weight, Tensor merge_shift, Tensor merge_slope) -> Tensor");
   // x [B, C, H, W] -> [B, C, 1, 1]
   m.def("global_average(Tensor x) -> Tensor");
+  // prelu(x [B, C, H, W] * scale + shift + residual, slope) -> [B, C, H, W] in channels_last
+  m.def("affine(Tensor x, Tensor? scale, Tensor? shift, Tensor? residual, Tensor? slope) -> Tensor");
+  // x [B, C, H, W] copied to channels_last, or to contiguous
+  m.def("change_layout(Tensor x, bool channels_last) -> Tensor");
+  // Bilinear, corners aligned: x [B, C, H, W] -> the channel of the largest number of each pixel [B, height, width]; int64
+  // where `wide` or C is above 256, else uint8
+  m.def("resized_argmax(Tensor x, SymInt height, SymInt width, bool wide=False) -> Tensor");
 
   // The weights of one call in the order in which the kernels of this machine read them, as bytes for `packed`. A pack
-  // that was made for another layout, dtype, size or instruction set is not used: the call packs for itself.
+  // that was made for another layout, dtype, size or instruction set is not used: the call packs for itself. A whole unit
+  // takes the packs of its reduction and of its pyramid_pointwise, one behind the other.
   m.def("pack_group_pointwise(Tensor weight, int groups, bool channels_last) -> Tensor");
   m.def(
       "pack_pyramid_pointwise(Tensor weight, Tensor pointwise_weight, int groups, Tensor? pyramid_scale, "

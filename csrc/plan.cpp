@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <stdexcept>
 #include <thread>
 
 namespace espk {
@@ -73,6 +74,24 @@ Place Recording::find(const void* pointer, MapBytes bytes, Step& step) {
   return {-1, 0};
 }
 
+// A step counts where its result is the plan's or is read by a step that counts. A merge of several of torch's operations
+// into one kernel leaves behind the kernel that had run for the first of them.
+void Recording::drop_unread(int64_t result, std::vector<int64_t>& kept) {
+  std::vector<bool> read(ranges_.size(), false);
+  read[static_cast<std::size_t>(result)] = true;
+  std::vector<std::unique_ptr<Step>> steps;
+  for (std::size_t s = steps_.size(); s-- > 0;) {
+    const std::vector<int64_t>& touches = steps_[s]->touches;
+    if (!read[static_cast<std::size_t>(touches.back())]) continue;
+    for (int64_t buffer : touches) read[static_cast<std::size_t>(buffer)] = true;
+    steps.push_back(std::move(steps_[s]));
+    kept.push_back(static_cast<int64_t>(s));
+  }
+  std::reverse(steps.begin(), steps.end());
+  std::reverse(kept.begin(), kept.end());
+  steps_ = std::move(steps);
+}
+
 std::unique_ptr<Plan> Recording::finish(const void* result, int64_t bytes, std::string& refusal) {
   auto plan = std::make_unique<Plan>();
   for (std::size_t i = 1; i < ranges_.size(); ++i) {
@@ -83,6 +102,7 @@ std::unique_ptr<Plan> Recording::finish(const void* result, int64_t bytes, std::
     refusal = refusal_;
     return nullptr;
   }
+  drop_unread(plan->result_, plan->recorded_as);
   // First and last step that touches each buffer. A buffer is written before it is read: each belongs to one call.
   std::vector<int64_t> last(ranges_.size(), -1);
   for (std::size_t s = 0; s < steps_.size(); ++s) {
@@ -225,6 +245,24 @@ void Plan::run(const char* input, char* output, int64_t images) const {
     }
   }
   give_back(std::move(arena));
+}
+
+std::vector<int64_t> Plan::cuts() const {
+  std::vector<int64_t> found;
+  for (const auto& step : steps) found.push_back(step->has_cut() ? step->cut : 0);
+  return found;
+}
+
+void Plan::set_cuts(const std::vector<int64_t>& cuts) {
+  if (cuts.size() != steps.size()) throw std::invalid_argument("cuts: expected one number a step");
+  constexpr int64_t kFinest = 64;
+  for (std::size_t s = 0; s < steps.size(); ++s) {
+    const bool right = steps[s]->has_cut() ? cuts[s] >= 1 && cuts[s] <= kFinest : cuts[s] == 0;
+    if (!right) throw std::invalid_argument("cuts: expected 1 to 64, and 0 for steps that have no choice");
+  }
+  for (std::size_t s = 0; s < steps.size(); ++s) {
+    if (steps[s]->has_cut()) steps[s]->cut = cuts[s];
+  }
 }
 
 std::vector<double> Plan::profile(const char* input, char* output, int64_t rounds) const {

@@ -58,11 +58,14 @@ class Step {
   virtual int64_t units(int64_t threads) const = 0;
   virtual void run(char* const* buffers, int64_t threads, int64_t begin, int64_t end) const = 0;
   virtual int64_t multiply_adds() const = 0;
+  // Whether the step is cut for the number of threads, so that a tuning may choose to cut it finer.
+  virtual bool has_cut() const = 0;
 
   const char* const name;
   std::vector<int64_t> touches;  // buffers
   std::vector<int64_t> bytes;  // of the map in each of them
   int64_t weight_bytes = 0;
+  int64_t cut = 1;  // it is cut for as many times the threads, which changes no bit
 };
 
 template <class Problem>
@@ -82,12 +85,16 @@ class StepOf final : public Step {
 
   int64_t multiply_adds() const override { return problem_.multiply_adds(); }
 
+  bool has_cut() const override {
+    return requires(Problem& problem) { problem.threads; };
+  }
+
  private:
   friend class Recording;
 
   Problem shared_by(int64_t threads) const {
     Problem problem = problem_;
-    if constexpr (requires { problem.threads; }) problem.threads = threads;
+    if constexpr (requires { problem.threads; }) problem.threads = threads * cut;
     return problem;
   }
 
@@ -104,9 +111,13 @@ class Plan {
   void run(const char* input, char* output, int64_t images) const;
   // Seconds of each step on all threads, the median over `rounds`.
   std::vector<double> profile(const char* input, char* output, int64_t rounds) const;
+  // How finely each step is cut, 0 where there is no choice. Not while another thread replays.
+  std::vector<int64_t> cuts() const;
+  void set_cuts(const std::vector<int64_t>& cuts);
 
   int64_t input_bytes = 0, output_bytes = 0, arena_bytes = 0;
   std::vector<std::unique_ptr<Step>> steps;
+  std::vector<int64_t> recorded_as;  // which of the recorded kernel calls each step is
   std::vector<int64_t> buffer_bytes;
 
  private:
@@ -185,6 +196,7 @@ class Recording {
   };
 
   Place find(const void* pointer, MapBytes bytes, Step& step);
+  void drop_unread(int64_t result, std::vector<int64_t>& kept);
 
   int64_t input_bytes_;
   std::vector<Range> ranges_;

@@ -100,6 +100,27 @@ void visit_pointers(Visitor& v, AdaptiveAverage& p) {
 }
 
 template <class Visitor>
+void visit_pointers(Visitor& v, ResizedArgmax& p) {
+  v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
+  v.out(p.out, p.out_bytes());
+}
+
+template <class Visitor>
+void visit_pointers(Visitor& v, Affine& p) {
+  const MapBytes bytes = map_bytes(p.type, p.batch, p.channels, p.pixels, p.channels);
+  v.map(p.x, bytes);
+  visit(v, p.epilogue, p.channels, bytes);
+  v.out(p.out, bytes);
+}
+
+template <class Visitor>
+void visit_pointers(Visitor& v, ChangeLayout& p) {
+  const MapBytes bytes = map_bytes(p.type, p.batch, p.rows, p.columns, p.rows);
+  v.map(p.x, bytes);
+  v.out(p.out, bytes);
+}
+
+template <class Visitor>
 void visit_pointers(Visitor& v, GroupedConvolution& p) {
   v.map(p.x, map_bytes(p.type, p.batch, p.in_channels(), p.height * p.width, p.in_channels()));
   v.weight(p.weight);

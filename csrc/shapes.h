@@ -184,6 +184,19 @@ struct Resize {
   int64_t multiply_adds() const { return 3 * batch * channels * out_height * out_width; }
 };
 
+// The number of the channel with the largest value at each pixel of `x` resized as Resize does -> [B, H', W'], uint8 where
+// `wide` is not set, else int64. Of equal values the first channel wins, and a NaN is larger than every number.
+struct ResizedArgmax {
+  Type type;
+  int64_t batch, channels, height, width, out_height, out_width;
+  bool wide;
+  const void* x;
+  void* out;
+
+  int64_t out_bytes() const { return batch * out_height * out_width * (wide ? 8 : 1); }
+  int64_t multiply_adds() const { return 3 * batch * channels * out_height * out_width; }
+};
+
 // prelu(means of x [B, C, H, W] over windows that share it out evenly * scale + shift) -> [B, C, H', W'], channels_last.
 struct AdaptiveAverage {
   Type type;
@@ -196,6 +209,28 @@ struct AdaptiveAverage {
   int64_t multiply_adds() const {
     return batch * channels * (height > out_height ? height : out_height) * (width > out_width ? width : out_width);
   }
+};
+
+// prelu(x [B, C, pixels] * scale + shift + residual), all in channels_last.
+struct Affine {
+  Type type;
+  int64_t batch, channels, pixels;
+  const void* x;
+  Epilogue epilogue;
+  void* out;
+
+  int64_t multiply_adds() const { return batch * channels * pixels; }
+};
+
+// x [B, rows, columns] -> [B, columns, rows]: a contiguous map of `rows` channels to channels_last, or one of `columns`
+// channels back.
+struct ChangeLayout {
+  Type type;
+  int64_t batch, rows, columns;
+  const void* x;
+  void* out;
+
+  int64_t multiply_adds() const { return 0; }
 };
 
 // 3x3 convolution in `groups` groups of `in` inputs and `out_of_group` outputs, padded by one, channels_last, with weight

@@ -29,10 +29,10 @@ ROUNDS = (5, 201)
 def explain(model: nn.Module, sample: Tensor) -> Explanation:
     """Times every layer of ``model`` on the first image of ``sample``, and says which kernels ran.
 
-    A frozen model is recorded as its forward passes are, and each kernel of the plan is timed inside whole replays,
-    on the threads that torch has. Bytes, multiply-adds and the share of the roof come from the plan and from ceilings
-    measured here (about a second for each number of threads, once a process). Of a model that is not frozen a frozen
-    copy is explained, and the notes say so.
+    A frozen model is recorded as its forward passes are, cut as it was tuned, and each kernel of the plan is timed
+    inside whole replays, on the threads that torch has. Bytes, multiply-adds and the share of the roof come from the
+    plan and from ceilings measured here (about a second for each number of threads, once a process). Of a model that is
+    not frozen a frozen copy is explained, and the notes say so.
 
     Where a forward pass cannot be replayed, ``refusal`` says why; the rows are then the modules that run operations of
     their own, timed between hooks without the modules inside them, and kernels are operators of this library or
@@ -114,7 +114,12 @@ def _recorded(model: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> 
     with running(model, before):
         recorded = replay.record(forward, x, model.parameters())
     if recorded.plan is not None:
-        owners.extend([""] * (len(recorded.plan.steps()) - len(owners)))
+        if isinstance(model, replay.Replayed):
+            model._prepare(recorded.plan, x)
+        # Kernels whose work a later one took over are not in the plan.
+        kept = recorded.plan.recorded_as
+        owners.extend([""] * (max(kept) + 1 - len(owners)))
+        owners = [owners[step] for step in kept]
     return recorded, owners
 
 
@@ -122,7 +127,7 @@ def _planned(
     model: nn.Module, x: Tensor, recorded: replay.Recorded, owners: list[str], ceilings: Ceilings | None
 ) -> list[Row]:
     plan = recorded.plan
-    output = torch.empty((1, *recorded.shape), dtype=x.dtype)
+    output = torch.empty((1, *recorded.shape), dtype=recorded.dtype)
 
     def profile(rounds: int) -> list[float]:
         found: list[float] = plan.profile(x.data_ptr(), output.data_ptr(), rounds)
@@ -133,6 +138,7 @@ def _planned(
     seconds = profile(max(ROUNDS[0], min(ROUNDS[1], rounds)))
     steps = plan.steps()
     isa = _instructions()
+    names = [f"{step[0]} (cut {cut}x)" if cut > 1 else step[0] for step, cut in zip(steps, plan.cuts, strict=True)]
 
     def row(owner: str, span: range) -> Row:
         multiply_adds = sum(steps[i][1] for i in span)
@@ -141,7 +147,7 @@ def _planned(
         return Row(
             owner,
             type(model.get_submodule(owner)).__name__,
-            ", ".join(steps[i][0] for i in span),
+            ", ".join(names[i] for i in span),
             isa,
             sum(seconds[i] for i in span),
             multiply_adds,

@@ -1,5 +1,7 @@
 """Frozen layers: what :func:`espkernels.freeze` puts in place of a model's layers, batch norms folded into weights.
 
+Those of the decoder are in :mod:`espkernels.frozen_decoder`.
+
 Traffic of a stride-1 unit, in maps of N channels: the reduction reads one and writes a quarter, the rest reads that and
 the residual and writes one; 3.5 in all, where eager moves about 20.
 """
@@ -15,20 +17,20 @@ from torch import Tensor, nn
 
 from espkernels import backends, inference, ops, replay
 from espkernels import nn as layers
-from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join
 
 __all__ = [
     "Frozen",
+    "FrozenAffine",
     "FrozenConvolution",
     "FrozenDownSampler",
     "FrozenEESP",
-    "FrozenJoin",
     "FrozenLinear",
-    "FrozenPyramidPooling",
+    "affine_of",
+    "slope_of",
 ]
 
 
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Scale and shift a channel of a batch norm with its running statistics, in float64."""
     assert norm.running_mean is not None and norm.running_var is not None
     scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
@@ -40,17 +42,12 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
-def _slope(act: nn.PReLU, channels: int) -> Tensor:
+def slope_of(act: nn.PReLU, channels: int) -> Tensor:
     return act.weight.detach().double().expand(channels).contiguous()
 
 
 def _vector_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _blocks(container: Any) -> list[Any]:
-    """The modules of a container, whose types their places say."""
-    return list(container)
 
 
 class Frozen(nn.Module):
@@ -92,7 +89,7 @@ class FrozenConvolution(Frozen):
         weight = conv.weight.detach().double()
         shift = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().double()
         if norm is not None:
-            scale, offset = _affine(norm)
+            scale, offset = affine_of(norm)
             weight, shift = weight * scale.view(-1, 1, 1, 1), shift * scale + offset
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
         self.pointwise = (
@@ -110,7 +107,7 @@ class FrozenConvolution(Frozen):
         if act is None:
             self.slope = None
         else:
-            vectors["slope"] = _slope(act, conv.out_channels)
+            vectors["slope"] = slope_of(act, conv.out_channels)
         self._register({"weight": weight.flatten(1) if self.pointwise else weight}, vectors, conv.weight.dtype)
 
     def _pack(self) -> None:
@@ -118,15 +115,48 @@ class FrozenConvolution(Frozen):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pointwise:
-            x = x.contiguous(memory_format=torch.channels_last)
             return ops.group_pointwise(
-                x, self.weight, self.groups, None, self.shift, None, self.slope, packed=self.packed
+                inference.channels_last(x),
+                self.weight,
+                self.groups,
+                None,
+                self.shift,
+                None,
+                self.slope,
+                packed=self.packed,
             )
         if self.square:
             stride, padding, dilation = self.stride[0], int(self.padding[0]), self.dilation[0]
             return inference.convolution(x, self.weight, self.shift, self.slope, stride, padding, dilation, self.groups)
         x = F.conv2d(x, self.weight, self.shift.to(x.dtype), self.stride, self.padding, self.dilation, self.groups)
         return x if self.slope is None else F.prelu(x, self.slope.to(x.dtype))
+
+
+class FrozenAffine(Frozen):
+    """A batch norm, a PReLU, or both, that no convolution takes in: [B, C, H, W] -> the same in channels_last."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+    slope: Tensor | None
+
+    def __init__(self, norm: nn.BatchNorm2d | None, act: nn.PReLU | None = None) -> None:
+        super().__init__()
+        vectors: dict[str, Tensor] = {}
+        if norm is None:
+            self.scale = self.shift = None
+        else:
+            vectors["scale"], vectors["shift"] = affine_of(norm)
+        if act is None:
+            self.slope = None
+        else:
+            vectors["slope"] = slope_of(act, act.weight.numel() if norm is None else norm.num_features)
+        like = act.weight if norm is None and act is not None else cast(nn.BatchNorm2d, norm).running_var
+        self._register({}, vectors, cast(Tensor, like).dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 and self.scale is None and self.slope is not None:
+            return F.prelu(x, self.slope.to(x.dtype))
+        return inference.affine(x, self.scale, self.shift, None, self.slope)
 
 
 class FrozenLinear(Frozen):
@@ -175,28 +205,34 @@ class FrozenEESP(Frozen):
         super().__init__()
         self.dilations, self.stride, self.hff = tuple(unit.dilations), unit.stride, unit.hff
         self.reduce_groups, self.groups = unit.proj_1x1.conv.groups, unit.conv_1x1_exp.conv.groups
-        reduce_scale, reduce_shift = _affine(unit.proj_1x1.bn)
-        pyramid_scale, pyramid_shift = _affine(unit.br_after_cat.bn)
-        expand_scale, shift = _affine(unit.conv_1x1_exp.bn)
+        reduce_scale, reduce_shift = affine_of(unit.proj_1x1.bn)
+        pyramid_scale, pyramid_shift = affine_of(unit.br_after_cat.bn)
+        expand_scale, shift = affine_of(unit.conv_1x1_exp.bn)
         reduce_weight = unit.proj_1x1.conv.weight.detach()
         vectors = {
             "reduce_shift": reduce_shift,
-            "reduce_slope": _slope(unit.proj_1x1.act, reduce_weight.shape[0]),
+            "reduce_slope": slope_of(unit.proj_1x1.act, reduce_weight.shape[0]),
             "pyramid_scale": pyramid_scale,
             "pyramid_shift": pyramid_shift,
-            "pyramid_slope": _slope(unit.br_after_cat.act, pyramid_scale.shape[0]),
+            "pyramid_slope": slope_of(unit.br_after_cat.act, pyramid_scale.shape[0]),
             "shift": shift,
         }
         if unit.stride == 2 and unit.down_method == "avg":
             self.slope = None
         else:
-            vectors["slope"] = _slope(unit.module_act, shift.shape[0])
+            vectors["slope"] = slope_of(unit.module_act, shift.shape[0])
         weights = {
             "reduce_weight": reduce_weight.flatten(1).double() * reduce_scale.view(-1, 1),
             "weight": unit.pyramid_weight().detach().double(),
             "expand_weight": unit.conv_1x1_exp.conv.weight.detach().flatten(1).double() * expand_scale.view(-1, 1),
         }
         self._register(weights, vectors, reduce_weight.dtype)
+
+    def _pack(self) -> None:
+        self.packed = inference.pack_eesp(
+            self.reduce_weight, self.reduce_groups, self.weight, self.expand_weight, self.groups,
+            self.pyramid_scale, self.pyramid_shift, self.pyramid_slope,
+        )  # fmt: skip
 
     @property
     def unit(self) -> dict[str, Any]:
@@ -215,10 +251,11 @@ class FrozenEESP(Frozen):
             "groups": self.groups,
             "shift": self.shift,
             "hff": self.hff,
+            "packed": self.packed,
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = inference.channels_last(x)
         same_shape = self.stride == 1 and x.shape[1] == self.expand_weight.shape[0]
         residual = x if same_shape and self.slope is not None else None
         return inference.eesp(x, **self.unit, residual=residual, slope=self.slope, stride=self.stride)
@@ -235,15 +272,19 @@ class FrozenDownSampler(Frozen):
         super().__init__()
         self.eesp = FrozenEESP(unit.eesp)
         channels = unit.eesp.proj_1x1.conv.in_channels + self.eesp.expand_weight.shape[0]
-        vectors = {"slope": _slope(unit.act, channels)}
+        vectors = {"slope": slope_of(unit.act, channels)}
         weights: dict[str, Tensor] = {}
         if hasattr(unit, "inp_reinf"):
             first, second = cast(layers.CBR, unit.inp_reinf[0]), cast(layers.CB, unit.inp_reinf[1])
             self.image_convolution = FrozenConvolution(first.conv, first.bn, first.act)
-            scale, shift = _affine(second.bn)
+            scale, shift = affine_of(second.bn)
             weights["shortcut_weight"] = second.conv.weight.detach().flatten(1).double() * scale.view(-1, 1)
             vectors["shortcut_shift"] = shift
         self._register(weights, vectors, unit.act.weight.dtype)
+
+    def _pack(self) -> None:
+        weight = getattr(self, "shortcut_weight", None)
+        self.packed_shortcut = None if weight is None else ops.pack_group_pointwise(weight, 1, True)
 
     def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
         shortcut_weight = shortcut_shift = None
@@ -258,68 +299,5 @@ class FrozenDownSampler(Frozen):
             shortcut_weight=shortcut_weight,
             shortcut_shift=shortcut_shift,
             slope=self.slope,
+            packed_shortcut=self.packed_shortcut,
         )
-
-
-class FrozenPyramidPooling(Frozen):
-    """Efficient pyramid pooling: projection, all branches with their merge, expansion. [B, M, H, W] -> [B, N, H, W]."""
-
-    weight: Tensor
-    scale: Tensor
-    shift: Tensor
-    slope: Tensor
-    merge_weight: Tensor
-    merge_shift: Tensor
-    merge_slope: Tensor
-
-    def __init__(self, block: EfficientPyramidPooling) -> None:
-        super().__init__()
-        self.target_sizes = block.target_sizes
-        self.enlarged = sum(scale > 1 for scale in block.scales)
-        self.projection = FrozenConvolution(*_blocks(block.projection_layer.cbr))
-        normalise, _, merge, expand = _blocks(block.merge_layer)
-        norm, act = _blocks(normalise.br)
-        scale, shift = _affine(norm)
-        conv, merge_norm, merge_act = _blocks(merge.cbr)
-        merge_scale, merge_shift = _affine(merge_norm)
-        self.expansion = FrozenConvolution(expand, *(() if block.br is None else _blocks(block.br.br)))
-        weights = {
-            "weight": torch.stack([stage.weight.detach().squeeze(1) for stage in _blocks(block.stages)]),
-            "merge_weight": conv.weight.detach().double() * merge_scale.view(-1, 1, 1, 1),
-        }
-        vectors = {
-            "scale": scale,
-            "shift": shift,
-            "slope": _slope(act, len(scale)),
-            "merge_shift": merge_shift,
-            "merge_slope": _slope(merge_act, len(merge_shift)),
-        }
-        self._register(weights, vectors, conv.weight.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.projection(x)
-        sizes = [side for size in self.target_sizes(x.shape[2], x.shape[3]) for side in size]
-        x = inference.pyramid_pooling(
-            x, self.weight, sizes, self.enlarged, self.scale, self.shift, self.slope,
-            self.merge_weight, self.merge_shift, self.merge_slope,
-        )  # fmt: skip
-        return self.expansion(x)
-
-
-class FrozenJoin(Frozen):
-    """Resizing, weighted skip connection, batch norm and PReLU in one pass; see :class:`Join`."""
-
-    scale: Tensor
-    shift: Tensor
-    slope: Tensor
-
-    def __init__(self, join: Join) -> None:
-        super().__init__()
-        norm, act = cast(nn.BatchNorm2d, join[0]), cast(nn.PReLU, join[1])
-        scale, shift = _affine(norm)
-        vectors = {"scale": scale, "shift": shift, "slope": _slope(act, len(scale))}
-        self._register({}, vectors, act.weight.dtype)
-
-    def forward(self, x: Tensor, skip: Tensor, gate: Tensor) -> Tensor:
-        height, width = skip.shape[2:]
-        return inference.resize(x, height, width, skip, gate, self.scale, self.shift, self.slope)

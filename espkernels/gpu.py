@@ -35,11 +35,14 @@ OPERATORS = {
 # The layers around the units, which run torch's own operations on a GPU.
 REFERENCE_ONLY = (
     "adaptive_average",
+    "affine",
     "average_pool",
+    "change_layout",
     "convolution",
     "global_average",
     "pyramid_pooling",
     "resize",
+    "resized_argmax",
 )
 
 _library = Library("espkernels", "IMPL")

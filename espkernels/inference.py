@@ -16,13 +16,18 @@ from espkernels import backends, ops, reference
 
 __all__ = [
     "adaptive_average",
+    "affine",
     "average_pool",
+    "change_layout",
+    "channels_last",
     "convolution",
     "down_sampler",
     "eesp",
     "global_average",
+    "pack_eesp",
     "pyramid_pooling",
     "resize",
+    "resized_argmax",
 ]
 
 
@@ -51,6 +56,7 @@ def eesp(
     slope: Tensor | None = None,
     stride: int = 1,
     hff: bool = True,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """One EESP unit (paper Fig. 1c) with its batch norms folded, in the memory format of ``x``.
 
@@ -61,21 +67,38 @@ def eesp(
         pyramid_scale, pyramid_shift, pyramid_slope: of the concatenated map [K*d].
         expand_weight: [N, K*d/groups]; shift, slope: [N]. Vectors are float32, float64 beside float64.
         residual: [B, N, H', W'], added before the PReLU; ``x`` itself in a unit of stride 1.
+        packed: these weights from :func:`pack_eesp`, which saves preparing them in the call.
 
     Returns:
         [B, N, H', W'] with H' = (H - 1) // stride + 1.
     """
-    arguments = (
+    unit = (
         x, reduce_weight, reduce_groups, reduce_shift, reduce_slope, weight, list(dilations),
         pyramid_scale, pyramid_shift, pyramid_slope, expand_weight, groups, shift, residual, slope, stride, hff,
     )  # fmt: skip
-    if _runs_kernel(*arguments):
-        return torch.ops.espkernels.eesp.default(*arguments)
+    if _runs_kernel(*unit):
+        return torch.ops.espkernels.eesp.default(*unit, packed)
     reduced = ops.group_pointwise(x, reduce_weight, reduce_groups, None, reduce_shift, None, reduce_slope)
     return ops.pyramid_pointwise(
         reduced, weight, dilations, expand_weight, groups, pyramid_scale, pyramid_shift, pyramid_slope,
         None, shift, residual, slope, stride, hff,
     )  # fmt: skip
+
+
+def pack_eesp(
+    reduce_weight: Tensor,
+    reduce_groups: int,
+    weight: Tensor,
+    expand_weight: Tensor,
+    groups: int,
+    pyramid_scale: Tensor,
+    pyramid_shift: Tensor,
+    pyramid_slope: Tensor,
+) -> Tensor | None:
+    """The weights of :func:`eesp` for channels_last, as bytes; see :func:`espkernels.ops.pack_group_pointwise`."""
+    reduce = ops.pack_group_pointwise(reduce_weight, reduce_groups, True)
+    rest = ops.pack_pyramid_pointwise(weight, expand_weight, groups, pyramid_scale, pyramid_shift, pyramid_slope, True)
+    return None if reduce is None or rest is None else torch.cat([reduce, rest])
 
 
 def down_sampler(
@@ -97,6 +120,8 @@ def down_sampler(
     shortcut_shift: Tensor | None,
     slope: Tensor,
     hff: bool = True,
+    packed: Tensor | None = None,
+    packed_shortcut: Tensor | None = None,
 ) -> Tensor:
     """The strided unit (paper section 3.2, Fig. 2): ``prelu(concat(average_pool(x), eesp(x)) + shortcut(image))``.
 
@@ -105,6 +130,7 @@ def down_sampler(
         image: the image pooled to the size of the result and convolved to I channels [B, I, H', W'], or None.
         shortcut_weight: [M+N, I]; shortcut_shift: [M+N]; None without ``image``.
         slope: [M+N]. The others are those of :func:`eesp`.
+        packed_shortcut: ``shortcut_weight`` from :func:`espkernels.ops.pack_group_pointwise`.
 
     Returns:
         [B, M+N, H', W'] with H' = (H - 1) // 2 + 1, in channels_last.
@@ -114,7 +140,9 @@ def down_sampler(
         pyramid_scale, pyramid_shift, pyramid_slope, expand_weight, groups, shift,
     )  # fmt: skip
     if _runs_kernel(x, image, *unit, shortcut_weight, shortcut_shift, slope):
-        return torch.ops.espkernels.down_sampler.default(x, image, *unit, shortcut_weight, shortcut_shift, slope, hff)
+        return torch.ops.espkernels.down_sampler.default(
+            x, image, *unit, shortcut_weight, shortcut_shift, slope, hff, packed, packed_shortcut
+        )
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.cat([reference.average_pool(x), eesp(x, *unit, None, None, 2, hff)], dim=1)
     if image is None:
@@ -189,6 +217,52 @@ def resize(
     x = x.contiguous(memory_format=torch.channels_last)
     scale, shift, slope = (None if v is None else v.to(x.dtype) for v in (scale, shift, slope))
     return reference.resize(x, height, width, skip, gate, scale, shift, slope)
+
+
+def resized_argmax(x: Tensor, height: int, width: int, wide: bool = False) -> Tensor:
+    """The class of every pixel: the channel of the largest of the logits ``x`` [B, C, H, W] after :func:`resize`.
+
+    As torch.argmax: of equal numbers the first channel, and NaN before every number. The resized map, 80 bytes a pixel
+    for 20 classes, is never stored; half types are compared before they would have been rounded. Not differentiable.
+
+    Returns:
+        [B, height, width] uint8, or int64 where ``wide`` or C is above 256.
+    """
+    if _runs_kernel(x):
+        return torch.ops.espkernels.resized_argmax.default(x, height, width, wide)
+    return reference.resized_argmax(x, height, width, wide)
+
+
+def affine(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    slope: Tensor | None = None,
+) -> Tensor:
+    """``prelu(x * scale + shift + residual, slope)``; None leaves a step out.
+
+    Args:
+        x: [B, C, H, W]; residual: the same; scale, shift, slope: [C], float32, float64 beside float64.
+
+    Returns:
+        [B, C, H, W] in channels_last.
+    """
+    if _runs_kernel(x, scale, shift, residual, slope):
+        return torch.ops.espkernels.affine.default(x, scale, shift, residual, slope)
+    return reference.affine(x, scale, shift, residual, slope)
+
+
+def change_layout(x: Tensor, channels_last: bool) -> Tensor:
+    """A copy of ``x`` [B, C, H, W] in channels_last, or contiguous."""
+    if _runs_kernel(x):
+        return torch.ops.espkernels.change_layout.default(x, channels_last)
+    return reference.change_layout(x, channels_last)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` [B, C, H, W] itself where it is in channels_last, else a copy that is."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else change_layout(x, True)
 
 
 def adaptive_average(x: Tensor, height: int, width: int) -> Tensor:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 __all__ = [
     "adaptive_average",
+    "affine",
     "average_pool",
+    "change_layout",
     "convolution",
     "down_sampler",
     "eesp",
@@ -24,6 +26,7 @@ __all__ = [
     "pyramid_pointwise",
     "pyramid_pooling",
     "resize",
+    "resized_argmax",
     "spatial_pyramid",
 ]
 
@@ -213,6 +216,29 @@ def resize(
     if skip is not None:
         y = y + (skip if gate is None else skip * gate.sigmoid())
     return epilogue(y, scale, shift, None, slope)
+
+
+def resized_argmax(x: Tensor, height: int, width: int, wide: bool = False) -> Tensor:
+    """The channel with the largest number of each pixel of :func:`resize`: ``x`` [B, C, H, W] -> [B, height, width].
+
+    As torch.argmax: of equal numbers the first channel, and NaN before every number. uint8, or int64 where ``wide`` or
+    C is above 256.
+    """
+    winner = resize(x, height, width).argmax(1)
+    return winner if wide or x.shape[1] > 256 else winner.to(torch.uint8)
+
+
+def affine(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, slope: Tensor | None
+) -> Tensor:
+    """:func:`epilogue` of a map that no operator above has made: [B, C, H, W] -> the same in channels_last."""
+    scale, shift, slope = (None if v is None else v.to(x.dtype) for v in (scale, shift, slope))
+    return epilogue(x.contiguous(memory_format=torch.channels_last), scale, shift, residual, slope)
+
+
+def change_layout(x: Tensor, channels_last: bool) -> Tensor:
+    """A copy of ``x`` [B, C, H, W] in channels_last, or contiguous."""
+    return x.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def adaptive_average(x: Tensor, height: int, width: int) -> Tensor:

@@ -76,7 +76,7 @@ def _(
     x: Tensor, reduce_weight: Tensor, reduce_groups: int, reduce_shift: Tensor, reduce_slope: Tensor,
     weight: Tensor, dilations: list[int], pyramid_scale: Tensor, pyramid_shift: Tensor, pyramid_slope: Tensor,
     expand_weight: Tensor, groups: int, shift: Tensor, residual: Tensor | None, slope: Tensor | None,
-    stride: int, hff: bool,
+    stride: int, hff: bool, packed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return empty_map(x, expand_weight.shape[0], out_size(x.shape[2], stride), out_size(x.shape[3], stride))
 
@@ -91,7 +91,8 @@ def _(
     x: Tensor, image: Tensor | None, reduce_weight: Tensor, reduce_groups: int, reduce_shift: Tensor,
     reduce_slope: Tensor, weight: Tensor, dilations: list[int], pyramid_scale: Tensor, pyramid_shift: Tensor,
     pyramid_slope: Tensor, expand_weight: Tensor, groups: int, shift: Tensor, shortcut_weight: Tensor | None,
-    shortcut_shift: Tensor | None, slope: Tensor, hff: bool,
+    shortcut_shift: Tensor | None, slope: Tensor, hff: bool, packed: Tensor | None = None,
+    packed_shortcut: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return _empty_pixels(x, slope.shape[0], out_size(x.shape[2], 2), out_size(x.shape[3], 2))
 
@@ -121,6 +122,25 @@ def _(
     scale: Tensor | None = None, shift: Tensor | None = None, slope: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return _empty_pixels(x, x.shape[1], height, width)
+
+
+@register_fake("espkernels::resized_argmax")
+def _(x: Tensor, height: int, width: int, wide: bool = False) -> Tensor:
+    dtype = torch.int64 if wide or x.shape[1] > 256 else torch.uint8
+    return x.new_empty((x.shape[0], height, width), dtype=dtype)
+
+
+@register_fake("espkernels::affine")
+def _(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, slope: Tensor | None
+) -> Tensor:  # fmt: skip
+    return _empty_pixels(x, x.shape[1], x.shape[2], x.shape[3])
+
+
+@register_fake("espkernels::change_layout")
+def _(x: Tensor, channels_last: bool) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 @register_fake("espkernels::adaptive_average")

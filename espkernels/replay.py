@@ -2,10 +2,10 @@
 
 The first forward pass on a new input shape runs as it is written and is recorded: the library notes each of its kernel
 calls, and :class:`_Watch` sees every operation of torch's in between. What torch does to maps and the library can do
-too is done by the library's operators while recording; any other operation on a map ends the recording, and the model
-keeps running as it is written, layer by layer, with the reason in :attr:`Replayed.plans`. So a replay needs no
-knowledge of the model's code, only that the code does the same for every image of one shape, which eval mode and its
-layers give.
+too is done by the library's operators while recording (see :mod:`espkernels.translation`); any other operation on a map
+ends the recording, and the model keeps running as it is written, layer by layer, with the reason in
+:attr:`Replayed.plans`. So a replay needs no knowledge of the model's code, only that the code does the same for every
+image of one shape, which eval mode and its layers give.
 
 A replay holds its own copy of the prepared weights; it is dropped when frozen weights are loaded, moved or cast.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from espkernels import backends, inference
+from espkernels import backends
+from espkernels.translation import Translation
 
-__all__ = ["Recorded", "Replayed", "forget", "record", "replayed"]
+__all__ = ["Recorded", "Replayed", "forget", "generation", "record", "replayed"]
 
 _aten = torch.ops.aten
 
+
+# Plans of one model, each for another input shape.
+KEPT = 32
 
 # Counts the changes of frozen weights in this process; plans of an earlier count hold old weights.
 _generation = 0
@@ -39,47 +43,14 @@ def forget() -> None:
     _generation += 1
 
 
+def generation() -> int:
+    """Another number whenever frozen weights have changed."""
+    return _generation
+
+
 class _Refused(Exception):
     """Why a forward pass cannot be replayed."""
 
-
-def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor | None:
-    if x.dim() != 4 or dtype not in (None, x.dtype) or dim is None or sorted(d % 4 for d in dim) != [2, 3]:
-        return None
-    mean = inference.global_average(x)
-    return mean if keepdim else mean.flatten(1)
-
-
-def _dropout(x: Tensor, p: float, train: bool) -> Tensor | None:
-    return None if train else x
-
-
-def _bilinear(x: Tensor, size: Any, align_corners: bool, *scales: Any) -> Tensor | None:
-    return inference.resize(x, *size) if align_corners and size is not None else None
-
-
-def _average_pool(x: Tensor, kernel_size: Any, stride: Any = (), padding: Any = 0, *others: Any) -> Tensor | None:
-    usual = [*kernel_size], [*stride], [*padding]
-    counted = list(others[:3]) in ([], [False], [False, True], [False, True, None])
-    return inference.average_pool(x) if counted and usual == ([3, 3], [2, 2], [1, 1]) else None
-
-
-def _adaptive_average(x: Tensor, size: Any) -> Tensor | None:
-    if x.dim() != 4:
-        return None
-    return inference.global_average(x) if list(size) == [1, 1] else inference.adaptive_average(x, *size)
-
-
-# Operations of torch's that an operator of the library does as well; None where it cannot with these arguments.
-_TRANSLATED: dict[Any, Callable[..., Tensor | None]] = {
-    _aten.mean.dim: _mean,
-    _aten._adaptive_avg_pool2d.default: _adaptive_average,
-    _aten.adaptive_avg_pool2d.default: _adaptive_average,
-    _aten.avg_pool2d.default: _average_pool,
-    _aten.upsample_bilinear2d.vec: _bilinear,
-    _aten.upsample_bilinear2d.default: _bilinear,
-    _aten.dropout.default: _dropout,
-}
 
 # Operations that only look at a map in another way, or make memory for one.
 _HARMLESS = {
@@ -114,6 +85,7 @@ class _Watch(TorchDispatchMode):
         self.data = {_storage(x)}
         self.learned = {_storage(p) for p in parameters}
         self.alive: list[Any] = []  # what was made of parameters: no other tensor gets its memory meanwhile
+        self.translation = Translation()
         self.refusal = ""
 
     def refuse(self, reason: str) -> None:
@@ -138,12 +110,12 @@ class _Watch(TorchDispatchMode):
             for argument, value in zip(func._schema.arguments, args, strict=False):
                 if isinstance(value, Tensor) and argument.name not in _MAPS and _storage(value) in self.data:
                     self.refuse(f"{func} has a {argument.name} that was made of the input")
-        if func in _HARMLESS or func.namespace == "espkernels":
+        unwritten = next(filter(None, map(self.translation.unwritten, given)), "")
+        result = self.translation(func, args, kwargs)
+        if result is None and not unwritten and (func in _HARMLESS or func.namespace == "espkernels"):
             result = func(*args, **kwargs)
-        elif func in _TRANSLATED:
-            result = _TRANSLATED[func](*args, **kwargs)
         if result is None:
-            self.refuse(f"{func} on shape {list(given[0].shape)} has no kernel in this library")
+            self.refuse(f"{unwritten or f'{func} on shape {list(given[0].shape)}'} has no kernel in this library")
         self.data.update(_storage(a) for a in tree_leaves(result) if isinstance(a, Tensor))
         return result
 
@@ -167,13 +139,14 @@ def _storage(x: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What is known of one input shape: a plan and the shape of one image's result, or why there is none.
+    """What is known of one input shape: a plan and the shape and dtype of one image's result, or why there is none.
 
     ``hooks`` are the dictionaries of all layers' hooks. A replay calls none: while one is not empty the layers run.
     """
 
     plan: Any
     shape: tuple[int, ...]
+    dtype: torch.dtype
     channels_last: bool
     refusal: str = ""
     hooks: tuple[dict[int, Any], ...] = ()
@@ -198,8 +171,8 @@ def record(forward: Callable[[Tensor], Any], x: Tensor, parameters: Iterable[Ten
             raise _Refused(f"the result is a {type(result).__name__}, not one tensor")
         if result.dim() < 1 or result.shape[0] != 1:
             raise _Refused(f"the result has shape {list(result.shape)}, not one row an image")
-        if result.dtype != x.dtype:
-            raise _Refused(f"the result is {result.dtype} for an input of {x.dtype}")
+        if unwritten := watch.translation.unwritten(result):
+            raise _Refused(f"{unwritten} has no kernel in this library")
         last = result.dim() == 4 and not result.is_contiguous()
         if not result.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format):
             raise _Refused(f"the result has strides {list(result.stride())}, neither contiguous nor channels_last")
@@ -207,11 +180,11 @@ def record(forward: Callable[[Tensor], Any], x: Tensor, parameters: Iterable[Ten
             plan = library.end_recording(result.data_ptr(), result.numel() * result.element_size())
         except ValueError as reason:
             raise _Refused(str(reason)) from None
-        return Recorded(plan, tuple(result.shape[1:]), last)
+        return Recorded(plan, tuple(result.shape[1:]), result.dtype, last)
     except Exception as reason:
         if not watch.refusal and not isinstance(reason, _Refused):
             raise  # the model's own
-        return Recorded(None, (), False, watch.refusal or str(reason))
+        return Recorded(None, (), x.dtype, False, watch.refusal or str(reason))
     finally:
         library.drop_recording()
 
@@ -219,32 +192,64 @@ def record(forward: Callable[[Tensor], Any], x: Tensor, parameters: Iterable[Ten
 class Replayed(nn.Module):
     """Beside the class of a frozen model: its forward replays what the model's own forward once did.
 
-    ``plans`` maps (shape of an image, dtype, memory format) to what was recorded. Calls that a plan cannot serve
-    (several arguments, gradients, another device, under ``torch.compile`` or ``torch.export``) run the model's own
-    forward.
+    ``plans`` maps (shape of an image, dtype, memory format) to what was recorded, for the last ``KEPT`` of them: a plan
+    has memory and weights of its own. Calls that a plan cannot serve (several arguments, gradients, another device,
+    under ``torch.compile`` or ``torch.export``) run the model's own forward.
     """
 
     plans: dict[Any, Recorded]
+    _espkernels_base: ClassVar[type[nn.Module]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or len(args) != 1 or kwargs or not self._replayable(args[0]):
             return super().forward(*args, **kwargs)
-        x = args[0]
+        return self._replay("forward", super().forward, args[0])
+
+    def classes(self, x: Tensor) -> Tensor:
+        """The class of every pixel of images ``x`` [B, C, H, W], for a segmentation network: its largest logit.
+
+        [B, H, W] uint8, or int64 where there are more than 256 classes: ``forward(x).argmax(1)``, the first of equal
+        logits. Where the logits are resized last, as in these networks, the replay compares them as it resizes them
+        and never stores them at full size. Hooks of the model itself are not called.
+
+        Raises ValueError where the model gives no map of logits.
+        """
+        if torch.compiler.is_compiling() or not self._replayable(x):
+            return self._classes(x)
+        result: Tensor = self._replay("classes", self._classes, x)
+        return result
+
+    def _classes(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        if not isinstance(logits, Tensor) or logits.dim() != 4:
+            given = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"model: its result is of {given}, expected logits [B, classes, H, W]")
+        winner = logits.argmax(1)
+        return winner.to(torch.uint8) if logits.shape[1] <= 256 else winner
+
+    def _replay(self, what: str, forward: Callable[[Tensor], Any], x: Tensor) -> Any:
         last = not x.is_contiguous()
-        key = (tuple(x.shape[1:]), x.dtype, last, backends.library.isa(), _generation)  # type: ignore[union-attr]
+        key = (what, tuple(x.shape[1:]), x.dtype, last, backends.library.isa(), _generation)  # type: ignore[union-attr]
         recorded = self.plans.get(key)
         hooks = self._layer_hooks() if recorded is None else recorded.hooks
         if any(hooks):
-            return super().forward(x)
+            return forward(x)
         if recorded is None:
-            self.plans = {k: plan for k, plan in self.plans.items() if k[-1] == _generation}
-            recorded = self.plans[key] = replace(record(super().forward, x, self.parameters()), hooks=hooks)
+            current = [(k, plan) for k, plan in self.plans.items() if k[-1] == _generation]
+            self.plans = dict(current[-(KEPT - 1) :])
+            recorded = replace(record(forward, x, self.parameters()), hooks=hooks)
+            if recorded.plan is not None:
+                self._prepare(recorded.plan, x)
+            self.plans[key] = recorded
         if recorded.plan is None:
-            return super().forward(x)
+            return forward(x)
         memory_format = torch.channels_last if recorded.channels_last else torch.contiguous_format
-        result = torch.empty((x.shape[0], *recorded.shape), dtype=x.dtype, memory_format=memory_format)
+        result = torch.empty((x.shape[0], *recorded.shape), dtype=recorded.dtype, memory_format=memory_format)
         recorded.plan.run(x.data_ptr(), result.data_ptr(), x.shape[0])
         return result
+
+    def _prepare(self, plan: Any, x: Tensor) -> None:
+        """What is to be done to a plan for inputs like ``x`` before its first replay."""
 
     def _replayable(self, x: Any) -> bool:
         return (
@@ -272,27 +277,30 @@ class Replayed(nn.Module):
         return {**self.__dict__, "plans": {}}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (type(self).__mro__[2],), self.__getstate__()
+        return _blank, (type(self).__mro__[1], type(self)._espkernels_base), self.__getstate__()
 
 
 _classes: dict[Any, type[nn.Module]] = {}
 
 
-def _class_of(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _classes:
-        _classes[base] = type(f"Frozen{base.__name__}", (Replayed, base), {"__doc__": base.__doc__})
-    return _classes[base]
+def _class_of(joined: type[Replayed], base: type[nn.Module]) -> type[nn.Module]:
+    if (joined, base) not in _classes:
+        name = f"Frozen{base.__name__.removeprefix('Frozen')}"
+        members = {"__doc__": base.__doc__, "_espkernels_base": base}
+        _classes[joined, base] = type(name, (joined, base), members)
+    return _classes[joined, base]
 
 
-def _blank(base: type[nn.Module]) -> nn.Module:
-    made = _class_of(base)
+def _blank(joined: type[Replayed], base: type[nn.Module]) -> nn.Module:
+    made = _class_of(joined, base)
     return made.__new__(made)
 
 
-def replayed(model: nn.Module) -> nn.Module:
-    """``model`` itself, its class joined with :class:`Replayed`: still an instance of its own class."""
-    if isinstance(model, Replayed):
+def replayed(model: nn.Module, joined: type[Replayed] = Replayed) -> nn.Module:
+    """``model`` itself, its class joined with ``joined``: still an instance of its own class."""
+    if isinstance(model, joined):
         return model
-    model.__class__ = _class_of(type(model))
+    base = type(model)._espkernels_base if isinstance(model, Replayed) else type(model)
+    model.__class__ = _class_of(joined, base)
     model.plans = {}  # type: ignore[assignment]
     return model

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from espkernels.models.classes import ClassSet, of_count
+from espkernels.replay import Replayed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,18 +95,26 @@ def segment(
     x = preprocess(image, size).to(like.device, like.dtype)
     with torch.inference_mode():
         started = time.perf_counter()
-        logits = model(x)
-        classes = logits.argmax(dim=1)[0].to("cpu", torch.uint8)
+        classes, count = _classes(model, x)
         seconds = time.perf_counter() - started
-    if logits.shape[1] > 256:
-        raise ValueError(f"model: it tells {logits.shape[1]} classes apart, a map of uint8 holds 256")
-    class_set = class_set or of_count(logits.shape[1])
-    if len(class_set) != logits.shape[1]:
-        raise ValueError(f"class_set: {len(class_set)} names, but the network tells {logits.shape[1]} classes apart")
+    if count > 256:
+        raise ValueError(f"model: it tells {count} classes apart, a map of uint8 holds 256")
+    class_set = class_set or of_count(count)
+    if len(class_set) != count:
+        raise ValueError(f"class_set: {len(class_set)} names, but the network tells {count} classes apart")
     counts = np.bincount(classes.flatten().numpy(), minlength=len(class_set))
     order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
     shares = {class_set.names[i]: float(counts[i] / counts.sum()) for i in order}
     return Segmentation(classes.numpy(), shares, seconds, class_set)
+
+
+def _classes(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """The class map of the one image in ``x`` on the CPU, and how many classes there are."""
+    count = getattr(model, "num_classes", None)
+    if isinstance(model, Replayed) and isinstance(count, int):
+        return model.classes(x)[0].cpu(), count
+    logits = model(x)
+    return logits.argmax(dim=1)[0].to("cpu", torch.uint8), logits.shape[1]
 
 
 def overlay(image: Image, result: Segmentation) -> Image:

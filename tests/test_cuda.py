@@ -239,3 +239,24 @@ def test_weight_gradients_are_the_same_each_time(operator: str) -> None:
 def test_tensors_of_two_devices() -> None:
     with pytest.raises(RuntimeError, match="expected CUDA tensors of one dtype"):
         ops.group_pointwise(torch.ones(1, 4, 2, 2, device="cuda"), torch.ones(4, 4), 1, None, None, None, None)
+
+
+def test_a_frozen_network_in_a_graph() -> None:
+    network = espkernels.models.espnetv2_segmentation(0.5, 5).eval().cuda()
+    frozen: Any = espkernels.freeze(network, graph=True)
+    plain: Any = espkernels.freeze(network)
+    with torch.no_grad():
+        for size in ((64, 96), (32, 48)):
+            images = [torch.randn(2, 3, *size, device="cuda") for _ in range(3)]
+            results = [frozen(x) for x in images]
+            for x, result in zip(images, results, strict=True):
+                assert torch.equal(result, plain(x))
+                assert torch.equal(frozen.classes(x), plain(x).argmax(1).to(torch.uint8))
+        assert len(frozen.graphs) == 4
+        other = torch.cuda.Stream()
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            elsewhere = frozen(images[0])
+        here = frozen(images[1])
+        torch.cuda.synchronize()
+        assert torch.equal(elsewhere, plain(images[0])) and torch.equal(here, plain(images[1]))

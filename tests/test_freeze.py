@@ -53,6 +53,18 @@ UNITS = {
 }
 
 
+def layer_by_layer(frozen: nn.Module, *inputs: Tensor) -> Tensor:
+    """What its own forward gives, without a replay."""
+    result: Tensor = type(frozen).__mro__[2].forward(frozen, *inputs)  # type: ignore[attr-defined]
+    return result
+
+
+def packs_of(frozen: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Units and the names of their packs; convolutions inside have their own."""
+    units = [part for part in frozen.modules() if isinstance(part, (FrozenEESP, FrozenDownSampler))]
+    return [(part, "packed" if isinstance(part, FrozenEESP) else "packed_shortcut") for part in units]
+
+
 @pytest.mark.parametrize("name", UNITS)
 def test_units_in_float64(name: str) -> None:
     kind, arguments = UNITS[name]
@@ -149,6 +161,33 @@ def test_packs_follow_the_instruction_set() -> None:
                 assert_same(frozen(x), expected, 5e-6)
         finally:
             library.set_isa(before)
+
+
+@pytest.mark.parametrize("name", ["residual", "strided avg", "three branches", "down-sampler"])
+@torch.no_grad()
+def test_units_use_their_packs(name: str) -> None:
+    if espkernels.backends.library is None:
+        pytest.skip("the compiled library is not there")
+    kind, arguments = UNITS[name]
+    one, other = (espkernels.freeze(trained(kind(**arguments), seed).eval()) for seed in (0, 1))
+    inputs = [image(2, arguments["in_channels"], 11, 14, dtype=torch.float32)]
+    if kind is plain.DownSampler:
+        inputs.append(image(2, 3, 41, 55, dtype=torch.float32))
+    expected, packs = layer_by_layer(one, *inputs), packs_of(one)
+    assert len(packs) == len(inputs)
+    for layer, pack in packs:
+        setattr(layer, pack, None)
+    assert torch.equal(layer_by_layer(one, *inputs), expected)  # prepared in the call, to the same bits
+    for (layer, pack), (another, _) in zip(packs, packs_of(other), strict=True):
+        setattr(layer, pack, getattr(another, pack))
+        assert not torch.equal(layer_by_layer(one, *inputs), expected)  # the pack's weights, not the buffers
+        one.load_state_dict(one.state_dict())
+        assert torch.equal(layer_by_layer(one, *inputs), expected)
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(layer_by_layer(one, *inputs), layer_by_layer(other, *inputs))
+    for layer, pack in packs:
+        setattr(layer, pack, torch.zeros_like(getattr(layer, pack)))  # of no machine: not used
+    assert torch.equal(layer_by_layer(one, *inputs), layer_by_layer(other, *inputs))
 
 
 def test_gradients_reach_the_input() -> None:

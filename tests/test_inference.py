@@ -205,13 +205,18 @@ def raw_calls(dtype: torch.dtype, layout: torch.memory_format) -> list[tuple[str
             given = prepared(numbers(operator, sample, True), dtype, layout)
             given["dilations"] = list(given["dilations"])
             names = [a.name for a in getattr(torch.ops.espkernels, operator).default._schema.arguments]
-            calls.append((operator, tuple(given[name] for name in names)))
+            calls.append((operator, tuple(given.get(name) for name in names)))  # no pack
     for shape in ((2, 3, 9, 12), (1, 3, 1, 1), (0, 3, 4, 5), (1, 1, 5, 5)):
         x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
         weight, channels = torch.randn(4, shape[1], 3, 3).to(dtype), shape[1]
         calls += [
             ("average_pool", (x,)),
             ("global_average", (x,)),
+            ("affine", (x, None, None, x, None)),
+            ("change_layout", (x, True)),
+            ("change_layout", (x, False)),
+            ("resized_argmax", (x, 5, 7)),
+            ("resized_argmax", (x, 5, 7, True)),
             ("convolution", (x, weight, None, None, 2, 1, 1, 1)),
             ("convolution", (x, torch.randn(channels, 1, 3, 3).to(dtype), None, None, 1, 2, 2, channels)),
         ]

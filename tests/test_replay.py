@@ -17,7 +17,7 @@ from test_freeze import trained
 from torch import Tensor, nn
 
 import espkernels
-from espkernels import backends, models
+from espkernels import backends, models, replay
 from espkernels.models import plain
 from espkernels.replay import Replayed
 
@@ -88,6 +88,28 @@ def test_a_map_as_result() -> None:
         result = body(x)
         assert torch.equal(result, own(body, x)) and result.stride() == own(body, x).stride()
     assert [recorded.refusal for recorded in body.plans.values()] == ["", ""]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@torch.no_grad()
+def test_a_unit_alone_turns_a_contiguous_map_around(dtype: torch.dtype) -> None:
+    unit: Any = espkernels.freeze(trained(plain.EESP(16, 16)).eval().to(dtype))
+    x = torch.randn(3, 16, 9, 11).to(dtype)
+    expected = own(unit, x)
+    for layout, turned in ((torch.contiguous_format, ["change_layout"]), (torch.channels_last, [])):
+        result = unit(x.contiguous(memory_format=layout))
+        assert torch.equal(result, expected) and result.is_contiguous(memory_format=torch.channels_last)
+        *_, recorded = unit.plans.values()
+        assert [step[0] for step in recorded.plan.steps()] == [*turned, "reduce", "pyramid and expand"]
+
+
+@torch.no_grad()
+def test_a_bounded_number_of_plans(frozen: Any) -> None:
+    for width in range(33, 33 + replay.KEPT + 3):
+        x = photograph(1, 3, 32, width)
+        frozen(x)
+    assert len(frozen.plans) == replay.KEPT
+    assert torch.equal(frozen(x), layers(frozen, x))
 
 
 @torch.no_grad()

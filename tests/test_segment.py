@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import espkernels
 from espkernels.commands import segment as command
 from espkernels.models import classes, from_official
 from espkernels.models.segment import OPACITY, overlay, preprocess, read_image, save, segment
@@ -151,6 +152,18 @@ def test_shares_of_real_photographs():
         assert found.keys() == expected.keys()
         assert found == pytest.approx(expected, abs=0.5)
         assert sum(shares.values()) == pytest.approx(1)
+
+
+@needs_shared
+def test_a_frozen_network_gives_the_classes_of_its_logits():
+    network = from_official(SMALL)
+    frozen = espkernels.freeze(network)
+    found = segment(frozen, IMAGES / "sample2.jpg", (96, 160))
+    with torch.no_grad():
+        logits = frozen(preprocess(read_image(IMAGES / "sample2.jpg"), (96, 160)))
+    assert (found.classes == logits.argmax(1)[0].numpy()).all()
+    expected = segment(network, IMAGES / "sample2.jpg", (96, 160)).shares
+    assert found.shares == pytest.approx(expected, abs=1e-3)  # a pixel whose two classes are as near as rounding
 
 
 def run(*arguments: str | Path) -> int:

@@ -1,6 +1,9 @@
-// The inner loop of every depthwise pass: a block of outputs stays in registers while the taps go by, one fused
-// multiply-add with one memory operand for each tap and output vector.
+// The inner loop of every depthwise pass: a block of outputs stays in registers while the taps go by. Where registers
+// suffice, a vector of the tile is loaded once for all taps of a run, 16 to 22 loads instead of 42 for a row of three taps
+// and 14 outputs; a load for each fused multiply-add would keep the load ports as busy as the multipliers, and the slower.
 #include "depthwise_taps.h"
+
+#include <algorithm>
 
 namespace espk::ESPK_ISA {
 namespace {
@@ -36,6 +39,52 @@ struct AffinePrelu {
   }
 };
 
+// Registers of vectors of this instruction set.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+template <class C, int N, int R, int X, int Count, int Step>
+[[gnu::always_inline]] inline void add_run(Vector<C, N> (&sum)[R][X], const TapRun& run, const C* tile,
+                                           int64_t row_step, const C* weights) {
+  Vector<C, N> w[Count];
+#pragma GCC unroll 4
+  for (int t = 0; t < Count; ++t) w[t] = load<N>(weights + run.weights[t] * N);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const C* p = tile + run.offset + r * row_step;
+#pragma GCC unroll 32
+    for (int j = 0; j < X + (Count - 1) * Step; ++j) {
+      const Vector<C, N> v = load<N>(p + j * N);
+#pragma GCC unroll 4
+      for (int t = 0; t < Count; ++t) {
+        const int i = j - t * Step;
+        if (i >= 0 && i < X) sum[r][i] += w[t] * v;
+      }
+    }
+  }
+}
+
+template <class C, int N, int R, int X, int Count, int Step>
+[[gnu::always_inline]] inline void add_taps(Vector<C, N> (&sum)[R][X], const TapRun& run, const C* tile,
+                                            int64_t row_step, const C* weights) {
+  if constexpr (R * X + Count + 1 <= kRegisters) {
+    add_run<C, N, R, X, Count, Step>(sum, run, tile, row_step, weights);
+  } else {
+    for (int t = 0; t < run.count; ++t) {
+      const Vector<C, N> w = load<N>(weights + run.weights[t] * N);
+      const C* p = tile + run.offset + t * run.step * N;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+        for (int i = 0; i < X; ++i) sum[r][i] += w * load<N>(p + r * row_step + i * N);
+      }
+    }
+  }
+}
+
 template <class C, int N, bool Pixels, int R, int X>
 void sweep_blocks(const Sweep<C>& given) {
   using V = Vector<C, N>;
@@ -53,20 +102,29 @@ void sweep_blocks(const Sweep<C>& given) {
           }
         }
         const Segment segment = s.taps->segments[g];
-        const Tap* tap = s.taps->taps + segment.first;
-        const C* origin = s.tile + y * s.row_step + x * N;
-        for (int t = 0; t < segment.count; ++t, ++tap) {
-          V w;
-          if constexpr (Pixels) {
-            w = load<N>(s.weights + tap->weight * N);
-          } else {
-            w = broadcast<C, N>(s.weights[tap->weight]);
-          }
-          const C* p = origin + tap->offset;
+        const TapRun* run = s.taps->runs + segment.first_run;
+        const C* tile = s.tile + y * s.row_step + x * N;
+        for (int t = 0; t < segment.run_count; ++t, ++run) {
+          if constexpr (!Pixels) {
+            const V w = broadcast<C, N>(s.weights[run->weights[0]]);
+            const C* p = tile + run->offset;
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) {
+            for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-            for (int i = 0; i < X; ++i) sum[r][i] += w * load<N>(p + r * s.row_step + i * N);
+              for (int i = 0; i < X; ++i) sum[r][i] += w * load<N>(p + r * s.row_step + i * N);
+            }
+          } else {
+            switch (run->count * 8 + run->step) {
+              case 25: add_taps<C, N, R, X, 3, 1>(sum, *run, tile, s.row_step, s.weights); break;
+              case 26: add_taps<C, N, R, X, 3, 2>(sum, *run, tile, s.row_step, s.weights); break;
+              case 27: add_taps<C, N, R, X, 3, 3>(sum, *run, tile, s.row_step, s.weights); break;
+              case 28: add_taps<C, N, R, X, 3, 4>(sum, *run, tile, s.row_step, s.weights); break;
+              case 17: add_taps<C, N, R, X, 2, 1>(sum, *run, tile, s.row_step, s.weights); break;
+              case 18: add_taps<C, N, R, X, 2, 2>(sum, *run, tile, s.row_step, s.weights); break;
+              case 19: add_taps<C, N, R, X, 2, 3>(sum, *run, tile, s.row_step, s.weights); break;
+              case 20: add_taps<C, N, R, X, 2, 4>(sum, *run, tile, s.row_step, s.weights); break;
+              default: add_taps<C, N, R, X, 1, 1>(sum, *run, tile, s.row_step, s.weights);
+            }
           }
         }
         C* out = s.out + g * s.out_segment + y * s.out_row + x * s.out_column;
@@ -116,6 +174,37 @@ void sweep_lanes(const Sweep<C>& s) {
 }
 
 }  // namespace
+
+// Taps of a row come one after the other, from left to right or back, and a stride puts every other one elsewhere.
+void TapList::end_segment(int64_t lanes) {
+  Segment& segment = segments[segment_count - 1];
+  segment.count = count - segment.first;
+  // Columns from tap i to tap j, 0 where they form no run.
+  auto columns = [&](int i, int j) -> int64_t {
+    const int64_t distance = j < count && lanes > 0 ? taps[j].offset - taps[i].offset : 0;
+    const int64_t step = distance / most(lanes, 1);
+    return distance % most(lanes, 1) == 0 && step >= -TapRun::kMostStep && step <= TapRun::kMostStep ? step : 0;
+  };
+  bool taken[kMaxTaps] = {};
+  for (int i = segment.first; i < count; ++i) {
+    if (taken[i]) continue;
+    int members[TapRun::kMostTaps] = {i}, size = 1;
+    int64_t step = 0;
+    for (int j = i + 1; j <= i + 2 && size == 1; ++j) {
+      if (j < count && !taken[j]) step = columns(i, j);
+      if (step != 0) members[size++] = j;
+    }
+    if (members[1] == i + 1 && columns(i + 1, i + 2) == step) members[size++] = i + 2;
+    if (step < 0) std::reverse(members, members + size);
+    TapRun& run = runs[run_count++];
+    run = {taps[members[0]].offset, {}, size, static_cast<int>(step < 0 ? -step : most(step, 1))};
+    for (int t = 0; t < size; ++t) {
+      run.weights[t] = taps[members[t]].weight;
+      taken[members[t]] = true;
+    }
+  }
+  segment.run_count = run_count - segment.first_run;
+}
 
 BlockShape choose_block(bool pixels, int64_t rows, int64_t columns) {
   BlockShape best{};

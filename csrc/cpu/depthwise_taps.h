@@ -13,19 +13,31 @@ struct Tap {
   int64_t offset, weight;
 };
 
-// Taps of one branch, `count` of them from `first` on.
+// Taps of a segment that read the same vectors for outputs `step` columns apart: one load serves up to three of them.
+struct TapRun {
+  static constexpr int kMostTaps = 3, kMostStep = 4;
+
+  int64_t offset, weights[kMostTaps];
+  int count, step;
+};
+
+// Taps of one branch, `count` of them from `first` on, and the runs they form.
 struct Segment {
   int first, count;
+  int first_run, run_count;
 };
 
 struct TapList {
   Tap taps[kMaxTaps];
+  TapRun runs[kMaxTaps];
   Segment segments[kMaxBranches];
-  int count = 0, segment_count = 0;
+  int count = 0, run_count = 0, segment_count = 0;
 
   void add(int64_t offset, int64_t weight) { taps[count++] = {offset, weight}; }
-  void begin_segment() { segments[segment_count++] = {count, 0}; }
-  void end_segment() { segments[segment_count - 1].count = count - segments[segment_count - 1].first; }
+  void begin_segment() { segments[segment_count++] = {count, 0, run_count, 0}; }
+
+  // `lanes` numbers lie between the columns of the tile; with 0, where a vector holds many columns, no taps form a run.
+  void end_segment(int64_t lanes);
 };
 
 // How far any tap reaches that can touch a map of this size: a dilation of at least the size only ever meets zeros.

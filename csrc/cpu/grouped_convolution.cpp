@@ -110,7 +110,7 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
       }
     }
   }
-  taps.end_segment();
+  taps.end_segment(N);
   const int64_t tile_bytes = p.in * tile.size() * static_cast<int64_t>(sizeof(C));
   C* tiles = static_cast<C*>(scratch(Slot::tile, tile_bytes));
   fill_zero(tiles, p.in * tile.size());

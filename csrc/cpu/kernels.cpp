@@ -17,6 +17,9 @@ extern const Kernel<GlobalAverage> global_average;
 extern const Kernel<Resize> resize;
 extern const Kernel<AdaptiveAverage> adaptive_average;
 extern const Kernel<GroupedConvolution> grouped_convolution;
+extern const Kernel<ResizedArgmax> resized_argmax;
+extern const Kernel<Affine> affine;
+extern const Kernel<ChangeLayout> change_layout;
 
 extern const Kernels kernels = {
     spatial_pyramid,
@@ -31,6 +34,9 @@ extern const Kernels kernels = {
     resize,
     adaptive_average,
     grouped_convolution,
+    resized_argmax,
+    affine,
+    change_layout,
 };
 
 }  // namespace espk::ESPK_ISA

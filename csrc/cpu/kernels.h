@@ -29,6 +29,9 @@ struct Kernels {
   const Kernel<Resize>& resize;
   const Kernel<AdaptiveAverage>& adaptive_average;
   const Kernel<GroupedConvolution>& grouped_convolution;
+  const Kernel<ResizedArgmax>& resized_argmax;
+  const Kernel<Affine>& affine;
+  const Kernel<ChangeLayout>& change_layout;
 };
 
 // The kernels compiled for each instruction set; only those that the build lists exist.

@@ -37,7 +37,7 @@ struct PyramidStrip {
     for (int64_t k = 0; k < p.branches; ++k) {
       taps.begin_segment();
       for_taps(p, k, [&](int64_t tap, int64_t y, int64_t x) { taps.add(tile.offset(y, x), 9 * k + tap); });
-      taps.end_segment();
+      taps.end_segment(pixels ? lanes : 0);
     }
   }
 

@@ -4,24 +4,12 @@
 #include <cmath>
 
 #include "affine_prelu.h"
+#include "bilinear.h"
 #include "kernels.h"
 #include "zero_bordered_tile.h"
 
 namespace espk::ESPK_ISA {
 namespace {
-
-// Where output `i` of `out_size` lies in an input of `size`, corners on corners: between `first` and `second`.
-struct Between {
-  int64_t first, second;
-  double weight;  // of the second
-
-  Between(int64_t i, int64_t size, int64_t out_size) {
-    const double at = out_size > 1 ? static_cast<double>(i) * static_cast<double>(size - 1) / (out_size - 1) : 0.0;
-    first = least(static_cast<int64_t>(at), size - 1);
-    second = least(first + 1, size - 1);
-    weight = at - static_cast<double>(first);
-  }
-};
 
 constexpr int64_t kRows = 4;  // of a unit
 
@@ -46,15 +34,7 @@ void run_type(const Resize& p, int64_t begin, int64_t end) {
       for (int64_t c = 0; c < p.channels; ++c) gate[c] = 1 / (1 + std::exp(-load_one(logits + c)));
     }
     for (int64_t y = first; y < least(first + kRows, p.out_height); ++y) {
-      const Between rows(y, p.height, p.out_height);
-      const T* upper = static_cast<const T*>(p.x) + (image * p.height + rows.first) * row;
-      const T* lower = static_cast<const T*>(p.x) + (image * p.height + rows.second) * row;
-      const auto down = broadcast<C, N>(static_cast<C>(rows.weight));
-      for (int64_t i = 0; i < row; i += N) {
-        const int64_t valid = least(N, row - i);
-        const Vector<C, N> a = load_first<N>(upper + i, valid), b = load_first<N>(lower + i, valid);
-        store_first<N>(mixed + i, a + (b - a) * down, valid);
-      }
+      mix_rows(mixed, static_cast<const T*>(p.x) + image * p.height * row, Between(y, p.height, p.out_height), row);
       const int64_t pixel = (image * p.out_height + y) * p.out_width;
       T* out = static_cast<T*>(p.out) + pixel * p.out_pixel;
       const T* skip = p.skip ? static_cast<const T*>(p.skip) + pixel * p.channels : nullptr;

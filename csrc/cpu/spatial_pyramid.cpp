@@ -87,6 +87,10 @@ void run_pixels(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
   const BranchWeights<C> weights(p, shared);
   const Patches cut = patches_of<C>(p);
   const int64_t pixel = p.out_pixel, turns = ceil_div(cut.blocks, cut.blocks_of_unit);
+  // The last block of channels may be narrower.
+  const PyramidStrip<C> whole(p, cut.strips.rows, least(kLanes<C>, p.channels), cut.strips.rows, cut.columns);
+  const PyramidStrip<C> last(p, cut.strips.rows, p.channels - (cut.blocks - 1) * kLanes<C>, cut.strips.rows,
+                             cut.columns);
   C* tile = nullptr;
   int tile_lanes = 0;
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -98,15 +102,15 @@ void run_pixels(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
     if (rows <= 0) continue;
     const int64_t first_block = unit % turns * cut.blocks_of_unit;
     for (int64_t block = first_block; block < first_block + cut.blocks_of_unit; ++block) {
-      const int64_t first_channel = block * kLanes<C>, channels = least(kLanes<C>, p.channels - first_channel);
-      const PyramidStrip<C> strip(p, cut.strips.rows, channels, cut.strips.rows, cut.columns);
+      const PyramidStrip<C>& strip = block + 1 < cut.blocks ? whole : last;
+      const int64_t first_channel = block * kLanes<C>, channels = strip.valid;
       if (strip.lanes != tile_lanes) {
         tile = strip.zeroed_tiles();
         tile_lanes = strip.lanes;
       }
       const T* x = static_cast<const T*>(p.x) + image * p.height * p.width * p.channels + first_channel;
       fill_pixels(strip.tile, tile, x, first * p.stride, p.height, {first_column * p.stride, p.width},
-                  cut.strips.count * cut.panels > 1, p.channels, channels);
+                  cut.strips.count * cut.panels > 1, p.channels, channels, cut.blocks_of_unit > 1 && block == 0);
       Sweep<C> sweep = strip.sweep(tile, rows, weights.of_block(block));
       sweep.columns = columns;
       set_epilogue(sweep, p, first_channel);

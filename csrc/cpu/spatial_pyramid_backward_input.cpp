@@ -36,7 +36,7 @@ TapList class_taps(const Problem& p, const Tile& tile, int64_t a, int64_t b) {
       }
     });
   }
-  list.end_segment();
+  list.end_segment(p.layout == Layout::channels_last ? tile.lanes : 0);
   return list;
 }
 

@@ -117,10 +117,11 @@ inline void fill_plane(const Tile& tile, Compute<T>* to, const T* from, int64_t 
   }
 }
 
-// Rows first_row .. of `channels` channels of a map whose pixels lie `pixel` elements apart, tile.lanes a position.
+// Rows first_row .. of `channels` channels of a map whose pixels lie `pixel` elements apart, tile.lanes a position. Of a
+// map `far` from the caches, rows are fetched two ahead.
 template <class T>
 inline void fill_pixels(const Tile& tile, Compute<T>* to, const T* from, int64_t first_row, int64_t height,
-                        Columns columns, bool moving, int64_t pixel, int64_t channels) {
+                        Columns columns, bool moving, int64_t pixel, int64_t channels, bool far = false) {
   with_lanes<Compute<T>>(tile.lanes, [&](auto lanes) {
     constexpr int N = decltype(lanes)::value;
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -135,6 +136,10 @@ inline void fill_pixels(const Tile& tile, Compute<T>* to, const T* from, int64_t
           [&](int64_t position, int64_t column, int64_t count) {
             const T* p = from + (y * columns.width + column) * pixel;
             const int64_t step = tile.stride * pixel;
+            if (far) {
+              const T* below = p + 2 * columns.width * pixel;
+              for (int64_t i = 0; i < count; ++i) __builtin_prefetch(below + i * step, 0, 2);
+            }
             if (channels == N) {
               for (int64_t i = 0; i < count; ++i) store<N>(out + (position + i) * N, load<N>(p + i * step));
             } else {

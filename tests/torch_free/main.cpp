@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "inference.h"
+#include "pixels.h"
 
 namespace espk {
 
@@ -188,6 +189,7 @@ int main(int, char** argv) {
       for (const Case& s : kCases) {
         check_all(s, type, layout);
         check_inference(s, type, layout);
+        check_pixels(s, type, layout);
       }
     }
     if (huge) check_huge(layout);

@@ -1,0 +1,35 @@
+// Bilinear resizing with corners aligned: where an output lies in the input, and two rows mixed into one.
+#pragma once
+
+#include "vector.h"
+
+namespace espk::ESPK_ISA {
+
+// Where output `i` of `out_size` lies in an input of `size`, corners on corners: between `first` and `second`.
+struct Between {
+  int64_t first, second;
+  double weight;  // of the second
+
+  Between(int64_t i, int64_t size, int64_t out_size) {
+    const double at = out_size > 1 ? static_cast<double>(i) * static_cast<double>(size - 1) / (out_size - 1) : 0.0;
+    first = least(static_cast<int64_t>(at), size - 1);
+    second = least(first + 1, size - 1);
+    weight = at - static_cast<double>(first);
+  }
+};
+
+// Row `rows` of a map [H, W, C] whose rows hold `row` numbers, from the two that it lies between.
+template <class T>
+inline void mix_rows(Compute<T>* mixed, const T* map, const Between& rows, int64_t row) {
+  using C = Compute<T>;
+  constexpr int N = kLanes<C>;
+  const T *upper = map + rows.first * row, *lower = map + rows.second * row;
+  const auto down = broadcast<C, N>(static_cast<C>(rows.weight));
+  for (int64_t i = 0; i < row; i += N) {
+    const int64_t valid = least(N, row - i);
+    const Vector<C, N> a = load_first<N>(upper + i, valid), b = load_first<N>(lower + i, valid);
+    store_first<N>(mixed + i, a + (b - a) * down, valid);
+  }
+}
+
+}  // namespace espk::ESPK_ISA

@@ -1,0 +1,90 @@
+"""Recognising the blocks around the units in somebody else's model: by their parts, and by what they do with them.
+
+The parts are attributes with the official names, whatever the class is called. What a block's ``forward`` does with
+them is tried: a block and its frozen form get the same map in float64, and only where they agree is it recognised.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from espkernels.checks import MAX_BRANCHES
+from espkernels.frozen import FrozenAffine, FrozenConvolution
+from espkernels.frozen_decoder import FrozenPyramidPooling
+from espkernels.models.pyramid_pooling import EfficientPyramidPooling
+
+__all__ = ["frozen"]
+
+# Odd, so that rounding to half or three halves of it up or down differs, and a tenth is below the smallest branch.
+TRIAL = (11, 13)
+# A rounding of float64 is 1e-16 and a sum here has some thousand terms; another function is off by far more.
+TOLERANCE = 1e-9
+
+_KINDS = {"conv": nn.Conv2d, "bn": nn.BatchNorm2d, "act": nn.PReLU}
+
+
+def frozen(module: nn.Module) -> nn.Module | None:
+    """The frozen form of a block, or None where it has other parts or does something else with them."""
+    make = _maker(module)
+    if make is None:
+        return None
+    try:
+        theirs = copy.deepcopy(module).double()
+        ours = make(theirs)
+        like = next(theirs.parameters())
+        size = (1, _in_channels(theirs), *TRIAL)
+        x = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like.device)
+        with torch.no_grad():
+            expected = theirs(x)
+            same = bool((ours(x) - expected).abs().max() <= TOLERANCE * expected.abs().max())
+    except Exception:  # whatever their forward raises: it takes something else than one map, or the parts do not fit
+        return None
+    return make(module) if same else None
+
+
+def _maker(module: nn.Module) -> Callable[[nn.Module], nn.Module] | None:
+    """How to freeze a module with these parts, if there is a way."""
+    if module._parameters or module._buffers:
+        return None
+    parts = {name for name, part in module._modules.items() if part is not None}
+    if parts in ({"conv", "bn"}, {"conv", "bn", "act"}, {"bn", "act"}):
+        if all(type(module._modules[name]) is _KINDS[name] for name in parts):
+            return _affine if "conv" not in parts else _convolution
+    elif parts - {"br"} == {"projection_layer", "stages", "merge_layer"} and hasattr(module, "scales"):
+        return _pyramid_pooling
+    return None
+
+
+def _in_channels(module: nn.Module) -> int:
+    """Of the first convolution or, where there is none, batch norm."""
+    first = next(part for part in module.modules() if isinstance(part, (nn.Conv2d, nn.BatchNorm2d)))
+    return first.in_channels if isinstance(first, nn.Conv2d) else first.num_features
+
+
+def _convolution(block: nn.Module) -> nn.Module:
+    return FrozenConvolution(block.conv, block.bn, block._modules.get("act"))  # type: ignore[arg-type]
+
+
+def _affine(block: nn.Module) -> nn.Module:
+    return FrozenAffine(block.bn, block.act)  # type: ignore[arg-type]
+
+
+def _pyramid_pooling(block: nn.Module) -> nn.Module:
+    """Through our own block, which has the official keys."""
+    state = block.state_dict()
+    projection = state["projection_layer.cbr.0.weight"]
+    scales = [float(scale) for scale in block.scales]  # type: ignore[union-attr]
+    if len(scales) > MAX_BRANCHES:
+        raise ValueError(f"scales: got {len(scales)}, expected at most {MAX_BRANCHES}")
+    outputs, last = state["merge_layer.3.weight"].shape[0], "br.br.0.weight" not in state
+    with torch.device("meta"):  # draws no random numbers
+        ours = EfficientPyramidPooling(projection.shape[1], projection.shape[0], outputs, scales, last)
+    ours.load_state_dict(state, assign=True)
+    for name, part in ours.named_modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.eps = block.get_submodule(name).eps  # type: ignore[assignment]
+    return FrozenPyramidPooling(ours.eval())

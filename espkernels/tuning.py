@@ -1,0 +1,99 @@
+"""Measured choices of a frozen network: how finely the strips of each unit are cut on this machine.
+
+A unit's pyramid runs strip by strip, and neighbouring strips both read the rows between them. One strip a thread reads
+the fewest rows; more of them have smaller tiles, and threads that end together. Which is faster depends on the caches.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espkernels import backends, replay
+
+__all__ = ["Tuned", "tuned"]
+
+# Strips for as many times the threads. The first is what a plan has untuned.
+CUTS = (1, 2, 4)
+ROUNDS = 15
+# What differs less is noise, and stays as it was.
+WORTH = 0.97
+
+
+def profile(plan: Any, x: Tensor, output: Tensor) -> list[float]:
+    """Seconds of each step on the first image of ``x``."""
+    found: list[float] = plan.profile(x.data_ptr(), output.data_ptr(), 1)
+    return found
+
+
+class Tuned(replay.Replayed):
+    """Beside the class of a frozen model whose plans are cut as was measured.
+
+    ``choices`` holds, for each kind of machine and input that was measured, the cuts of those steps of a plan that have
+    a choice, in their order; it is the extra state of the model's ``state_dict``, as the bytes of its JSON.
+    """
+
+    choices: dict[str, list[int]]
+
+    def _prepare(self, plan: Any, x: Tensor) -> None:
+        cuts = plan.cuts
+        chosen = self.choices.get(_key(x))
+        # Plans of another version of the library may have other steps.
+        if chosen is not None and len(chosen) == sum(cut > 0 for cut in cuts):
+            left = iter(chosen)
+            plan.cuts = [next(left) if cut else 0 for cut in cuts]
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(list(json.dumps(self.choices).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        self.choices = json.loads(bytes(state.tolist()))
+        replay.forget()
+
+
+def _key(x: Tensor) -> str:
+    """Choices hold for one shape of an image, dtype, layout, instruction set and number of threads."""
+    layout = "contiguous" if x.is_contiguous() else "channels_last"
+    isa = backends.library.isa()  # type: ignore[union-attr]
+    shape = "x".join(map(str, x.shape[1:]))
+    return f"{shape} {str(x.dtype).removeprefix('torch.')} {layout} {isa} {torch.get_num_threads()} threads"
+
+
+def tuned(model: nn.Module, sample: Tensor) -> nn.Module:
+    """``model`` itself, frozen, its class joined with :class:`Tuned` and measured on ``sample``.
+
+    Raises ValueError where no plan can be made for it.
+    """
+    joined: Any = replay.replayed(model, Tuned)
+    joined.choices = {}
+    if not joined._replayable(sample):
+        raise ValueError("tune: expected a tensor [B, C, H, W] on the CPU, dense in memory, that asks for no gradient")
+    with torch.no_grad():
+        joined(sample)
+    (recorded,) = joined.plans.values()
+    if recorded.plan is None:
+        raise ValueError(f"tune: the model cannot be replayed on this input: {recorded.refusal}")
+    output = torch.empty((1, *recorded.shape), dtype=recorded.dtype)
+    joined.choices[_key(sample)] = _fastest(recorded.plan, sample, output)
+    joined._prepare(recorded.plan, sample)
+    return model
+
+
+def _fastest(plan: Any, x: Tensor, output: Tensor) -> list[int]:
+    """The cut of each step that has a choice; all cuts by turns, so that what slows the machine meets them alike."""
+    steps = [step for step, cut in enumerate(plan.cuts) if cut]
+    seconds: dict[int, list[list[float]]] = {cut: [] for cut in CUTS}
+    for _ in range(ROUNDS):
+        for cut in CUTS:
+            plan.cuts = [cut if before else 0 for before in plan.cuts]
+            seconds[cut].append(profile(plan, x, output))
+    chosen = []
+    for step in steps:
+        medians = {cut: statistics.median(times[step] for times in seconds[cut]) for cut in CUTS}
+        best = min(CUTS, key=lambda cut: medians[cut])
+        chosen.append(best if medians[best] < WORTH * medians[CUTS[0]] else CUTS[0])
+    return chosen
