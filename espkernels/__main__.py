@@ -14,6 +14,7 @@ COMMANDS = {
     "bench": "verify and time the kernels on the real layer shapes",
     "explain": "where the time of a network goes, layer by layer",
     "segment": "segment images with a trained ESPNetv2",
+    "paper": "the tables of the paper beside what the networks here measure",
 }
 
 

@@ -72,7 +72,7 @@ def _frozen(module: nn.Module) -> nn.Module | None:
         return module if isinstance(module, (layers.EESP, layers.DownSampler)) else None
     if isinstance(module, layers.EESP):
         return frozen.FrozenEESP(module)
-    if isinstance(module, layers.DownSampler):
+    if isinstance(module, layers.DownSampler) and isinstance(module.eesp, layers.EESP):
         return frozen.FrozenDownSampler(module)
     if isinstance(module, (layers.CBR, layers.CB)):
         return frozen.FrozenConvolution(module.conv, module.bn, getattr(module, "act", None))

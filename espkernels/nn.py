@@ -48,7 +48,7 @@ def init_parameters(module: nn.Module) -> None:
     0, PReLU 0.25.
     """
     for part in module.modules():
-        if isinstance(part, nn.Conv2d):
+        if isinstance(part, (nn.Conv1d, nn.Conv2d)):
             nn.init.kaiming_normal_(part.weight, mode="fan_out")
         elif isinstance(part, nn.modules.batchnorm._BatchNorm):
             if part.affine:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from espkernels.models.priors import MAPS
+
 __all__ = ["Checkpoint", "Identity", "identify", "read"]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -33,7 +35,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint is for: ``network`` in words, ``known`` where this project has that network."""
+    """What a checkpoint is for: ``network`` in words, ``known`` where this project has that network.
+
+    ``base`` is that of a segmentation network, ``boxes`` the prior boxes a pixel on each map of a detection network and
+    ``expansion`` whether its level 5 ends with the grouped 1x1 convolution.
+    """
 
     network: str
     known: bool
@@ -41,6 +47,8 @@ class Identity:
     num_classes: int | None = None
     in_channels: int = 3
     base: int = 16
+    boxes: tuple[int, ...] = ()
+    expansion: bool = True
 
     def __str__(self) -> str:
         details = []
@@ -132,7 +140,7 @@ def identify(tensors: Mapping[str, Tensor]) -> Identity:
     if any(name.startswith(("net.", "proj_L4_C.")) for name in tensors) and "net.level1.conv.weight" in tensors:
         return Identity(OLD_SEGMENTATION, False)
     if "base_net.basenet.level1.conv.weight" in tensors:
-        return Identity(DETECTION, False, _scale(tensors, "base_net.basenet."))
+        return _detection(tensors)
     prefix = "base_net." if "base_net.level1.conv.weight" in tensors else ""
     scale = _scale(tensors, prefix)
     if scale is None:
@@ -146,6 +154,18 @@ def identify(tensors: Mapping[str, Tensor]) -> Identity:
     if last is None or before is None:
         return Identity(UNKNOWN, False)
     return Identity(SEGMENTATION, True, scale, last.shape[0], in_channels, before.shape[0] // 2)
+
+
+def _detection(tensors: Mapping[str, Tensor]) -> Identity:
+    prefix = "base_net.basenet."
+    heads = [(tensors.get(f"loc_layers.{i}.bias"), tensors.get(f"cls_layers.{i}.bias")) for i in range(MAPS)]
+    boxes = tuple(len(locations) // 4 for locations, _ in heads if locations is not None)
+    scale, last = _scale(tensors, prefix), heads[-1][1]
+    if scale is None or last is None or len(boxes) != MAPS or 0 in boxes:
+        return Identity(DETECTION, False, scale)
+    channels = tensors[prefix + "level1.conv.weight"].shape[1]
+    expansion = prefix + "level5.4.conv.weight" in tensors
+    return Identity(DETECTION, True, scale, len(last) // boxes[-1], channels, boxes=boxes, expansion=expansion)
 
 
 def _scale(tensors: Mapping[str, Tensor], prefix: str) -> float | None:

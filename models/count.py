@@ -88,7 +88,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def count(model: nn.Module, size: tuple[int, int], *, in_channels: int | None = None) -> Count:
+def count(
+    model: nn.Module,
+    size: tuple[int, int] | None = None,
+    *,
+    in_channels: int | None = None,
+    sample: Tensor | None = None,
+) -> Count:
     """Parameters of ``model`` and multiply-adds of one image of ``size`` (height, width), as the paper counts them.
 
     ``macs`` are those of convolutions alone: linear layers, batch norms, activations, pooling, resizing and biases
@@ -98,17 +104,21 @@ def count(model: nn.Module, size: tuple[int, int], *, in_channels: int | None = 
 
     The forward runs on the meta device: nothing is computed, no map is allocated whatever the size, and the model is
     left as it was. Tensors that it holds outside its parameters and buffers would stay where they are, and be refused.
-    ``in_channels`` is that of the model's first convolution unless given.
+    ``in_channels`` is that of the model's first convolution unless given. A model of something else than images is
+    counted on ``sample``, of which only shape and dtype matter, in the place of ``size``.
 
-    Raises ValueError for a size that is not two positive integers.
+    Raises ValueError for a size that is not two positive integers, and unless one of size and sample is given.
     """
-    if len(size) != 2 or any(side < 1 for side in size):
-        raise ValueError(f"size: got {tuple(size)}, expected (height, width), both at least 1")
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    if in_channels is None:
-        in_channels = _first_channels(model)
-    dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.get_default_dtype())
-    image = torch.empty(1, in_channels, *size, dtype=dtype, device="meta")
+    if (size is None) == (sample is None):
+        raise ValueError(f"size: got {size} with {'no' if sample is None else 'a'} sample, expected either of them")
+    if size is not None:
+        if len(size) != 2 or any(side < 1 for side in size):
+            raise ValueError(f"size: got {tuple(size)}, expected (height, width), both at least 1")
+        dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.get_default_dtype())
+        channels = _first_channels(model) if in_channels is None else in_channels
+        sample = torch.empty(1, channels, *size, dtype=dtype, device="meta")
+    assert sample is not None
 
     with (
         torch.no_grad(),
@@ -117,7 +127,7 @@ def count(model: nn.Module, size: tuple[int, int], *, in_channels: int | None = 
         running(model) as names,
         _Counter(names) as counter,
     ):
-        torch.func.functional_call(model, {name: t.to("meta") for name, t in state.items()}, (image,))
+        torch.func.functional_call(model, {name: t.to("meta") for name, t in state.items()}, (sample.to("meta"),))
 
     return Count(
         _parameters(model),

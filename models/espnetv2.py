@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espkernels import nn as fused
-from espkernels.models import plain as plain_layers
+from espkernels.models import eesp_a, esp, plain
 
-__all__ = ["ESPNetv2", "Encoder", "Switches", "espnetv2", "widths"]
+__all__ = ["DeepEncoder", "ESPNetv2", "Encoder", "Switches", "espnetv2", "widths"]
 
 GROUPS = 4
 # Receptive-field limits (section 3.2): smaller maps, smaller branches.
@@ -20,23 +20,36 @@ LIMIT_DOWN = {2: 13, 3: 11, 4: 9, 5: 7}
 LIMIT = {3: 9, 4: 7, 5: 5}
 # EESP units after the strided one.
 REPEATS = {3: 3, 4: 7, 5: 3}
+# Each form of the unit, and the down-sampler around it.
+UNITS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "eesp": (fused.EESP, fused.DownSampler),
+    "eesp_a": (eesp_a.EESPA, eesp_a.DownSampler),
+    "esp": (esp.ESP, esp.DownSampler),
+}
 
 
 @dataclass(frozen=True)
 class Switches:
     """What the paper's ablations turn off (Tables 5 and 6), and which layers a network is built from.
 
-    ``plain`` takes the layers of :mod:`espkernels.models.plain`, in which no operator of this library runs.
+    ``plain`` takes the layers of :mod:`espkernels.models.plain`, in which no operator of this library runs; the units
+    other than "eesp" are plain as they are. Raises ValueError for an unknown ``unit``.
     """
 
     hff: bool = True
     long_range_shortcut: bool = True
     dilated: bool = True
     plain: bool = False
+    unit: str = "eesp"
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise ValueError(f"unit: got {self.unit!r}, expected one of {', '.join(map(repr, UNITS))}")
 
     @property
-    def layers(self) -> ModuleType:
-        return plain_layers if self.plain else fused
+    def layers(self) -> tuple[type[nn.Module], type[nn.Module]]:
+        """The unit and the down-sampler."""
+        return (plain.EESP, plain.DownSampler) if self.plain and self.unit == "eesp" else UNITS[self.unit]
 
 
 def widths(scale: float) -> tuple[int, int, int, int, int, int]:
@@ -73,7 +86,8 @@ class Encoder(nn.Module):
         self.level4 = nn.ModuleList(self._units(4, width))
 
     def _down_sampler(self, level: int, width: dict[int, int]) -> nn.Module:
-        return self.switches.layers.DownSampler(
+        _, down_sampler = self.switches.layers
+        return down_sampler(
             width[level - 1],
             width[level],
             k=GROUPS,
@@ -85,8 +99,9 @@ class Encoder(nn.Module):
         )
 
     def _units(self, level: int, width: dict[int, int]) -> list[nn.Module]:
+        unit, _ = self.switches.layers
         return [
-            self.switches.layers.EESP(
+            unit(
                 width[level],
                 width[level],
                 k=GROUPS,
@@ -97,11 +112,15 @@ class Encoder(nn.Module):
             for _ in range(REPEATS[level])
         ]
 
+    def stages(self) -> list[tuple[nn.Module, Iterable[nn.Module]]]:
+        """The levels whose strided units see the image: that unit, and the units after it."""
+        return [(self.level2_0, ()), (self.level3_0, self.level3), (self.level4_0, self.level4)]
+
     def encode(self, image: Tensor) -> list[Tensor]:
-        """The maps of levels 1 to 4."""
+        """The maps of level 1 and of the levels of :meth:`stages`."""
         maps = [self.level1(image)]
         shortcut = image if self.switches.long_range_shortcut else None
-        for down_sampler, units in ((self.level2_0, ()), (self.level3_0, self.level3), (self.level4_0, self.level4)):
+        for down_sampler, units in self.stages():
             x = maps[-1]
             if shortcut is not None:
                 # Pooled on from the level before, so that every level of the image pyramid is computed once.
@@ -116,7 +135,26 @@ class Encoder(nn.Module):
         return self.encode(image)
 
 
-class ESPNetv2(Encoder):
+class DeepEncoder(Encoder):
+    """An encoder with the layers of level 5, as classification and detection have them.
+
+    Level 5 ends with a depthwise 3x3 and, with ``expansion``, a grouped 1x1 convolution to the last of :func:`widths`.
+    """
+
+    def __init__(
+        self, scale: float, in_channels: int = 3, switches: Switches | None = None, expansion: bool = True
+    ) -> None:
+        super().__init__(scale, in_channels, switches)
+        *levels, last = widths(scale)
+        width = dict(enumerate(levels, start=1))
+        self.level5_0 = self._down_sampler(5, width)
+        self.level5 = nn.ModuleList([*self._units(5, width), fused.CBR(width[5], width[5], 3, groups=width[5])])
+        if expansion:
+            self.level5.append(fused.CBR(width[5], last, 1, groups=GROUPS))
+        self.out_channels = last if expansion else width[5]
+
+
+class ESPNetv2(DeepEncoder):
     """The classification network; :func:`espnetv2` describes it.
 
     ``forward``: image [B, in_channels, H, W] -> logits [B, num_classes].
@@ -133,19 +171,9 @@ class ESPNetv2(Encoder):
         super().__init__(scale, in_channels, switches)
         if num_classes < 1:
             raise ValueError(f"num_classes: got {num_classes}, expected at least 1")
-        *levels, last = widths(scale)
-        width = dict(enumerate(levels, start=1))
         self.num_classes = num_classes
         self.dropout = dropout
-        self.level5_0 = self._down_sampler(5, width)
-        self.level5 = nn.ModuleList(
-            [
-                *self._units(5, width),
-                fused.CBR(width[5], width[5], 3, groups=width[5]),
-                fused.CBR(width[5], last, 1, groups=GROUPS),
-            ]
-        )
-        self.classifier = nn.Linear(last, num_classes)
+        self.classifier = nn.Linear(self.out_channels, num_classes)
         fused.init_parameters(self)
 
     def forward(self, image: Tensor) -> Tensor:  # type: ignore[override]
@@ -166,6 +194,7 @@ def espnetv2(
     hff: bool = True,
     long_range_shortcut: bool = True,
     dilated: bool = True,
+    unit: str = "eesp",
     dropout: float = 0.2,
 ) -> ESPNetv2:
     """ESPNetv2 for classification at width ``scale``: 0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0 or any other above 0.
@@ -178,9 +207,10 @@ def espnetv2(
 
     ``hff``, ``long_range_shortcut`` and ``dilated`` turn off hierarchical feature fusion, the shortcut from the image
     (parameters of level 5 included) and dilation, as in Tables 5 and 6. ``plain`` builds from plain torch layers with
-    the same parameters. ``dropout`` comes before the classifier.
+    the same parameters. ``unit`` "esp" takes the unit of ESPNet (first row of Table 5) and "eesp_a" that of Fig. 1b in
+    the place of EESP. ``dropout`` comes before the classifier.
 
-    Raises ValueError for a scale, class or channel count that is not positive.
+    Raises ValueError for an unknown unit and for a scale, class or channel count that is not positive.
     """
-    switches = Switches(hff, long_range_shortcut, dilated, plain)
+    switches = Switches(hff, long_range_shortcut, dilated, plain, unit)
     return ESPNetv2(scale, num_classes, in_channels, switches, dropout)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from espkernels.models import checkpoint
+from espkernels.models.detection import Configuration, espnetv2_detection
 from espkernels.models.espnetv2 import espnetv2
+from espkernels.models.priors import ratios_of
 from espkernels.models.segmentation import espnetv2_segmentation
 
 __all__ = ["LoadReport", "from_official", "load_official"]
@@ -50,9 +52,9 @@ def load_official(model: nn.Module, path: str | PathLike[str], *, backbone: bool
     Names, shapes, kinds of numbers and finiteness of every tensor are checked before the first one is copied. Files
     of torch.save are read with ``weights_only=True`` only (:func:`checkpoint.read`).
 
-    With ``backbone=True`` only levels 1 to 5, as many as the model has, are taken from a classification or
-    segmentation checkpoint and everything else in the model stays: how the official segmentation network starts from
-    ImageNet weights, and how a network starts on new classes.
+    With ``backbone=True`` only levels 1 to 5, as many as the model has, are taken from the checkpoint and everything
+    else in the model stays: how the official segmentation and detection networks start from ImageNet weights, and how
+    a network starts on new classes.
 
     Raises ValueError for any mismatch, with a list of what is missing, unexpected or of another shape; the model is
     then as it was. Raises what :func:`checkpoint.read` raises for files that cannot be read.
@@ -60,20 +62,34 @@ def load_official(model: nn.Module, path: str | PathLike[str], *, backbone: bool
     return _load(model, checkpoint.read(path), backbone)
 
 
-def from_official(path: str | PathLike[str], *, scale: float | None = None, plain: bool = False) -> nn.Module:
-    """The network a classification or segmentation checkpoint was saved from, with its weights, in evaluation mode.
+def from_official(
+    path: str | PathLike[str], *, scale: float | None = None, plain: bool = False, image_size: int = 512
+) -> nn.Module:
+    """The network that an official checkpoint was saved from, with its weights, in evaluation mode.
 
-    Scale, classes and input channels follow from the shapes in the file; ``scale`` may insist on one. ``plain`` is
-    that of the networks. Raises ValueError for a checkpoint of another network, and as :func:`load_official`.
+    Scale, classes, input channels and a detection network's configuration follow from the shapes in the file; ``scale``
+    may insist on one. ``plain`` is that of the networks; ``image_size`` that of a detection network, whose weights fit
+    every size. Raises ValueError for a checkpoint of another network, and as :func:`load_official`.
     """
     file = checkpoint.read(path)
     identity = checkpoint.identify(file.tensors)
     scale = identity.scale if scale is None else scale
     if not identity.known or scale is None:
-        raise ValueError(f"{path} holds {identity}: only ESPNetv2 for classification or segmentation can be built")
+        raise ValueError(
+            f"{path} holds {identity}: only ESPNetv2 for classification, segmentation or detection can be built"
+        )
     model: nn.Module
     if identity.network == checkpoint.CLASSIFICATION:
         model = espnetv2(scale, identity.num_classes or 1000, identity.in_channels, plain=plain)
+    elif identity.network == checkpoint.DETECTION:
+        model = espnetv2_detection(
+            scale,
+            identity.num_classes or 21,
+            image_size,
+            configuration=Configuration(identity.expansion, tuple(map(ratios_of, identity.boxes))),
+            in_channels=identity.in_channels,
+            plain=plain,
+        )
     else:
         classes = identity.num_classes or 20
         model = espnetv2_segmentation(scale, classes, base=identity.base, in_channels=identity.in_channels, plain=plain)
@@ -156,8 +172,8 @@ def _headline(file: checkpoint.Checkpoint, state: Mapping[str, Tensor]) -> str:
             " It is a different network from the one of the paper and of EdgeNets, which espnetv2_segmentation is:"
             " these weights fit none of the networks here."
         )
-    elif theirs.network == checkpoint.CLASSIFICATION and own.network == checkpoint.SEGMENTATION:
-        text += " To start a segmentation network from classification weights, pass backbone=True."
+    elif theirs.network == checkpoint.CLASSIFICATION and own.network in (checkpoint.SEGMENTATION, checkpoint.DETECTION):
+        text += f" To start {own.network} from classification weights, pass backbone=True."
     elif theirs.network == own.network and theirs.known and (theirs.scale, theirs.base) == (own.scale, own.base):
         text += " To keep the backbone alone, pass backbone=True." if theirs.num_classes != own.num_classes else ""
     return text

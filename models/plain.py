@@ -8,27 +8,47 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch import nn as torch_nn
 
 from espkernels import nn
 
-__all__ = ["EESP", "DownSampler"]
+__all__ = ["EESP", "DownSampler", "Steps"]
 
 
-class EESP(nn.EESP):
-    """:class:`espkernels.nn.EESP` in plain torch modules."""
+class Steps(torch_nn.Module):
+    """What every form of the unit has in common, between and after its convolutions (paper, Fig. 1)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    stride: int
+    down_method: str
+    hff: bool
+    proj_1x1: nn.CBR
+    spp_dw: torch_nn.ModuleList
+    module_act: torch_nn.PReLU
+
+    def transform(self, x: Tensor) -> list[Tensor]:
+        """Reduce, split, transform: the branches' maps, each added to the one before under hierarchical fusion."""
         reduced = self.proj_1x1(x)
         outputs: list[Tensor] = []
         for branch in self.spp_dw:
             output = branch(reduced)
             outputs.append(outputs[-1] + output if self.hff and outputs else output)
-        expanded = self.conv_1x1_exp(self.br_after_cat(torch.cat(outputs, dim=1)))
+        return outputs
+
+    def end(self, merged: Tensor, x: Tensor) -> Tensor:
+        """The unit's result: as it is inside a down-sampler, else with the residual where it fits and the PReLU."""
         if self.stride == 2 and self.down_method == "avg":
-            return expanded
-        if expanded.shape == x.shape:
-            expanded = expanded + x
-        return self.module_act(expanded)
+            return merged
+        if merged.shape == x.shape:
+            merged = merged + x
+        return self.module_act(merged)
+
+
+class EESP(Steps, nn.EESP):
+    """:class:`espkernels.nn.EESP` in plain torch modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        fused = torch.cat(self.transform(x), dim=1)
+        return self.end(self.conv_1x1_exp(self.br_after_cat(fused)), x)
 
 
 class DownSampler(nn.DownSampler):

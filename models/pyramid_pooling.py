@@ -19,12 +19,12 @@ SMALLEST = 5
 
 
 class CBR(nn.Module):
-    """Convolution, batch norm, PReLU; the padding keeps the size. [B, M, H, W] -> [B, N, H, W]."""
+    """Convolution, batch norm, PReLU; the padding keeps the size at stride 1. [B, M, H, W] -> [B, N, H', W']."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, groups: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, groups: int = 1, stride: int = 1) -> None:
         super().__init__()
         self.cbr = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False),
+            nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False),
             nn.BatchNorm2d(out_channels),
             nn.PReLU(out_channels),
         )

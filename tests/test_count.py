@@ -211,6 +211,15 @@ def test_no_memory_is_needed_for_huge_images_and_none_for_the_model():
     assert count(network, (2**22, 2**22)).macs > 2**44 * 1000
 
 
+def test_a_model_of_something_else_than_images_is_counted_on_a_sample():
+    network = nn.Sequential(nn.Embedding(9, 6), nn.Conv1d(5, 4, 3, groups=1), nn.Linear(4, 2))
+    found = count(network, sample=torch.zeros(7, 5, dtype=torch.int64))
+    assert (found.macs, found.parameters) == (7 * 4 * 4 * 5 * 3, 9 * 6 + 4 * 5 * 3 + 4 + 4 * 2 + 2)
+    for options in ({}, {"size": (5, 5), "sample": torch.zeros(1)}):
+        with pytest.raises(ValueError, match=r"size: got .* sample, expected either of them"):
+            count(network, **options)
+
+
 @pytest.mark.parametrize("size", [(0, 5), (5, -1), (5,)])
 def test_a_bad_size_is_named(size):
     with pytest.raises(ValueError, match=r"size: got"):

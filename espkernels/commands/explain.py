@@ -7,13 +7,13 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 import espkernels
 from espkernels import models
+from espkernels.models.espnetv2 import Encoder
 
 __all__ = ["add_arguments", "run"]
 
@@ -48,9 +48,8 @@ def run(args: argparse.Namespace) -> int:
             if path is not None and not path.parent.is_dir():
                 raise ValueError(f"{name}: there is no folder {path.parent}")
         model = _model(args)
-        size = args.size or ((512, 1024) if _segments(model) else (224, 224))
-        encoder: Any = model.base_net if _segments(model) else model
-        found = espkernels.explain(model, torch.rand(1, encoder.in_channels, *size))
+        encoder = next(part for part in model.modules() if isinstance(part, Encoder))
+        found = espkernels.explain(model, torch.rand(1, encoder.in_channels, *(args.size or _usual_size(model))))
         print(found)
         if args.json is not None:
             args.json.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
@@ -64,8 +63,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _segments(model: nn.Module) -> bool:
-    return hasattr(model, "base_net")
+def _usual_size(model: nn.Module) -> tuple[int, int]:
+    if isinstance(model, models.ESPNetv2Detection):
+        return model.image_size, model.image_size
+    return (512, 1024) if isinstance(model, models.ESPNetv2Segmentation) else (224, 224)
 
 
 def _model(args: argparse.Namespace) -> nn.Module:
@@ -75,8 +76,8 @@ def _model(args: argparse.Namespace) -> nn.Module:
             return models.espnetv2_segmentation(scale, 20 if args.classes is None else args.classes)
         return models.espnetv2(scale, 1000 if args.classes is None else args.classes)
     model = models.from_official(args.weights, scale=args.scale)
-    if args.segmentation and not _segments(model):
-        raise ValueError(f"--segmentation: {args.weights} is a checkpoint for classification")
+    if args.segmentation and not isinstance(model, models.ESPNetv2Segmentation):
+        raise ValueError(f"--segmentation: {args.weights} is no checkpoint for segmentation")
     if args.classes not in (None, model.num_classes):
         raise ValueError(f"--classes: got {args.classes}, {args.weights} has {model.num_classes}")
     return model

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from espkernels import backends, freeze
-from espkernels.models import classes, load
+from espkernels.models import ESPNetv2Segmentation, classes, load
 from espkernels.models import segment as segmenting
 
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -75,10 +75,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _outputs(model: nn.Module, weights: Path) -> int:
-    count = getattr(model, "num_classes", None)
-    if not hasattr(model, "base_net") or not isinstance(count, int):
-        raise ValueError(f"--weights: {weights} is a checkpoint for classification, expected one for segmentation")
-    return count
+    if not isinstance(model, ESPNetv2Segmentation):
+        raise ValueError(
+            f"--weights: {weights} is of an {type(model).__name__}, expected a checkpoint for segmentation"
+        )
+    return model.num_classes
 
 
 def _class_set(name: str, count: int) -> classes.ClassSet:
