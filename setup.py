@@ -52,6 +52,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/global_average.cpp",
     "csrc/cpu/resize.cpp",
     "csrc/cpu/adaptive_average.cpp",
+    "csrc/cpu/enlarged_branch.cpp",
     "csrc/cpu/grouped_convolution.cpp",
     "csrc/cpu/resized_argmax.cpp",
     "csrc/cpu/affine.cpp",

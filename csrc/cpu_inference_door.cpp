@@ -53,16 +53,16 @@ int64_t filtered(int64_t size, int64_t filter, int64_t stride, int64_t padding) 
 }
 
 Tensor grouped_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& shift,
-                           const std::optional<Tensor>& slope, int64_t groups, bool shuffled) {
+                           const std::optional<Tensor>& slope, int64_t groups, bool separate) {
   GroupedConvolution p{};
   p.type = type_of(x);
-  p.batch = x.size(0);
+  p.in = separate ? weight.size(1) : x.size(1) / groups;
+  p.batch = separate ? x.size(0) / p.in : x.size(0);
   p.height = x.size(2);
   p.width = x.size(3);
   p.groups = groups;
-  p.in = x.size(1) / groups;
   p.out_of_group = weight.size(0) / groups;
-  p.shuffled = shuffled;
+  p.separate = separate;
   STD_TORCH_CHECK(p.in >= 1 && p.in <= kMaxBranches && p.height >= 1 && p.width >= 1,
                   "x: expected 1 to 8 inputs a group");
   const Tensor map = dense_map(x, Layout::channels_last), dense = dense_weight(weight);
@@ -78,10 +78,10 @@ Tensor grouped_convolution(const Tensor& x, const Tensor& weight, const std::opt
   return out;
 }
 
-// Resize or AdaptiveAverage of `x` into channels from `channel` on of `into`; `p` holds what only one of them has.
+// Resize or AdaptiveAverage of `x` into the numbers from `first` on of `into`; `p` holds what only one of them has.
 template <class Problem>
 void resample(const char* name, const Kernel<Problem>& kernel, Problem p, const Tensor& x,
-              const EpilogueTensors& epilogue, const Tensor& into, int64_t channel) {
+              const EpilogueTensors& epilogue, const Tensor& into, int64_t first) {
   p.type = type_of(x);
   p.batch = x.size(0);
   p.channels = x.size(1);
@@ -92,20 +92,41 @@ void resample(const char* name, const Kernel<Problem>& kernel, Problem p, const 
   p.x = x.const_data_ptr();
   p.epilogue = pointers(epilogue);
   p.out_pixel = into.size(1);
-  p.out = static_cast<char*>(into.data_ptr()) + channel * bytes_of(p.type);
+  p.out = static_cast<char*>(into.data_ptr()) + first * bytes_of(p.type);
   launch(name, kernel, p);
 }
 
-void run_resize(const Tensor& x, const EpilogueTensors& epilogue, const Tensor& into, int64_t channel,
+void run_resize(const Tensor& x, const EpilogueTensors& epilogue, const Tensor& into, int64_t first,
                 const std::optional<Tensor>& skip = std::nullopt, const std::optional<Tensor>& gate = std::nullopt) {
   Resize p{};
   if (skip) p.skip = skip->const_data_ptr();
   if (gate) p.gate = gate->const_data_ptr();
-  resample("resize", kernels().resize, p, x, epilogue, into, channel);
+  resample("resize", kernels().resize, p, x, epilogue, into, first);
 }
 
-void run_adaptive_average(const Tensor& x, const EpilogueTensors& epilogue, const Tensor& into, int64_t channel) {
-  resample("adaptive_average", kernels().adaptive_average, AdaptiveAverage{}, x, epilogue, into, channel);
+void run_adaptive_average(const Tensor& x, const EpilogueTensors& epilogue, const Tensor& into, int64_t first) {
+  resample("adaptive_average", kernels().adaptive_average, AdaptiveAverage{}, x, epilogue, into, first);
+}
+
+// A branch of pyramid pooling above the size of its map in one pass, where its windows allow that.
+bool run_enlarged_branch(const Tensor& x, const void* weight, int64_t height, int64_t width,
+                         const EpilogueTensors& epilogue, const Tensor& into, int64_t first) {
+  EnlargedBranch p{};
+  p.type = type_of(x);
+  p.batch = x.size(0);
+  p.channels = x.size(1);
+  p.height = x.size(2);
+  p.width = x.size(3);
+  p.inner_height = height;
+  p.inner_width = width;
+  if (!p.averages_pairs()) return false;
+  p.x = x.const_data_ptr();
+  p.weight = weight;
+  p.epilogue = pointers(epilogue);
+  p.out_pixel = into.size(1);
+  p.out = static_cast<char*>(into.data_ptr()) + first * bytes_of(p.type);
+  launch("enlarged_branch", kernels().enlarged_branch, p);
+  return true;
 }
 
 void check_size(int64_t height, int64_t width) {
@@ -145,8 +166,8 @@ Tensor adaptive_average(const Tensor& x, int64_t height, int64_t width) {
   return out;
 }
 
-// Every branch writes its channels of the concatenated map, normalised and activated; the channel shuffle is the order in
-// which the merging convolution reads them.
+// Every branch writes a map of its own, normalised and activated: ten channels of fifty would fill lines of the cache by
+// halves, at three times the cost. Concatenation and channel shuffle are the order in which the merge reads the maps.
 Tensor pyramid_pooling(const Tensor& x, const Tensor& weight, std::vector<int64_t> sizes, int64_t enlarged,
                        const Tensor& scale, const Tensor& shift, const Tensor& slope, const Tensor& merge_weight,
                        const Tensor& merge_shift, const Tensor& merge_slope) {
@@ -167,13 +188,16 @@ Tensor pyramid_pooling(const Tensor& x, const Tensor& weight, std::vector<int64_
   const EpilogueTensors whole =
       dense_epilogue(x, Layout::channels_last, concatenated, scale, shift, std::nullopt, slope);
   STD_TORCH_CHECK(whole.scale && whole.shift && whole.slope, "scale, shift, slope: expected all three");
-  Tensor out = result_map(concatenated, x, Layout::channels_last);
+  Tensor out = result_map({branches * x.size(0), channels, height, width}, x, Layout::channels_last);
   for (int64_t b = 0; b < branches; ++b) {
-    const int64_t h = sizes[size_t(2 * b)], w = sizes[size_t(2 * b + 1)], first = b * channels;
+    const int64_t h = sizes[size_t(2 * b)], w = sizes[size_t(2 * b + 1)];
+    const int64_t channel = b * channels, first = channel * x.size(0) * height * width;
     check_size(h, w);
-    const EpilogueTensors epilogue{slice(*whole.scale, first, channels), slice(*whole.shift, first, channels),
-                                   std::nullopt, slice(*whole.slope, first, channels)};
+    const EpilogueTensors epilogue{slice(*whole.scale, channel, channels), slice(*whole.shift, channel, channels),
+                                   std::nullopt, slice(*whole.slope, channel, channels)};
     const bool same = h == height && w == width, larger = b < enlarged;
+    const void* filter = static_cast<const char*>(filters.const_data_ptr()) + channel * 9 * bytes_of(type_of(x));
+    if (!same && larger && run_enlarged_branch(map, filter, h, w, epilogue, out, first)) continue;
     Tensor resized = map;
     if (!same) {
       resized = result_map({x.size(0), channels, h, w}, x, Layout::channels_last);
@@ -187,7 +211,7 @@ Tensor pyramid_pooling(const Tensor& x, const Tensor& weight, std::vector<int64_
     describe(p, x, Layout::channels_last, {x.size(0), channels, h, w}, {1}, 1, true);
     Tensor filtered = same ? out : result_map({x.size(0), channels, h, w}, x, Layout::channels_last);
     p.x = resized.const_data_ptr();
-    p.weight = static_cast<const char*>(filters.const_data_ptr()) + b * channels * 9 * bytes_of(p.type);
+    p.weight = filter;
     if (same) p.epilogue = pointers(epilogue);
     p.out_pixel = filtered.size(1);
     p.out = static_cast<char*>(filtered.mutable_data_ptr()) + (same ? first * bytes_of(p.type) : 0);

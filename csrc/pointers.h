@@ -121,6 +121,14 @@ void visit_pointers(Visitor& v, ChangeLayout& p) {
 }
 
 template <class Visitor>
+void visit_pointers(Visitor& v, EnlargedBranch& p) {
+  v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
+  v.weight(p.weight);
+  visit(v, p.epilogue, p.channels, 0);
+  v.out(p.out, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.out_pixel));
+}
+
+template <class Visitor>
 void visit_pointers(Visitor& v, GroupedConvolution& p) {
   v.map(p.x, map_bytes(p.type, p.batch, p.in_channels(), p.height * p.width, p.in_channels()));
   v.weight(p.weight);

@@ -197,6 +197,15 @@ struct ResizedArgmax {
   int64_t multiply_adds() const { return 3 * batch * channels * out_height * out_width; }
 };
 
+// What output `i` of `out_size` takes of `size` numbers that are shared out evenly.
+struct AdaptiveWindow {
+  int64_t first, end;
+
+  AdaptiveWindow(int64_t i, int64_t size, int64_t out_size)
+      : first(i * size / out_size), end(((i + 1) * size + out_size - 1) / out_size) {}
+  int64_t count() const { return end - first; }
+};
+
 // prelu(means of x [B, C, H, W] over windows that share it out evenly * scale + shift) -> [B, C, H', W'], channels_last.
 struct AdaptiveAverage {
   Type type;
@@ -233,13 +242,38 @@ struct ChangeLayout {
   int64_t multiply_adds() const { return 0; }
 };
 
+// x [B, C, H, W] resized bilinearly to inner_height x inner_width, convolved depthwise 3x3 with weight [C, 3, 3], averaged
+// back over windows that share the larger map out evenly: prelu(that * scale + shift) -> [B, C, H, W], channels_last.
+struct EnlargedBranch {
+  Type type;
+  int64_t batch, channels, height, width, inner_height, inner_width;
+  const void* x;
+  const void* weight;
+  Epilogue epilogue;  // without a residual
+  int64_t out_pixel;  // as in PyramidPointwise
+  void* out;
+
+  // Whether every window is one of 2x2, as the kernel wants them.
+  bool averages_pairs() const {
+    for (int64_t i = 0; i < height; ++i) {
+      if (AdaptiveWindow(i, inner_height, height).count() != 2) return false;
+    }
+    for (int64_t i = 0; i < width; ++i) {
+      if (AdaptiveWindow(i, inner_width, width).count() != 2) return false;
+    }
+    return true;
+  }
+  // Those of the convolution at the larger size, as the network counts them; the kernel does with fewer.
+  int64_t multiply_adds() const { return 9 * batch * channels * inner_height * inner_width; }
+};
+
 // 3x3 convolution in `groups` groups of `in` inputs and `out_of_group` outputs, padded by one, channels_last, with weight
-// [groups * out_of_group, in, 3, 3]. Input j of group g is channel g * in + j, or j * groups + g where maps of `groups`
-// channels were concatenated (`shuffled`: what a channel shuffle in front of the convolution would have done).
+// [groups * out_of_group, in, 3, 3]. Input j of group g is channel g * in + j of x, or channel g of map j where x is `in`
+// maps of `groups` channels one behind the other (`separate`: concatenated, a channel shuffle would put them so).
 struct GroupedConvolution {
   Type type;
   int64_t batch, height, width, groups, in, out_of_group;
-  bool shuffled;
+  bool separate;
   const void* x;
   const void* weight;
   Epilogue epilogue;  // without a residual

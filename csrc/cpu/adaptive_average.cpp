@@ -6,14 +6,6 @@
 namespace espk::ESPK_ISA {
 namespace {
 
-struct Window {
-  int64_t first, end;
-
-  Window(int64_t i, int64_t size, int64_t out_size)
-      : first(i * size / out_size), end(ceil_div((i + 1) * size, out_size)) {}
-  int64_t count() const { return end - first; }
-};
-
 int64_t shared_bytes(const AdaptiveAverage&) { return 0; }
 
 void before(const AdaptiveAverage&, void*) {}
@@ -28,11 +20,11 @@ void run_type(const AdaptiveAverage& p, int64_t begin, int64_t end) {
   const AffinePrelu<C> finish(p.epilogue);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t image = unit / p.out_height;
-    const Window rows(unit % p.out_height, p.height, p.out_height);
+    const AdaptiveWindow rows(unit % p.out_height, p.height, p.out_height);
     const T* x = static_cast<const T*>(p.x) + image * p.height * p.width * p.channels;
     T* out = static_cast<T*>(p.out) + unit * p.out_width * p.out_pixel;
     for (int64_t column = 0; column < p.out_width; ++column, out += p.out_pixel) {
-      const Window columns(column, p.width, p.out_width);
+      const AdaptiveWindow columns(column, p.width, p.out_width);
       const auto size = broadcast<C, N>(static_cast<C>(rows.count() * columns.count()));
       for (int64_t c = 0; c < p.channels; c += N) {
         const int64_t valid = least(N, p.channels - c);

@@ -70,13 +70,14 @@ int64_t units(const Problem& p) {
 
 // Input j of `count` groups from `first` on, as a zero-bordered tile of N lanes.
 template <class T>
-void fill_input(const Problem& p, const Tile& tile, Compute<T>* to, const T* image, int64_t first_row, int64_t j,
+void fill_input(const Problem& p, const Tile& tile, Compute<T>* to, int64_t image, int64_t first_row, int64_t j,
                 int64_t first, int64_t count) {
   using C = Compute<T>;
   constexpr int N = kLanes<C>;
-  if (p.shuffled || p.in == 1) {
-    const T* from = image + (p.shuffled ? j * p.groups : 0) + first;
-    fill_pixels(tile, to, from, first_row, p.height, {0, p.width}, true, p.in_channels(), count);
+  const T* maps = static_cast<const T*>(p.x);
+  if (p.separate || p.in == 1) {
+    const T* from = maps + (j * p.batch + image) * p.height * p.width * p.groups + first;
+    fill_pixels(tile, to, from, first_row, p.height, {0, p.width}, true, p.groups, count);
     return;
   }
   for (int64_t r = 0; r < tile.rows; ++r, to += tile.row_pitch()) {
@@ -84,7 +85,7 @@ void fill_input(const Problem& p, const Tile& tile, Compute<T>* to, const T* ima
     fill_zero(to, tile.row_pitch());
     if (y < 0 || y >= p.height) continue;
     for (int64_t x = 0; x < p.width; ++x) {
-      const T* from = image + (y * p.width + x) * p.in_channels() + first * p.in + j;
+      const T* from = maps + ((image * p.height + y) * p.width + x) * p.in_channels() + first * p.in + j;
       C* lanes = to + (tile.border_columns + x) * N;
       for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = load_one(from + lane * p.in);
     }
@@ -120,8 +121,9 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
     const int64_t first_row = strip % strips.count * strips.rows, rows = least(strips.rows, p.height - first_row);
     const int64_t first = block * N, count = least(N, p.groups - first);
     if (rows <= 0) continue;
-    const T* x = static_cast<const T*>(p.x) + image * p.height * p.width * p.in_channels();
-    for (int64_t j = 0; j < p.in; ++j) fill_input(p, tile, tiles + j * tile.size(), x, first_row, j, first, count);
+    for (int64_t j = 0; j < p.in; ++j) {
+      fill_input<T>(p, tile, tiles + j * tile.size(), image, first_row, j, first, count);
+    }
     for (int64_t t = 0; t < p.out_of_group; ++t) {
       const C* weights = static_cast<const C*>(shared) + (block * p.out_of_group + t) * block_size<C>(p);
       Sweep<C> s{};

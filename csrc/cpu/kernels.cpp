@@ -16,6 +16,7 @@ extern const Kernel<AveragePool> average_pool;
 extern const Kernel<GlobalAverage> global_average;
 extern const Kernel<Resize> resize;
 extern const Kernel<AdaptiveAverage> adaptive_average;
+extern const Kernel<EnlargedBranch> enlarged_branch;
 extern const Kernel<GroupedConvolution> grouped_convolution;
 extern const Kernel<ResizedArgmax> resized_argmax;
 extern const Kernel<Affine> affine;
@@ -33,6 +34,7 @@ extern const Kernels kernels = {
     global_average,
     resize,
     adaptive_average,
+    enlarged_branch,
     grouped_convolution,
     resized_argmax,
     affine,

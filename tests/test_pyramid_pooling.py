@@ -1,0 +1,68 @@
+"""The branches of efficient pyramid pooling and their merge, against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operator_tests import DTYPES
+from torch import Tensor
+
+from espkernels import backends, inference, reference
+from espkernels.models.pyramid_pooling import EfficientPyramidPooling
+
+pytestmark = [
+    pytest.mark.usefixtures("poison", "same_each_time"),
+    pytest.mark.skipif(backends.library is None, reason="the compiled library is not built"),
+]
+
+# Even sides average pairs, in twice and in one and a half times the size; odd ones meet windows of three. 33 and 70
+# columns go beyond a panel.
+SIZES = [(2, 2), (4, 6), (6, 8), (7, 5), (1, 1), (1, 4), (12, 33), (18, 70), (34, 64)]
+
+
+def arguments(channels: int, size: tuple[int, int], scales: tuple[float, ...]) -> tuple[list[Tensor], list[int], int]:
+    block = EfficientPyramidPooling(channels, channels, channels, scales)
+    sizes = [side for target in block.target_sizes(*size) for side in target]
+    enlarged = sum(scale > 1 for scale in block.scales)
+    branches = len(block.scales)
+    shapes = [(2, channels, *size), (branches, channels, 3, 3)] + [(branches * channels,)] * 3
+    shapes += [(channels, branches, 3, 3), (channels,), (channels,)]
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes], sizes, enlarged
+
+
+def run(function, tensors: list[Tensor], sizes: list[int], enlarged: int) -> Tensor:
+    x, weight, *rest = tensors
+    return function(x, weight, sizes, enlarged, *rest)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 10, 16, 20, 35])
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_against_the_reference(isa: str, size: tuple[int, int], channels: int) -> None:
+    for scales in ((2.0, 1.5, 1.0, 0.5, 0.1), (2.0,), (1.5, 0.5)):
+        tensors, sizes, enlarged = arguments(channels, size, scales)
+        for name, dtype in DTYPES.items():
+            vector = torch.float64 if dtype == torch.float64 else torch.float32
+            given = [t.to(vector if t.dim() == 1 else dtype) for t in tensors]
+            exact = run(reference.pyramid_pooling, [t.double() for t in given], sizes, enlarged)
+            bound = run(reference.pyramid_pooling, [t.double().abs() for t in given], sizes, enlarged).amax().item()
+            actual = run(inference.pyramid_pooling, given, sizes, enlarged)
+            assert actual.is_contiguous(memory_format=torch.channels_last)
+            # All numbers replaced by their magnitudes bound every sum. A branch rounds what it stores at most four times
+            # (resized, convolved, averaged, concatenated), the merge once; sums round in float32 or better, over
+            # 9 + 4 and 9 * S terms, two mixes and the epilogues: fewer than 80 steps.
+            stored, summed = torch.finfo(dtype).eps / 2, torch.finfo(vector).eps / 2
+            error = (actual.double() - exact).abs().max().item()
+            assert error <= (5 * stored + 80 * summed) * bound, (name, scales)
+
+
+def test_an_infinity_reaches_no_further_than_its_windows(isa: str) -> None:
+    tensors, sizes, enlarged = arguments(10, (8, 40), (2.0,))
+    tensors = [t.float() for t in tensors]
+    tensors[0][1, 3, 4, 20] = torch.inf
+    exact = run(reference.pyramid_pooling, [t.double() for t in tensors], sizes, enlarged)
+    actual = run(inference.pyramid_pooling, tensors, sizes, enlarged)
+    assert actual[0].isfinite().all() and actual[1, [0, 1, 2, 4, 5, 6, 7, 8, 9]].isfinite().all()
+    # A mix of weight 0 with an infinity is NaN in one order of operations and finite in another: at most one column more.
+    far = torch.ones(40, dtype=torch.bool)
+    far[20 - 4 : 20 + 5] = False
+    assert actual[1, 3][:, far].isfinite().all() and exact[1, 3][:, far].isfinite().all()
