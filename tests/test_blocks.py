@@ -196,6 +196,34 @@ def test_a_unit_that_cannot_be_folded_still_runs() -> None:
     assert_same(espkernels.freeze(nn.Sequential(unit))(x), unit(x), 1e-13)
 
 
+class Other(nn.Module):
+    """Another unit than EESP in our down-sampler."""
+
+    def __init__(self, m: int, n: int, stride: int, *_: Any, **__: Any) -> None:
+        super().__init__()
+        self.body = CBR(m, n, 3, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class OtherDownSampler(espkernels.nn.DownSampler):
+    eesp_type = Other  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("foldable", [True, False], ids=["another-unit", "no-statistics"])
+@torch.no_grad()
+def test_a_down_sampler_of_other_parts_still_runs(foldable: bool) -> None:
+    kind = OtherDownSampler if foldable else espkernels.nn.DownSampler
+    block = trained(kind(16, 48)).double().eval()
+    if not foldable:
+        block.eesp.br_after_cat.bn = nn.BatchNorm2d(32, track_running_stats=False).double().eval()
+    x, photo = image(2, 16, 11, 14), image(2, 3, 41, 55)
+    frozen = espkernels.freeze(block)
+    assert_same(frozen(x), block(x), 1e-13)
+    assert_same(frozen(x, photo), block(x, photo), 1e-13)
+
+
 # --- what the forward does between the blocks -------------------------------------------------------------------------
 
 
