@@ -68,8 +68,7 @@ def _freeze_children(parent: nn.Module) -> None:
 def _frozen(module: nn.Module) -> nn.Module | None:
     """The frozen form of a layer, or None where it has none."""
     if not all(_foldable(part) for part in module.modules()):
-        # Our units reach for the parts of their parts.
-        return module if isinstance(module, (layers.EESP, layers.DownSampler)) else None
+        return module if isinstance(module, layers.EESP) else None  # it reaches for the parts of its parts
     if isinstance(module, layers.EESP):
         return frozen.FrozenEESP(module)
     if isinstance(module, layers.DownSampler) and isinstance(module.eesp, layers.EESP):

@@ -1,6 +1,6 @@
 """How a tensor on a GPU finds its kernel: one python kernel for each operator on torch's CUDA key (AMD's key as well).
 
-Everything above that key, gradients, autocast and fake tensors, is registration.py's and knows nothing of devices.
+Everything above that key, gradients, autocast and fake tensors, is in registration.py and fakes.py: no device is there.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espkernels import inference
+from espkernels import backends, inference
 
 __all__ = ["Translation"]
 
@@ -216,5 +216,6 @@ _RULES: dict[Any, Callable[..., Tensor | None]] = {
     _aten.argmax.default: Translation.argmax,
     _aten._to_copy.default: Translation.to_copy,
     _aten.clone.default: Translation.clone,
-    torch.ops.espkernels.affine.default: Translation.affine,
 }
+if backends.library is not None:
+    _RULES[torch.ops.espkernels.affine.default] = Translation.affine

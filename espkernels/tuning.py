@@ -68,6 +68,8 @@ def tuned(model: nn.Module, sample: Tensor) -> nn.Module:
 
     Raises ValueError where no plan can be made for it.
     """
+    if backends.library is None:
+        raise ValueError(f"tune: {backends.why_not('cpu')}")
     joined: Any = replay.replayed(model, Tuned)
     joined.choices = {}
     if not joined._replayable(sample):

@@ -131,6 +131,17 @@ import torch, espkernels
 from espkernels import backends
 arguments = torch.randn(1, 4, 5, 6), torch.randn(2, 4, 3, 3), (1, 2)
 assert torch.equal(espkernels.spatial_pyramid(*arguments), espkernels.reference.spatial_pyramid(*arguments))
+network, x = espkernels.models.espnetv2_segmentation(0.5, 5).eval(), torch.randn(1, 3, 32, 32)
+with torch.no_grad():
+    frozen = espkernels.freeze(network)
+    assert torch.allclose(frozen(x), network(x), atol=1e-4 * network(x).abs().max().item())
+    assert torch.equal(frozen.classes(x).long(), frozen(x).argmax(1))
+try:
+    espkernels.freeze(network, tune=x)
+except ValueError as error:
+    assert "does not load" in str(error), error
+else:
+    raise AssertionError("tuned without kernels")
 print(backends.why_not("cpu"))
 """
     result = in_a_new_process(code)

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from replaying import layers, own, photograph, the_plan
+from replaying import layers, photograph, the_plan
 from somebody import BR, CB, CBR, Network
-from somebody_segmentation import Mix, Pooling, Segmenter, Weighting
+from somebody_segmentation import Mix, Pooling, Segmenter
 from test_freeze import assert_same, image, trained
 from torch import Tensor, nn
 
@@ -84,6 +83,16 @@ def test_explain_knows_the_layers_of_merged_kernels(both: tuple[nn.Module, nn.Mo
     assert found.refusal == ""
     merges = [row.layer for row in found.rows if row.kernel == "resize"]
     assert merges == ["bu_br_l2", "bu_br_l3", "bu_br_l4", ""]  # the last is the forward's own
+
+
+@needs_library
+@torch.no_grad()
+def test_the_image_is_pooled_once_for_all_down_samplers(both: tuple[nn.Module, nn.Module]) -> None:
+    frozen: Any = espkernels.freeze(both[1])
+    frozen(photograph(1, 3, 64, 64))
+    pools = [step for step in the_plan(frozen).plan.steps() if step[0] == "average_pool"]
+    # Four halvings of the image down to the fourth level, and one of the map in each of three down-samplers.
+    assert len(pools) == 4 + 3
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
@@ -196,104 +205,32 @@ def test_a_unit_that_cannot_be_folded_still_runs() -> None:
     assert_same(espkernels.freeze(nn.Sequential(unit))(x), unit(x), 1e-13)
 
 
-# --- what the forward does between the blocks -------------------------------------------------------------------------
+class Other(nn.Module):
+    """Another unit than EESP in our down-sampler."""
 
-
-class Decoder(nn.Module):
-    """A stem, and what is done with its map."""
-
-    def __init__(self, way: Callable[[Any, Tensor], Tensor]) -> None:
+    def __init__(self, m: int, n: int, stride: int, *_: Any, **__: Any) -> None:
         super().__init__()
-        self.stem = CBR(3, 8, 3, 2)
-        self.small = CBR(8, 8, 3, 2)
-        self.norm = nn.Sequential(nn.BatchNorm2d(8), nn.PReLU(8))
-        self.weighting = Weighting(8, 8)
-        self.way = way
+        self.body = CBR(m, n, 3, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.way(self, self.stem(x))
+        return self.body(x)
 
 
-def enlarged(x: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=True)
+class OtherDownSampler(espkernels.nn.DownSampler):
+    eesp_type = Other  # type: ignore[assignment]
 
 
-def reused(model: Any, x: Tensor) -> Tensor:
-    """The enlarged map is wanted twice: merged, and as it is."""
-    y = enlarged(model.small(x), x)
-    return model.norm(y + x) + y
-
-
-WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[str]]] = {
-    "enlarge and add": (lambda m, x: m.norm(enlarged(m.small(x), x) + x), ["resize"]),
-    "add to the enlarged": (lambda m, x: m.norm(x + enlarged(m.small(x), x)), ["resize"]),
-    "weighted": (lambda m, x: m.norm(enlarged(m.small(x), x) + m.weighting(x)), ["resize"]),
-    "without a norm": (lambda m, x: enlarged(m.small(x), x) + x, ["resize"]),
-    "two enlarged": (lambda m, x: enlarged(m.small(x), x) + enlarged(m.small(x), x), ["resize", "resize"]),
-    "norm of the enlarged": (lambda m, x: m.norm(enlarged(m.small(x), x)), ["resize"]),
-    "three addends": (lambda m, x: m.norm(enlarged(m.small(x), x) + x + x), ["resize", "affine", "affine"]),
-    "reused": (reused, ["resize", "resize"]),
-    "sum": (lambda m, x: m.norm(x + x), ["affine", "affine"]),
-    "norm twice": (lambda m, x: m.norm(m.norm(x)), ["affine", "affine"]),
-    "classes": (lambda m, x: enlarged(m.small(x), x).argmax(1), ["resized_argmax"]),
-    "classes of a merge": (lambda m, x: (enlarged(m.small(x), x) + x).argmax(1), ["resize", "resized_argmax"]),
-    "another layout": (lambda m, x: m.norm(x).contiguous(), ["affine", "change_layout"]),
-}
-
-
-@needs_library
-@pytest.mark.parametrize("name", WAYS, ids=lambda name: name.replace(" ", "-"))
+@pytest.mark.parametrize("foldable", [True, False], ids=["another-unit", "no-statistics"])
 @torch.no_grad()
-def test_operations_that_become_one_kernel(name: str) -> None:
-    way, expected = WAYS[name]
-    model = trained(Decoder(way)).eval()
-    frozen: Any = espkernels.freeze(model)
-    x = photograph(2, 3, 21, 18)
-    result = frozen(x)
-    recorded = the_plan(frozen)
-    assert recorded.refusal == ""
-    kinds = {"resize", "affine", "resized_argmax", "change_layout"}
-    assert [step[0] for step in recorded.plan.steps() if step[0] in kinds] == expected
-    exact = copy.deepcopy(model).double()(x.double())
-    assert result.shape == exact.shape
-    if result.dtype == torch.int64:
-        # Random numbers: no two channels of a pixel are as near as rounding.
-        assert torch.equal(result, exact)
-    else:
-        assert_same(result, exact, 1e-5)
-
-
-REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
-    "a weight alone": (lambda m, x: m.weighting(x), "mul"),
-    "a gate alone": (lambda m, x: m.weighting.wt_layer(x), "sigmoid"),
-    "a weighted map, normed": (lambda m, x: m.norm(m.weighting(x)), "mul"),
-    "a scaled sum": (lambda m, x: torch.add(x, x, alpha=2), "add"),
-    "the largest anywhere": (lambda m, x: x.argmax(2), "argmax"),
-    "a constant added": (lambda m, x: x + 1.0, "add"),
-    "the map of one image": (lambda m, x: x + torch.ones(1, 8, *x.shape[2:]), "affine"),
-}
-
-
-@needs_library
-@pytest.mark.parametrize("name", REFUSED, ids=lambda name: name.replace(" ", "-").replace(",", ""))
-@torch.no_grad()
-def test_what_no_kernel_does_is_refused_and_right(name: str) -> None:
-    way, reason = REFUSED[name]
-    frozen: Any = espkernels.freeze(trained(Decoder(way)).eval())
-    x = photograph(2, 3, 21, 18)
-    assert torch.equal(frozen(x), own(frozen, x))
-    recorded = the_plan(frozen)
-    assert recorded.plan is None and reason in recorded.refusal, recorded.refusal
-
-
-@needs_library
-@torch.no_grad()
-def test_the_image_is_pooled_once_for_all_down_samplers(both: tuple[nn.Module, nn.Module]) -> None:
-    frozen: Any = espkernels.freeze(both[1])
-    frozen(photograph(1, 3, 64, 64))
-    pools = [step for step in the_plan(frozen).plan.steps() if step[0] == "average_pool"]
-    # Four halvings of the image down to the fourth level, and one of the map in each of three down-samplers.
-    assert len(pools) == 4 + 3
+def test_a_down_sampler_of_other_parts_still_runs(foldable: bool) -> None:
+    kind = OtherDownSampler if foldable else espkernels.nn.DownSampler
+    block = trained(kind(16, 48)).double().eval()
+    if not foldable:
+        block.eesp.br_after_cat.bn = nn.BatchNorm2d(32, track_running_stats=False).double().eval()
+    x, photo = image(2, 16, 11, 14), image(2, 3, 41, 55)
+    frozen = espkernels.freeze(block)
+    assert_same(frozen(x), block(x), 1e-13)
+    assert_same(frozen(x, photo), block(x, photo), 1e-13)
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
