@@ -9,7 +9,6 @@ memory, and what a forward pass keeps for the backward one, are those of a fresh
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import sys
@@ -23,7 +22,7 @@ import torch
 
 from bench import race, training_report
 from bench.cases import IMAGES, NETWORKS, matching
-from bench.comparison import Comparison, Provider
+from bench.comparison import Comparison, Provider, WrongResult
 from bench.engines import OURS
 from bench.layers import Task, network, segmentation, unit
 from bench.race import Race, Row, Selection
@@ -69,32 +68,26 @@ def results(selection: Selection, racing: Race) -> Iterator[dict[str, Any]]:
 def _measure(selection: Selection, racing: Race, row: Row, task: Task, files: Path) -> dict[str, Any]:
     threads = torch.get_num_threads()
     engines, refused = _engines(selection, row)
+    ways = {engine: ENGINES[engine].ways for engine in engines}
+    heats: dict[str, dict[str, float]] = {}
+    if not row.kind.startswith("unit"):
+        for engine in engines:
+            heats[engine], not_timed = _heat(racing, task, files, threads, engine)
+            refused |= not_timed
+            ways[engine] = tuple(sorted(heats[engine], key=heats[engine].__getitem__)[:1])
     comparison = Comparison(
         operator=row.kind,
         case=f"{row.name}-batch{task.shape[0]}",
         dtype="float32",
         mode="training",
         threads=threads,
-        providers=(),
+        providers=tuple(Provider(engine, way) for engine in engines for way in ways[engine]),
         build=functools.partial(racing.open, task, files, threads),
         floor=task.floor,
         prepare=task.prepare,
         seconds=SECONDS,
     )
-    ways = {engine: ENGINES[engine].ways for engine in engines}
-    heats: dict[str, dict[str, float]] = {}
-    if not row.kind.startswith("unit"):
-        # A large network in every process at once would fill the memory: the slower layout of each stays out.
-        for engine in engines:
-            heat, not_timed = racing.measure(
-                dataclasses.replace(comparison, providers=_providers(engine, ways), seconds=0)
-            )
-            racing.close()
-            refused |= not_timed
-            heats[engine] = {name.partition("-")[2]: heat.samples.median(name) for name in heat.samples.seconds}
-            ways[engine] = tuple(sorted(heats[engine], key=heats[engine].__getitem__)[:1])
-    providers = tuple(provider for engine in engines for provider in _providers(engine, ways))
-    outcome, not_timed = racing.measure(dataclasses.replace(comparison, providers=providers))
+    outcome, not_timed = racing.measure(comparison)
     found = race.described(row, task.shape[0], threads, outcome, refused | not_timed)
     found["heats"] = heats
     if heats:
@@ -111,8 +104,22 @@ def _measure(selection: Selection, racing: Race, row: Row, task: Task, files: Pa
     return found
 
 
-def _providers(engine: str, ways: dict[str, tuple[str, ...]]) -> tuple[Provider, ...]:
-    return tuple(Provider(engine, way) for way in ways[engine])
+def _heat(racing: Race, task: Task, files: Path, threads: int, engine: str) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds of a step in each layout, and which was refused and why.
+
+    One process at a time: a large network in all of them would fill the memory, so the slower layout stays out of the
+    race.
+    """
+    seconds, refused = {}, {}
+    for way in ENGINES[engine].ways:
+        provider = Provider(engine, way)
+        try:
+            worker = racing.open(task, files, threads, provider)
+            seconds[way] = min(worker.time(1) for _ in range(2))
+        except (Refused, WrongResult) as error:
+            refused[str(provider)] = str(error)
+        racing.close()
+    return seconds, refused
 
 
 def _engines(selection: Selection, row: Row) -> tuple[list[str], dict[str, str]]:
