@@ -112,25 +112,33 @@ def error(actual: list[Tensor], expected: list[Tensor]) -> float:
 def test_low_precision_is_as_good_as_eagers(
     build: Callable[[], nn.Module], layout: torch.memory_format, dtype: torch.dtype, pure: bool
 ) -> None:
-    """Both round at the same places or fewer; half again is left for luck, of hundreds of values and more."""
-    layer = randomised(build()).to(memory_format=layout)  # type: ignore[call-overload]
-    # Numbers that are the same in all types, so that only the arithmetic differs.
-    layer.to(dtype).float()
-    given = [value.to(dtype).float() for value in inputs(layer, 6, 17, 16, layout=layout)]
-    truth = gradients(twin(layer).double(), [value.double() for value in given])
+    """Both round at the same places or fewer; in the root mean square over six layers, half again is left for luck.
 
-    def low(model: nn.Module) -> list[Tensor]:
+    A single layer says little: a value that rounding takes across a PReLU's kink moves a small gradient by a share of
+    itself, for eager as for us, and either may have twice the other's error.
+    """
+
+    def low(model: nn.Module, given: list[Tensor]) -> list[Tensor]:
         if not pure:
             return gradients(model, given, dtype)
         return gradients(model.to(dtype), [value.to(dtype) for value in given])
 
-    try:
-        eager = low(twin(layer))
-    except RuntimeError as reason:
-        pytest.skip(f"eager torch cannot do this on the CPU: {reason}")
-    ours = low(copy.deepcopy(layer))
-    assert [tensor.dtype for tensor in ours] == [tensor.dtype for tensor in eager]
-    assert 0 < error(ours, truth) < 1.5 * error(eager, truth)
+    squares: list[tuple[float, float]] = []
+    for _ in range(6):
+        layer = randomised(build()).to(memory_format=layout)  # type: ignore[call-overload]
+        # Numbers that are the same in all types, so that only the arithmetic differs.
+        layer.to(dtype).float()
+        given = [value.to(dtype).float() for value in inputs(layer, 6, 17, 16, layout=layout)]
+        truth = gradients(twin(layer).double(), [value.double() for value in given])
+        try:
+            eager = low(twin(layer), given)
+        except RuntimeError as reason:
+            pytest.skip(f"eager torch cannot do this on the CPU: {reason}")
+        ours = low(copy.deepcopy(layer), given)
+        assert [tensor.dtype for tensor in ours] == [tensor.dtype for tensor in eager]
+        squares.append((error(ours, truth) ** 2, error(eager, truth) ** 2))
+    of_ours, of_eager = (statistics.mean(values) ** 0.5 for values in zip(*squares, strict=True))
+    assert 0 < of_ours < 1.5 * of_eager
 
 
 def test_a_scaled_loss_changes_nothing_but_the_scale() -> None:
@@ -252,11 +260,12 @@ def test_gradients_repeat_bit_for_bit(
     layer = randomised(build()).to(dtype, memory_format=layout)  # type: ignore[call-overload]
     # Large enough that a launch is split, in numbers that no split divides evenly.
     given = [value.to(dtype) for value in inputs(layer, 5, 31, 37, layout=layout)]
+    if count == 2:
+        # The shortcut from the image is torch's own layers, which split their sums by threads.
+        given = given[:1]
     expected = results(copy.deepcopy(layer), *given)
     torch.set_num_threads(count)
     for _ in range(2):
         actual = results(copy.deepcopy(layer), *given)
         for name, value in expected.items():
-            # The shortcut from the image is torch's own layers, which split their sums by threads.
-            torchs = name.startswith("inp_reinf") or name == "input 1"
-            assert torch.equal(actual[name], value) or (torchs and count == 2), name
+            assert torch.equal(actual[name], value), name
