@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CXX_FILES = $(shell find csrc tests bench \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build test bench peers lint format clean
+.PHONY: help install build test bench peers training lint format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -29,6 +29,9 @@ bench: build ## verify and time the kernels; table, chart and JSON in bench/resu
 
 peers: $(VENV)/peers ## beside onnxruntime, OpenVINO, ncnn and torch.compile; installs them first; bench/results/peers.*
 	$(IN_VENV) -m bench.peers $(ARGS)
+
+training: build ## training steps beside eager, torch.compile and checkpointing; bench/results/training.*; ARGS="--full"
+	$(IN_VENV) -m bench.training $(ARGS)
 
 lint: build ## ruff, mypy and clang-format, all read-only
 	$(VENV)/bin/ruff check .

@@ -24,15 +24,17 @@ def comparisons(selection: Selection) -> Iterator[Comparison]:
         for variant in selection.variants(variants(case)):
             if variant.mode == "backward":
                 continue  # a training step is timed as a whole
-            mode = "forward" if variant.mode == "forward" else "training"
+            training = variant.mode != "forward"
             shape = (case.batch, case.in_channels, case.height, case.width)
-            task = Task(functools.partial(unit, case), shape, DTYPES[variant.dtype], mode)
-            ours = ("replaced", "frozen") if mode == "forward" else ("replaced",)
+            task = Task(
+                functools.partial(unit, case), shape, DTYPES[variant.dtype], "inside" if training else "forward"
+            )
+            ours = ("replaced", "frozen") if not training else ("replaced",)
             yield Comparison(
                 operator="unit",
                 case=str(case),
                 dtype=variant.dtype,
-                mode=mode,
+                mode="training" if training else "forward",
                 threads=variant.threads,
                 providers=providers(variant.compile, ours=ours),
                 build=task.build,

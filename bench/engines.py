@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.comparison import LAYOUTS
+from bench.layers import output_shape
 from bench.onnx_export import export
 from espkernels import backends
 from espkernels.freeze import freeze
@@ -40,30 +41,29 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Job:
-    """A model in evaluation, its float32 input, and a folder that holds what engines convert the model to."""
+    """A model, its float32 input, and a folder that holds what engines convert the model to.
+
+    ``gradient`` is that of the result, where a training step is given it (:mod:`bench.training_step`).
+    """
 
     model: nn.Module
     input: Tensor
     threads: int
     way: str
     folder: Path
-
-    @property
-    def output_shape(self) -> tuple[int, ...]:
-        """The shape of the result, by the model itself on the meta device."""
-        with torch.no_grad():
-            state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-            meta = {name: tensor.to("meta") for name, tensor in state.items()}
-            output: Tensor = torch.func.functional_call(self.model, meta, (self.input.to("meta"),))
-        return tuple(output.shape)
+    gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Opened:
-    """``call`` is what is timed; ``result`` gives the output of the last call as [B, ...]."""
+    """``call`` is what is timed; ``results`` gives the output of the last call as [B, ...] and what gradients it made.
+
+    ``kept`` counts the bytes that a forward pass keeps for the backward one.
+    """
 
     call: Callable[[], object]
-    result: Callable[[], Tensor]
+    results: Callable[[], list[Tensor]]
+    kept: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _torch(prepare: Callable[[nn.Module], Any]) -> Callable[[Job], Opened]:
         def call() -> None:
             last[:] = [model(x)]
 
-        return Opened(call, lambda: last[0].contiguous())
+        return Opened(call, lambda: [last[0].contiguous()])
 
     return opened
 
@@ -117,17 +117,17 @@ def _onnxruntime(job: Job) -> Opened:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     x = job.input.numpy()
-    output = torch.empty(job.output_shape)
+    output = torch.empty(output_shape(job.model, job.input))
     binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
     binding.bind_output("y", "cpu", 0, output.numpy().dtype, tuple(output.shape), output.data_ptr())
-    return Opened(lambda: session.run_with_iobinding(binding), lambda: output)
+    return Opened(lambda: session.run_with_iobinding(binding), lambda: [output])
 
 
 def _openvino(job: Job) -> Opened:
     import openvino
     from openvino.preprocess import PrePostProcessor
 
-    x, output = job.input, torch.empty(job.output_shape)
+    x, output = job.input, torch.empty(output_shape(job.model, job.input))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = openvino.convert_model(job.model, example_input=x, input=[tuple(x.shape)])
@@ -159,7 +159,7 @@ def _openvino(job: Job) -> Opened:
         request.start_async()
         request.wait()
 
-    return Opened(call, lambda: output.permute(0, 3, 1, 2).contiguous() if moved else output)
+    return Opened(call, lambda: [output.permute(0, 3, 1, 2).contiguous() if moved else output])
 
 
 def _ncnn(job: Job) -> Opened:
@@ -190,12 +190,12 @@ def _ncnn(job: Job) -> Opened:
             outputs.append(output)
         last[:] = outputs
 
-    def result() -> Tensor:
+    def results() -> list[Tensor]:
         if batched:
-            return torch.from_numpy(last[0].numpy(batch_index=0).copy())
-        return torch.stack([torch.from_numpy(output.numpy().copy()) for output in last])
+            return [torch.from_numpy(last[0].numpy(batch_index=0).copy())]
+        return [torch.stack([torch.from_numpy(output.numpy().copy()) for output in last])]
 
-    return Opened(call, result)
+    return Opened(call, results)
 
 
 def _pnnx(job: Job, images: Tensor) -> str:

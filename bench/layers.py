@@ -7,19 +7,19 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.cases import Case
 from bench.comparison import LAYOUTS, Provider, WrongResult
 from bench.floor import Floor
 from bench.interleave import Run
+from bench.training_step import Step
 from espkernels import models
 from espkernels.freeze import freeze
 from espkernels.models import plain
 from espkernels.replace import replace
 
-__all__ = ["Task", "network", "segmentation", "unit", "variant"]
+__all__ = ["Task", "network", "output_shape", "segmentation", "unit", "variant"]
 
 
 def unit(case: Case) -> nn.Module:
@@ -68,8 +68,18 @@ def variant(model: nn.Module, implementation: str) -> nn.Module:
     return model
 
 
+def output_shape(model: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """The shape of ``model(x)``, by the model itself on the meta device."""
+    with torch.no_grad():
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        meta = {name: tensor.to("meta") for name, tensor in state.items()}
+        output: Tensor = torch.func.functional_call(model, meta, (x.to("meta"),))
+    return tuple(output.shape)
+
+
 class Task:
-    """One model on one input, "forward" in evaluation or "training": forward, loss and backward.
+    """One model on one input: "forward" in evaluation, "training" with a loss, or "inside": training with the gradient
+    of the result given (:mod:`bench.training_step`).
 
     Each result is compared with float64. Rounding through many layers has no sharp bound, so plain torch in the same
     dtype is the measure: eight times its own error is allowed.
@@ -81,7 +91,7 @@ class Task:
     @functools.cached_property
     def model(self) -> nn.Module:
         """The plain model in float32."""
-        return self.make().train(self.mode == "training")
+        return self.make().train(self.mode != "forward")
 
     @functools.cached_property
     def input(self) -> Tensor:
@@ -89,8 +99,15 @@ class Task:
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(2))
 
     @functools.cached_property
+    def gradient(self) -> Tensor | None:
+        """The gradient of the result in float32, where it is given."""
+        if self.mode != "inside":
+            return None
+        return torch.randn(output_shape(self.model, self.input), generator=torch.Generator().manual_seed(3))
+
+    @functools.cached_property
     def exact(self) -> list[Tensor]:
-        """The results in float64: the output and, in training, the gradients of all parameters."""
+        """The results in float64: the output and, in training, the gradients."""
         return self._results(copy.deepcopy(self.model).double(), self.input.double())
 
     @functools.cached_property
@@ -104,14 +121,20 @@ class Task:
         model = variant(model.to(memory_format=layout), implementation)  # type: ignore[call-overload]
         return model, self.input.to(self.dtype).contiguous(memory_format=layout)
 
+    def _step(self, model: nn.Module, x: Tensor) -> Step:
+        gradient = self.gradient
+        if gradient is not None:
+            layout = (
+                torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+            )
+            gradient = gradient.to(x.dtype).contiguous(memory_format=layout)
+        return Step(model, x, gradient)
+
     def _results(self, model: nn.Module, x: Tensor) -> list[Tensor]:
         if self.mode == "forward":
             with torch.no_grad():
                 return [model(x)]
-        model.zero_grad(set_to_none=True)
-        output = model(x)
-        _loss(output).backward()
-        return [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        return self._step(model, x).results()
 
     def prepare(self) -> None:
         """Computes what results are compared with."""
@@ -140,14 +163,7 @@ class Task:
 
     def step(self, model: nn.Module, x: Tensor) -> Callable[[], object]:
         """One inference, or one training step up to the gradients."""
-        if self.mode == "forward":
-            return torch.no_grad()(functools.partial(model, x))
-
-        def train() -> None:
-            model.zero_grad(set_to_none=True)
-            _loss(model(x)).backward()
-
-        return train
+        return torch.no_grad()(functools.partial(model, x)) if self.mode == "forward" else self._step(model, x)
 
     def floor(self) -> Floor:
         """Parameters and input read once, the output written once; training three times the multiply-adds."""
@@ -155,13 +171,6 @@ class Task:
         macs = counted.macs * self.shape[0] * (1 if self.mode == "forward" else 3)
         values = counted.parameters * (1 if self.mode == "forward" else 2) + self.input.numel()
         return Floor(values * self.dtype.itemsize, 2 * macs)
-
-
-def _loss(output: Tensor) -> Tensor:
-    if output.dim() == 2:
-        labels = torch.arange(output.shape[0]) % output.shape[1]
-        return F.cross_entropy(output.float() if output.dtype != torch.float64 else output, labels)
-    return output.square().mean()
 
 
 def _error(results: list[Tensor], exact: list[Tensor]) -> float:

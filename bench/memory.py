@@ -1,4 +1,4 @@
-"""Peak memory of one provider's step, read in a fresh process: ``python -m bench.memory``.
+"""Peak memory of a step, read in a fresh process (``python -m bench.memory``), and what a forward pass keeps.
 
 The resident set's high-water mark counts what the allocator really took, temporary buffers of kernels included. Only
 Linux can reset the mark; elsewhere there is no figure.
@@ -6,6 +6,8 @@ Linux can reset the mark; elsewhere there is no figure.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -13,11 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from bench.comparison import Provider
 from bench.layers import Task, network
 
-__all__ = ["peak", "peak_of_network"]
+__all__ = ["held", "kept", "peak", "peak_of_network"]
 
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
@@ -33,6 +36,47 @@ def peak(step: Callable[[], object]) -> int | None:
         return max(0, _field("VmHWM") - before)
     except (OSError, KeyError):
         return None
+
+
+def held(step: Callable[[], object]) -> int | None:
+    """Bytes by which the resident set has grown after a first step whose freed memory is given back.
+
+    Gradients, threads, loaded and compiled code, and whatever a library keeps for the next step. :func:`peak` of later
+    steps comes on top of it.
+    """
+    try:
+        before = _field("VmRSS")
+        step()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        return _field("VmRSS") - before
+    except (OSError, KeyError, AttributeError):  # no Linux, or a C library that cannot
+        return None
+
+
+def kept(model: nn.Module, x: Tensor) -> int:
+    """Bytes of activations that ``model(x)`` keeps for the backward pass.
+
+    Each storage counts once and whole, however many views of it are saved. Parameters and buffers do not count, and
+    ``x`` only where it wants a gradient: then it stands for the map of the layer before.
+    """
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        # Detached: a node that held its own result would never be freed.
+        alive.append(tensor.detach())
+        return alive[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(x)
+    own = {_address(tensor) for tensor in (*model.parameters(), *model.buffers(), *(() if x.requires_grad else (x,)))}
+    sizes = {_address(tensor): tensor.untyped_storage().nbytes() for tensor in alive}
+    del output
+    return sum(size for address, size in sizes.items() if address not in own)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _field(name: str) -> int:

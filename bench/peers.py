@@ -10,48 +10,28 @@ set up, and :mod:`bench.peers_report` what is made of it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import datetime
 import functools
 import importlib.metadata
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from bench import peers_report
-from bench.cases import IMAGES, NETWORKS, SEGMENTATION, fits, matching
-from bench.comparison import Comparison, Outcome, Provider, measure
+from bench import peers_report, race
+from bench.cases import IMAGES, NETWORKS, SEGMENTATION, matching
+from bench.comparison import Comparison, Provider
 from bench.engines import ENGINES, OURS, why_not
-from bench.fma_peak import peak
 from bench.layers import Task, network, segmentation, unit
-from bench.worker import Lost, Refused, Worker
+from bench.race import Race, Row
 from espkernels.backends import use_backend
-from espkernels.info import collect
 
-__all__ = ["ROWS", "Row", "Selection", "main"]
-
-# Long enough for a segmentation network in torch.compile with autotuning.
-OPENING = 1200.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """A model by name, its input for one image, and the batches of the full set; ``default`` ones take minutes."""
-
-    name: str
-    kind: str
-    make: Callable[[], nn.Module]
-    shape: tuple[int, int, int]
-    batches: tuple[int, ...]
-    default: bool
+__all__ = ["ROWS", "Selection", "main"]
 
 
 def _rows() -> Iterator[Row]:
@@ -73,22 +53,14 @@ def _rows() -> Iterator[Row]:
 ROWS = tuple(_rows())
 
 
-@dataclass(frozen=True)
-class Selection:
+@dataclass(frozen=True, kw_only=True)
+class Selection(race.Selection):
     """What was asked for; what is empty or None is left to ``full``: batch 1 on all threads, or everything."""
 
-    full: bool = False
-    patterns: tuple[str, ...] = ()
+    every: tuple[Row, ...] = ROWS
+    engines: tuple[str, ...] = tuple(ENGINES)
     batches: tuple[int, ...] = ()
     threads: tuple[int, ...] = ()
-    compile: bool | None = None
-    engines: tuple[str, ...] = tuple(ENGINES)
-
-    def rows(self) -> tuple[Row, ...]:
-        """The rows asked for."""
-        if self.patterns:
-            return tuple(row for row in ROWS if fits(row.name, self.patterns))
-        return tuple(row for row in ROWS if self.full or row.default)
 
     def batches_of(self, row: Row) -> tuple[int, ...]:
         """The batches of a row."""
@@ -99,70 +71,12 @@ class Selection:
         every = torch.get_num_threads()
         return self.threads or (tuple(sorted({1, every})) if self.full else (every,))
 
-    def compiles(self, row: Row) -> bool:
-        """Whether torch.compile takes part: autotuning a network takes a minute and more a thread count."""
-        return (self.full or row.kind == "unit") if self.compile is None else self.compile
-
-
-@dataclass
-class Race:
-    """The workers of all engines, and what one row needs: a :class:`bench.layers.Task` and its files."""
-
-    selection: Selection
-    folder: Path
-    workers: dict[str, Worker] = field(default_factory=dict)
-
-    def close(self) -> None:
-        """Ends the workers."""
-        for worker in self.workers.values():
-            worker.close()
-        self.workers.clear()
-
-    def results(self) -> Iterator[dict[str, Any]]:
-        """Measures row after row."""
-        for row in self.selection.rows():
-            for batch in self.selection.batches_of(row):
-                with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-                    task = Task(row.make, (batch, *row.shape), torch.float32, "forward")
-                    torch.save(task.model, f"{folder}/model.pt")
-                    torch.save(task.input, f"{folder}/input.pt")
-                    for threads in self.selection.thread_counts():
-                        yield self._measure(row, batch, threads, task, Path(folder))
-
-    def _measure(self, row: Row, batch: int, threads: int, task: Task, files: Path) -> dict[str, Any]:
-        providers, refused = self._providers(row, batch)
-        comparison = Comparison(
-            operator=row.kind,
-            case=row.name if batch == 1 else f"{row.name}-batch{batch}",
-            dtype="float32",
-            mode="inference",
-            threads=threads,
-            providers=providers,
-            build=functools.partial(self._open, task, files, threads),
-            floor=task.floor,
-            prepare=task.prepare,
-            seconds=3.0,
-        )
-        while True:
-            try:
-                outcome = measure(comparison)
-                break
-            except Lost as lost:
-                # It died while it was timed: the others are timed anew, without it.
-                name = next(name for name, worker in self.workers.items() if worker is lost.worker)
-                refused[name] = str(lost)
-                self.workers.pop(name).close()
-                left = tuple(provider for provider in comparison.providers if str(provider) != name)
-                comparison = dataclasses.replace(comparison, providers=left)
-        refused |= {name: str(reason) for name, reason in outcome.refused.items()}
-        return _as_dict(row, batch, threads, outcome, refused)
-
-    def _providers(self, row: Row, batch: int) -> tuple[tuple[Provider, ...], dict[str, str]]:
-        """Those that can run here, and why the others cannot."""
+    def providers(self, row: Row, batch: int) -> tuple[tuple[Provider, ...], dict[str, str]]:
+        """Those that can run a row here, and why the others cannot."""
         providers, refused = [], {}
-        for name in dict.fromkeys((OURS, *self.selection.engines)):
+        for name in dict.fromkeys((OURS, *self.engines)):
             reason = why_not(name)
-            if name == "compile" and not self.selection.compiles(row):
+            if name == "compile" and not self.compiles(row):
                 reason = "not asked for: autotuning a network takes minutes (--compile, --full)"
             if reason is not None:
                 refused[name] = reason
@@ -170,63 +84,50 @@ class Race:
                 providers += [Provider(name, way) for way in ENGINES[name].ways_of(batch)]
         return tuple(providers), refused
 
-    def _open(self, task: Task, files: Path, threads: int, provider: Provider) -> Worker:
-        name = str(provider)
-        if name not in self.workers:
-            self.workers[name] = Worker(provider.implementation, self.folder / f"{name}.log")
-        try:
-            output = self.workers[name].open(files, threads, provider.layout, OPENING)
-        except Lost as lost:
-            self.workers.pop(name).close()
-            raise Refused(str(lost)) from None
-        task.check(provider, [output])
-        return self.workers[name]
+
+def results(selection: Selection, racing: Race) -> Iterator[dict[str, Any]]:
+    """Measures row after row."""
+    for row in selection.rows():
+        for batch in selection.batches_of(row):
+            with tempfile.TemporaryDirectory(dir=racing.folder) as folder:
+                task = Task(row.make, (batch, *row.shape), torch.float32, "forward")
+                race.saved(task, Path(folder))
+                for threads in selection.thread_counts():
+                    yield _measure(selection, racing, row, task, Path(folder), threads)
 
 
-def _as_dict(row: Row, batch: int, threads: int, outcome: Outcome, refused: dict[str, str]) -> dict[str, Any]:
-    samples = outcome.samples
-    engines: dict[str, Any] = {}
-    for name, seconds in samples.seconds.items():
-        engine, _, way = name.partition("-")
-        found = {"seconds": samples.median(name), "calls": samples.calls[name], "samples": seconds}
-        engines.setdefault(engine, {})[way] = found
-    fastest = {engine: min(ways, key=lambda way: ways[way]["seconds"]) for engine, ways in engines.items()}
-    over = {
-        engine: 1 / samples.speedup(f"{OURS}-{fastest[OURS]}", f"{engine}-{way}")
+def _measure(selection: Selection, racing: Race, row: Row, task: Task, files: Path, threads: int) -> dict[str, Any]:
+    batch = task.shape[0]
+    providers, refused = selection.providers(row, batch)
+    comparison = Comparison(
+        operator=row.kind,
+        case=row.name if batch == 1 else f"{row.name}-batch{batch}",
+        dtype="float32",
+        mode="inference",
+        threads=threads,
+        providers=providers,
+        build=functools.partial(racing.open, task, files, threads),
+        floor=task.floor,
+        prepare=task.prepare,
+        seconds=3.0,
+    )
+    outcome, not_timed = racing.measure(comparison)
+    found = race.described(row, batch, threads, outcome, refused | not_timed)
+    fastest = found["fastest"]
+    found["over"] = {
+        engine: 1 / outcome.samples.speedup(f"{OURS}-{fastest[OURS]}", f"{engine}-{way}")
         for engine, way in fastest.items()
         if engine != OURS and OURS in fastest
     }
-    return {
-        "row": row.name,
-        "kind": row.kind,
-        "batch": batch,
-        "threads": threads,
-        "flops": outcome.floor.flops,
-        "floor": outcome.floor.flops / peak(threads).flops,
-        "engines": engines,
-        "fastest": fastest,
-        "over": over,
-        "refused": refused,
-    }
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of ``python -m bench.peers``."""
-    result = argparse.ArgumentParser(prog="bench.peers", description=__doc__)
-    result.add_argument("--rows", action="append", default=[], metavar="PATTERN", help="rows by name, such as 's1-*'")
+    result = race.parser("peers", __doc__, [*ENGINES][1:])
     result.add_argument("--batch", action="append", default=[], type=int, metavar="N", help="may be repeated")
     result.add_argument("--threads", action="append", default=[], type=int, metavar="N", help="may be repeated")
-    result.add_argument("--engines", action="append", default=[], choices=[*ENGINES][1:], help="only these peers")
-    result.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="torch.compile in every row, or in none; by default in the units alone, where it fits the time",
-    )
     result.add_argument("--full", action="store_true", help="every row and batch, one thread and all of them: hours")
-    result.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results", help="folder of peers.json, .md and .png"
-    )
     return result
 
 
@@ -234,12 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures what was asked for, writes JSON, Markdown and chart, and returns the exit status."""
     args = parser().parse_args(arguments)
     selection = Selection(
-        args.full,
-        tuple(args.rows),
-        tuple(args.batch),
-        tuple(args.threads),
-        args.compile,
-        tuple(args.engines) or tuple(ENGINES),
+        engines=tuple(args.engines) or tuple(ENGINES),
+        full=args.full,
+        patterns=tuple(args.rows),
+        compile=args.compile,
+        batches=tuple(args.batch),
+        threads=tuple(args.threads),
     )
     if not selection.rows():
         print(f"peers: rows: {args.rows} fit none of {', '.join(row.name for row in ROWS)}", file=sys.stderr)
@@ -248,31 +149,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = {name: reason for name in selection.engines if (reason := why_not(name)) is not None}
     for name, reason in missing.items():
         print(f"peers: {name} takes no part: {reason}", file=sys.stderr)
-    run: dict[str, Any] = {
-        "datetime": datetime.datetime.now().isoformat(timespec="seconds"),
-        "machine_info": {"espkernels": collect().as_dict()},
-        "packages": {
-            package: importlib.metadata.version(package)
-            for name in selection.engines
-            if name not in missing
-            for package in ENGINES[name].packages
-        },
-        "peaks": [dataclasses.asdict(peak(threads)) for threads in selection.thread_counts()],
-        "rows": [],
+    run = race.begun(selection.thread_counts())
+    run["packages"] = {
+        package: importlib.metadata.version(package)
+        for name in selection.engines
+        if name not in missing
+        for package in ENGINES[name].packages
     }
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        race = Race(selection, Path(folder))
+        racing = Race(Path(folder))
         try:
             # What results are compared with owes nothing to this library's kernels; those run in a worker.
             with use_backend("reference"):
-                for row in race.results():
+                for row in results(selection, racing):
                     run["rows"].append(row)
                     print(peers_report.line(row), flush=True)
                     # Hours of measurements should not be lost with the last of them.
                     (args.output / "peers.json").write_text(json.dumps(run, indent=1))
         finally:
-            race.close()
+            racing.close()
     (args.output / "peers.md").write_text(peers_report.markdown(run, "peers.png"))
     peers_report.picture(run, args.output / "peers.png")
     for text in peers_report.verdicts(run):

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.engines import ENGINES, OURS, Job, Opened
+from bench.engines import OURS, Engine, Job, Opened
 from bench.interleave import Run
+from bench.memory import held, peak
 
 __all__ = ["Lost", "Refused", "Worker"]
 
@@ -50,30 +53,39 @@ class Lost(Refused):
 
 
 class Worker:
-    """The process of one engine, seen from the parent; stopped but while it answers."""
+    """The process of one engine of a ``room`` (:mod:`bench.race`), seen from here; stopped but while it answers."""
 
-    def __init__(self, engine: str, log: Path) -> None:
+    def __init__(
+        self, engine: str, log: Path, room: str = "bench.engines", environment: Mapping[str, str] | None = None
+    ) -> None:
         self.log = log
         self.connection, theirs = Pipe()
         number = str(theirs.fileno())
         # Converters do not know this library's operators, and peers may not use them: a plain model is all torch.
-        backend = {} if engine == OURS else {"ESPKERNELS_BACKEND": "reference"}
+        backend = {} if engine.startswith(OURS) else {"ESPKERNELS_BACKEND": "reference"}
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "bench.worker", engine, number, str(os.getpid())],
+                [sys.executable, "-m", "bench.worker", room, engine, number, str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 cwd=ROOT,
-                env=os.environ | backend,
+                env={**os.environ, **backend, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
             )
         theirs.close()
 
-    def open(self, files: Path, threads: int, way: str, seconds: float) -> Tensor:
-        """Opens the model in the folder ``files`` and runs it once: its result, or :class:`Refused`."""
-        output: Tensor = torch.from_numpy(self._ask(("open", files, threads, way), seconds))
-        return output
+    def open(self, files: Path, threads: int, way: str, seconds: float) -> list[Tensor]:
+        """Opens the model in the folder ``files`` and runs it once: its results, or :class:`Refused`."""
+        return [torch.from_numpy(result) for result in self._ask(("open", files, threads, way), seconds)]
+
+    def memory(self, files: Path, threads: int, way: str, seconds: float) -> dict[str, int | None]:
+        """Bytes ``held`` after a first call, of the ``peak`` of another, and ``kept`` for the backward pass.
+
+        The process must be a new one, which has run nothing before.
+        """
+        found: dict[str, int | None] = self._ask(("memory", files, threads, way), seconds)
+        return found
 
     def time(self, calls: int) -> float:
         """Seconds that ``calls`` calls take."""
@@ -107,7 +119,7 @@ class Worker:
         return lines[-1][-300:] if lines else "no message"
 
 
-def main(engine: str, number: str, parent: str) -> None:
+def main(room: str, engine: str, number: str, parent: str) -> None:
     """Answers requests until the parent goes away."""
     # A stopped process would outlive a parent that was killed.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -117,6 +129,7 @@ def main(engine: str, number: str, parent: str) -> None:
     connection = Connection(int(number))
     opened: Opened | None = None
     run: Run | None = None
+    engines: dict[str, Engine] = importlib.import_module(room).ENGINES
     longest = 0.0
     while True:
         try:
@@ -128,11 +141,16 @@ def main(engine: str, number: str, parent: str) -> None:
                 opened = run = None
                 gc.enable()
                 gc.collect()
-                opened = _open(engine, *arguments)
+                opened = engines[engine].open(_job(*arguments))
+                opened.call()
                 run, longest = Run(opened.call), 0.0
-                answer: object = opened.result().numpy()
+                answer: object = [result.numpy() for result in opened.results()]
                 gc.collect()
                 gc.disable()
+            elif request == "memory":
+                opened = engines[engine].open(_job(*arguments))
+                kept = None if opened.kept is None else opened.kept()
+                answer = {"held": held(opened.call), "peak": peak(opened.call), "kept": kept}
             else:
                 assert run is not None
                 if longest < FEELS_COLD:
@@ -145,12 +163,11 @@ def main(engine: str, number: str, parent: str) -> None:
             connection.send((True, answer))
 
 
-def _open(engine: str, files: Path, threads: int, way: str) -> Opened:
+def _job(files: Path, threads: int, way: str) -> Job:
     model = torch.load(files / "model.pt", weights_only=False)  # the parent wrote it
-    x = torch.load(files / "input.pt")
-    opened = ENGINES[engine].open(Job(model, x, threads, way, files))
-    opened.call()
-    return opened
+    gradient = files / "gradient.pt"
+    given = torch.load(gradient) if gradient.exists() else None
+    return Job(model, torch.load(files / "input.pt"), threads, way, files, given)
 
 
 if __name__ == "__main__":

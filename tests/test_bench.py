@@ -271,7 +271,7 @@ def test_without_library_nothing_is_timed_under_our_name(monkeypatch: pytest.Mon
         providers.function("ours", "spatial_pyramid")
 
 
-@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("mode", ["forward", "training", "inside"])
 def test_wrong_layer_is_refused(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     task = layers.Task(functools.partial(layers.unit, SMALL), (2, 16, 6, 5), torch.float32, mode)
     for layout in ("contiguous", "channels_last"):

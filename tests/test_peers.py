@@ -58,12 +58,12 @@ def test_engine_runs_a_batch_in_its_own_process(engine: str, way: str, files: tu
     task, folder = files
     worker = Worker(engine, folder / "log")
     try:
-        output = worker.open(folder, 1, way, 120)
-        task.check(Provider(engine, way), [output])
+        results = worker.open(folder, 1, way, 120)
+        task.check(Provider(engine, way), results)
         assert 0 < worker.time(3) < 10
         # It sleeps while others are timed, whatever its threads would like to do.
         assert _state(worker.process.pid) == "T"
-        task.check(Provider(engine, way), [worker.open(folder, 1, way, 120)])
+        task.check(Provider(engine, way), worker.open(folder, 1, way, 120))
     finally:
         worker.close()
 
@@ -73,7 +73,7 @@ def test_compiled_model_is_right(files: tuple[layers.Task, Path]) -> None:
     task, folder = files
     worker = Worker("compile", folder / "log")
     try:
-        task.check(Provider("compile", "contiguous"), [worker.open(folder, 1, "contiguous", 300)])
+        task.check(Provider("compile", "contiguous"), worker.open(folder, 1, "contiguous", 300))
     finally:
         worker.close()
 
@@ -93,7 +93,7 @@ def test_engine_runs_the_segmentation_network(engine: str, tmp_path: Path) -> No
     worker = Worker(engine, tmp_path / "log")
     try:
         with espkernels.use_backend("reference"):
-            task.check(Provider(engine, way), [worker.open(tmp_path, 1, way, 120)])
+            task.check(Provider(engine, way), worker.open(tmp_path, 1, way, 120))
     finally:
         worker.close()
 
@@ -105,7 +105,7 @@ def test_missing_engine_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert "surely_not_installed not found" in reason
     assert "make peers" in reason
     row = next(row for row in peers.ROWS if row.kind == "unit")
-    providers, refused = peers.Race(peers.Selection(), Path())._providers(row, 1)
+    providers, refused = peers.Selection().providers(row, 1)
     assert refused["ncnn"] == reason
     assert all(provider.implementation != "ncnn" for provider in providers)
     assert {provider.implementation for provider in providers} >= {OURS, "eager", "compile"}
@@ -123,7 +123,7 @@ def test_model_that_cannot_be_opened_is_refused_and_the_next_one_is_not(files: t
     try:
         with pytest.raises(Refused, match="FileNotFoundError"):
             worker.open(folder / "nowhere", 1, "contiguous", 60)
-        task.check(Provider("eager", "contiguous"), [worker.open(folder, 1, "contiguous", 60)])
+        task.check(Provider("eager", "contiguous"), worker.open(folder, 1, "contiguous", 60))
     finally:
         worker.close()
 

@@ -1,0 +1,167 @@
+"""Engines in processes of their own, raced over rows of models: for :mod:`bench.peers` and :mod:`bench.training`.
+
+A room is a module with a table ``ENGINES`` of :class:`bench.engines.Engine`; each engine of a room and way of giving it
+the model is one worker (:mod:`bench.worker`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.cases import fits
+from bench.comparison import Comparison, Outcome, Provider, measure
+from bench.fma_peak import peak
+from bench.layers import Task
+from bench.worker import Lost, Refused, Worker
+from espkernels.info import collect
+
+__all__ = ["Race", "Row", "Selection", "begun", "described", "parser", "saved"]
+
+# Long enough for a segmentation network in torch.compile with autotuning.
+OPENING = 1200.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model by name, its input for one image, and the batches of the full set; ``default`` ones take minutes."""
+
+    name: str
+    kind: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, int, int]
+    batches: tuple[int, ...]
+    default: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What was asked for of ``every`` row; what is empty or None is left to ``full``."""
+
+    every: tuple[Row, ...]
+    engines: tuple[str, ...]
+    full: bool = False
+    patterns: tuple[str, ...] = ()
+    compile: bool | None = None
+
+    def rows(self) -> tuple[Row, ...]:
+        """The rows asked for."""
+        if self.patterns:
+            return tuple(row for row in self.every if fits(row.name, self.patterns))
+        return tuple(row for row in self.every if self.full or row.default)
+
+    def compiles(self, row: Row) -> bool:
+        """Whether torch.compile takes part: a whole network takes it minutes."""
+        return (self.full or row.kind.startswith("unit")) if self.compile is None else self.compile
+
+
+@dataclass
+class Race:
+    """The workers of the engines in ``room``, started with ``environment`` and living from row to row."""
+
+    folder: Path
+    room: str = "bench.engines"
+    environment: dict[str, str] = field(default_factory=dict)
+    workers: dict[str, Worker] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        for worker in self.workers.values():
+            worker.close()
+        self.workers.clear()
+
+    def worker(self, name: str, engine: str) -> Worker:
+        """A new worker of ``engine``, which the caller closes."""
+        return Worker(engine, self.folder / f"{name}.log", self.room, self.environment)
+
+    def open(self, task: Task, files: Path, threads: int, provider: Provider) -> Worker:
+        """The provider's worker with the model in ``files`` opened and its results checked."""
+        name = str(provider)
+        if name not in self.workers:
+            self.workers[name] = self.worker(name, provider.implementation)
+        try:
+            results = self.workers[name].open(files, threads, provider.layout, OPENING)
+        except Lost as lost:
+            self.workers.pop(name).close()
+            raise Refused(str(lost)) from None
+        task.check(provider, results)
+        return self.workers[name]
+
+    def measure(self, comparison: Comparison) -> tuple[Outcome, dict[str, str]]:
+        """The outcome, and by provider why it was not timed."""
+        lost_ones: dict[str, str] = {}
+        while True:
+            try:
+                outcome = measure(comparison)
+                return outcome, lost_ones | {name: str(reason) for name, reason in outcome.refused.items()}
+            except Lost as lost:
+                # It died while it was timed: the others are timed anew, without it.
+                name = next(name for name, worker in self.workers.items() if worker is lost.worker)
+                lost_ones[name] = str(lost)
+                self.workers.pop(name).close()
+                left = tuple(provider for provider in comparison.providers if str(provider) != name)
+                comparison = dataclasses.replace(comparison, providers=left)
+
+
+def saved(task: Task, folder: Path) -> None:
+    """Writes what a worker opens: the plain model, its input and, where it is given, the gradient of its result."""
+    torch.save(task.model, folder / "model.pt")
+    torch.save(task.input, folder / "input.pt")
+    if task.gradient is not None:
+        torch.save(task.gradient, folder / "gradient.pt")
+
+
+def described(row: Row, batch: int, threads: int, outcome: Outcome, refused: dict[str, str]) -> dict[str, Any]:
+    """A row of the JSON: the samples of every engine and way, and the fastest way of each."""
+    samples = outcome.samples
+    engines: dict[str, Any] = {}
+    for name, seconds in samples.seconds.items():
+        engine, _, way = name.partition("-")
+        found = {"seconds": samples.median(name), "calls": samples.calls[name], "samples": seconds}
+        engines.setdefault(engine, {})[way] = found
+    return {
+        "row": row.name,
+        "kind": row.kind,
+        "batch": batch,
+        "threads": threads,
+        "flops": outcome.floor.flops,
+        "floor": outcome.floor.flops / peak(threads).flops,
+        "engines": engines,
+        "fastest": {engine: min(ways, key=lambda way: ways[way]["seconds"]) for engine, ways in engines.items()},
+        "refused": refused,
+    }
+
+
+def begun(thread_counts: Iterable[int]) -> dict[str, Any]:
+    """The JSON of a run before its first row: when and where it runs, and the machine's peaks."""
+    return {
+        "datetime": datetime.datetime.now().isoformat(timespec="seconds"),
+        "machine_info": {"espkernels": collect().as_dict()},
+        "peaks": [dataclasses.asdict(peak(threads)) for threads in thread_counts],
+        "rows": [],
+    }
+
+
+def parser(name: str, description: str | None, peers: Iterable[str]) -> argparse.ArgumentParser:
+    """The options that every race has; its results are ``name``.json, .md and .png."""
+    result = argparse.ArgumentParser(prog=f"bench.{name}", description=description)
+    result.add_argument("--rows", action="append", default=[], metavar="PATTERN", help="rows by name, such as 's1-*'")
+    result.add_argument("--engines", action="append", default=[], choices=[*peers], help="only these peers")
+    result.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="torch.compile in every row, or in none; by default in the units alone, where it fits the time",
+    )
+    result.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results", help=f"folder of {name}.json, .md and .png"
+    )
+    return result
