@@ -47,7 +47,7 @@ def test_against_the_reference(isa: str, size: tuple[int, int], channels: int) -
             bound = run(reference.pyramid_pooling, [t.double().abs() for t in given], sizes, enlarged).amax().item()
             actual = run(inference.pyramid_pooling, given, sizes, enlarged)
             assert actual.is_contiguous(memory_format=torch.channels_last)
-            # All numbers replaced by their magnitudes bound every sum. A branch rounds what it stores at most four times
+            # Magnitudes in place of all numbers bound every sum. A branch rounds what it stores at most four times
             # (resized, convolved, averaged, concatenated), the merge once; sums round in float32 or better, over
             # 9 + 4 and 9 * S terms, two mixes and the epilogues: fewer than 80 steps.
             stored, summed = torch.finfo(dtype).eps / 2, torch.finfo(vector).eps / 2
@@ -62,7 +62,7 @@ def test_an_infinity_reaches_no_further_than_its_windows(isa: str) -> None:
     exact = run(reference.pyramid_pooling, [t.double() for t in tensors], sizes, enlarged)
     actual = run(inference.pyramid_pooling, tensors, sizes, enlarged)
     assert actual[0].isfinite().all() and actual[1, [0, 1, 2, 4, 5, 6, 7, 8, 9]].isfinite().all()
-    # A mix of weight 0 with an infinity is NaN in one order of operations and finite in another: at most one column more.
+    # A mix of weight 0 with an infinity is NaN in one order of operations, finite in another: one column more at most.
     far = torch.ones(40, dtype=torch.bool)
     far[20 - 4 : 20 + 5] = False
     assert actual[1, 3][:, far].isfinite().all() and exact[1, 3][:, far].isfinite().all()

@@ -89,8 +89,9 @@ def run(command: list[str]) -> None:
     cases = cases_text().count('{"')
     # Six kernels, group_pointwise with six epilogues and transposed, the unit with two; of inference the pyramid with
     # its epilogue, the unit in place, two convolutions, three poolings, the global average, an affine, a change of
-    # layout and class maps of both types; three splits, types x layouts.
-    expected = cases * (13 + 12) * 3 * 8
+    # layout and class maps of both types; of the decoder two means, a resizing and two grouped convolutions; three
+    # splits, types x layouts.
+    expected = cases * (13 + 12 + 5) * 3 * 8
     huge = 8 - result.stdout.count("SKIP") if "--huge" in command else 0
     assert result.stdout.split()[-4:] == [str(expected + huge), "checks,", "0", "failures"], result.stdout
     assert cases > 20

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include "check.h"
+#include "decoder.h"
 #include "inference.h"
 #include "pixels.h"
 
@@ -190,6 +191,7 @@ int main(int, char** argv) {
         check_all(s, type, layout);
         check_inference(s, type, layout);
         check_pixels(s, type, layout);
+        check_decoder(s, type, layout);
       }
     }
     if (huge) check_huge(layout);
