@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import randomised, results, twin
 from torch import Tensor, nn
 
 from espkernels import nn as fused
@@ -24,32 +25,6 @@ golden = pytest.mark.skipif(not GOLDEN, reason="the official layers' results are
 
 
 pytestmark = pytest.mark.usefixtures("same_each_time")
-
-
-def randomised(layer: nn.Module) -> nn.Module:
-    """Every parameter and statistic away from its initial value, where mistakes would not show."""
-    with torch.no_grad():
-        for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-            if name.endswith("running_var"):
-                tensor.uniform_(0.5, 2)
-            elif name.endswith("act.weight"):
-                tensor.uniform_(-0.5, 0.5)
-            elif tensor.is_floating_point():
-                tensor.add_(0.3 * torch.randn_like(tensor))
-    return layer
-
-
-def results(layer: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
-    """Output, gradients of inputs and parameters, and buffers afterwards."""
-    leaves = [value.detach().clone().requires_grad_() for value in inputs]
-    layer.zero_grad()
-    output = layer(*leaves)
-    grad = torch.linspace(-1, 1, output.numel()).to(output.dtype).reshape(output.shape).cos()
-    output.backward(grad)
-    found = {f"input {i}": leaf.grad for i, leaf in enumerate(leaves)}
-    found |= {name: p.grad for name, p in layer.named_parameters()}
-    found |= {name: b.clone() for name, b in layer.named_buffers()}
-    return {"output": output.detach()} | {name: value for name, value in found.items() if value is not None}
 
 
 # --- the official results -------------------------------------------------------------------------------------------
@@ -191,16 +166,6 @@ def test_receptive_field_rule_at_its_ends() -> None:
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
-
-
-def twin(layer: nn.Module) -> nn.Module:
-    """The same layer in plain torch modules; shares nothing."""
-    other = copy.deepcopy(layer)
-    for part in other.modules():
-        for kind in ("EESP", "DownSampler"):
-            if type(part) is getattr(fused, kind):
-                part.__class__ = getattr(plain, kind)
-    return other
 
 
 SIZES = [(1, 1), (1, 5), (7, 1), (2, 3), (5, 5), (9, 14), (16, 11)]
@@ -418,7 +383,8 @@ def test_the_operators_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("spatial_pyramid", "group_pointwise"):
         original = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *a, n=name, f=original, **k: calls.append(n) or f(*a, **k))
-    fused.DownSampler(8, 24).eval()(torch.randn(1, 8, 8, 8), torch.randn(1, 3, 32, 32))
+    with torch.no_grad():
+        fused.DownSampler(8, 24).eval()(torch.randn(1, 8, 8, 8), torch.randn(1, 3, 32, 32))
     assert calls == ["group_pointwise", "spatial_pyramid", "group_pointwise"]
     calls.clear()
     plain.DownSampler(8, 24).eval()(torch.randn(1, 8, 8, 8), torch.randn(1, 3, 32, 32))

@@ -17,6 +17,12 @@ extern const Kernel<GlobalAverage> global_average;
 extern const Kernel<Resize> resize;
 extern const Kernel<AdaptiveAverage> adaptive_average;
 extern const Kernel<GroupedConvolution> grouped_convolution;
+extern const Kernel<NormalisedPointwise> normalised_pointwise;
+extern const Kernel<NormalisedPointwiseBackward> normalised_pointwise_backward;
+extern const Kernel<SpatialPyramid> normalised_pyramid;
+extern const Kernel<NormalisedPyramidBackward> normalised_pyramid_backward;
+extern const Kernel<NormalisedOutput> normalised_output;
+extern const Kernel<NormalisedOutputBackward> normalised_output_backward;
 
 extern const Kernels kernels = {
     spatial_pyramid,
@@ -31,6 +37,12 @@ extern const Kernels kernels = {
     resize,
     adaptive_average,
     grouped_convolution,
+    normalised_pointwise,
+    normalised_pointwise_backward,
+    normalised_pyramid,
+    normalised_pyramid_backward,
+    normalised_output,
+    normalised_output_backward,
 };
 
 }  // namespace espk::ESPK_ISA

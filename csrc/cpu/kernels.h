@@ -1,7 +1,7 @@
 // What the torch door sees of the CPU kernels: one table of functions for each instruction set in the binary.
 #pragma once
 
-#include "../shapes.h"
+#include "../training.h"
 
 namespace espk {
 
@@ -29,6 +29,12 @@ struct Kernels {
   const Kernel<Resize>& resize;
   const Kernel<AdaptiveAverage>& adaptive_average;
   const Kernel<GroupedConvolution>& grouped_convolution;
+  const Kernel<NormalisedPointwise>& normalised_pointwise;
+  const Kernel<NormalisedPointwiseBackward>& normalised_pointwise_backward;
+  const Kernel<SpatialPyramid>& normalised_pyramid;  // with its moments, which are a second stage
+  const Kernel<NormalisedPyramidBackward>& normalised_pyramid_backward;
+  const Kernel<NormalisedOutput>& normalised_output;
+  const Kernel<NormalisedOutputBackward>& normalised_output_backward;
 };
 
 // The kernels compiled for each instruction set; only those that the build lists exist.
