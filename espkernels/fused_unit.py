@@ -153,17 +153,16 @@ def _running(norms: Sequence[nn.BatchNorm2d], batch_statistics: Sequence[bool]) 
 @torch.no_grad()
 def _track(norms: Sequence[nn.BatchNorm2d], moments: Tensor, counts: Sequence[int]) -> None:
     """What the forward of each batch norm does to its buffers."""
-    first = 0
-    for norm, count in zip(norms, counts, strict=True):
-        mean, variance = moments[:, first : first + norm.num_features]
-        first += norm.num_features
+    means, variances = moments.unbind()
+    sizes = [norm.num_features for norm in norms]
+    for norm, mean, variance, count in zip(norms, means.split(sizes), variances.split(sizes), counts, strict=True):
         if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
             continue
         assert norm.running_var is not None
         assert norm.num_batches_tracked is not None
         norm.num_batches_tracked.add_(1)
-        for buffer, new in ((norm.running_mean, mean), (norm.running_var, variance * (count / max(count - 1, 1)))):
-            if norm.momentum is None:
-                buffer.lerp_(new.to(buffer.dtype), norm.num_batches_tracked.to(buffer.dtype).reciprocal())
-            else:
-                buffer.mul_(1 - norm.momentum).add_(new.to(buffer.dtype), alpha=norm.momentum)
+        share: float | Tensor | None = norm.momentum
+        if share is None:  # the mean of all batches
+            share = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+        norm.running_var.lerp_((variance * (count / max(count - 1, 1))).to(norm.running_var.dtype), share)

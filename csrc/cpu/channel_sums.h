@@ -33,7 +33,7 @@ class PieceMoments {
   template <class T>
   void add(int64_t piece, int64_t first, int64_t channels, const T* origin, const T* map, int64_t pitch,
            int64_t pixels) const {
-    for_channel_blocks<C>(channels, [&](auto lanes, auto vectors, int64_t channel, int64_t valid) {
+    for_channel_blocks<C>(channels, [&](auto lanes, auto vectors, int64_t channel, auto valid) {
       constexpr int N = decltype(lanes)::value, J = decltype(vectors)::value;
       double *sums = mean(piece) + first + channel, *squared = squares(piece) + first + channel;
       if (valid < N)

@@ -114,6 +114,7 @@ void multiply_columns(const MatrixProduct<C>& p, int64_t column, int64_t valid) 
   for (; row + I <= p.rows; row += I) {
     multiply_block<C, N, I, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column,
                                                   I, valid);
+    if (p.ahead) p.ahead->spend(int64_t{I} * J * N * p.depth);
   }
   constexpr int Half = I / 2;
   for (; row + Half <= p.rows; row += Half) {

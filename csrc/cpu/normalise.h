@@ -39,16 +39,27 @@ inline void fill_vector(C* to, const double* from, int64_t channels, C otherwise
 }
 
 // Calls f(Lanes<N>, Lanes<J>, first channel, valid) for blocks of J vectors of N channels; only the last vector of all may
-// have fewer than N valid ones. Few vectors at a time keep their channels' numbers in registers over all pixels.
+// have fewer than N valid ones, for the others `valid` is a constant. Few vectors at a time keep their channels' numbers in
+// registers over all pixels.
 template <class C, class F>
 inline void for_channel_blocks(int64_t channels, F&& f) {
   constexpr int N = kLanes<C>;
+  constexpr std::integral_constant<int64_t, N> all{};
   int64_t first = 0;
-  for (; first + 4 * N <= channels; first += 4 * N) f(Lanes<N>{}, Lanes<4>{}, first, int64_t{N});
-  for (; first + N <= channels; first += N) f(Lanes<N>{}, Lanes<1>{}, first, int64_t{N});
+  for (; first + 4 * N <= channels; first += 4 * N) f(Lanes<N>{}, Lanes<4>{}, first, all);
+  for (; first + N <= channels; first += N) f(Lanes<N>{}, Lanes<1>{}, first, all);
   if (first < channels) {
     with_lanes<C>(channels - first, [&](auto lanes) { f(lanes, Lanes<1>{}, first, channels - first); });
   }
+}
+
+// Stores a vector of a block's channels, past the cache where its map is far.
+template <int N, class T, class Valid>
+inline void store_rows(T* p, Vector<Compute<T>, N> v, Valid valid, bool far) {
+  if constexpr (!std::is_same_v<Valid, int64_t>) {
+    if (far) return store_far<N>(p, v);
+  }
+  store_first<N>(p, v, valid);
 }
 
 // Normalise of one vector of channels.

@@ -37,9 +37,10 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
+  const bool far = is_far(out, p.pixels, p.channels);
   for (int64_t run = begin; run < end; ++run) {
-    runs.for_chunks(run, [&](int64_t first, int64_t pixels) {
-      for_channel_blocks<C>(p.channels, [&](auto lanes, auto count, int64_t channel, int64_t valid) {
+    runs.for_chunks(run, [&](int64_t first, int64_t pixels, int64_t) {
+      for_channel_blocks<C>(p.channels, [&](auto lanes, auto count, int64_t channel, auto valid) {
         constexpr int N = decltype(lanes)::value, J = decltype(count)::value;
         NormaliseLanes<C, N> normalise[J];
         for (int j = 0; j < J; ++j) normalise[j] = vectors.template at<N>(channel + j * N);
@@ -49,12 +50,13 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
           for (int j = 0; j < J; ++j) {
             auto v = normalise[j].before_prelu(load_first<N>(x + at + j * N, valid));
             if (residual) v += load_first<N>(residual + at + j * N, valid);
-            store_first<N>(out + at + j * N, normalise[j].prelu(v), valid);
+            store_rows<N>(out + at + j * N, normalise[j].prelu(v), valid, far);
           }
         }
       });
     });
   }
+  if (far) finish_far_stores();
 }
 
 void run(const Problem& p, void* memory, int64_t begin, int64_t end) {

@@ -50,10 +50,11 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
   const T *grad = static_cast<const T*>(p.grad), *x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
   T* grad_x = static_cast<T*>(p.grad_x);
+  const bool far = grad_x && is_far(grad_x, p.pixels, p.channels);
   for (int64_t run = begin; run < end; ++run) {
     shared.sums.begin(run, 0, p.channels);
-    runs.for_chunks(run, [&](int64_t first, int64_t pixels) {
-      for_channel_blocks<C>(p.channels, [&](auto lanes, auto count, int64_t channel, int64_t valid) {
+    runs.for_chunks(run, [&](int64_t first, int64_t pixels, int64_t) {
+      for_channel_blocks<C>(p.channels, [&](auto lanes, auto count, int64_t channel, auto valid) {
         constexpr int N = decltype(lanes)::value, J = decltype(count)::value;
         NormaliseLanes<C, N> normalise[J];
         NormSumLanes<C, N> sums[J];
@@ -72,13 +73,14 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
             }
             auto before = normalise[j].before_prelu(v);
             if (residual) before += load_first<N>(residual + at + j * N, valid);
-            store_first<N>(grad_x + at + j * N, sums[j].add(g, before, v, normalise[j].slope), valid);
+            store_rows<N>(grad_x + at + j * N, sums[j].add(g, before, v, normalise[j].slope), valid, far);
           }
         }
         for (int j = 0; j < J; ++j) shared.sums.add(run, channel + j * N, sums[j], valid);
       });
     });
   }
+  if (far) finish_far_stores();
 }
 
 void run(const Problem& p, void* memory, int64_t begin, int64_t end) {

@@ -60,19 +60,28 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
   const Shared<C> shared(p, memory);
   const PixelRuns runs = runs_of(p);
   const PointwiseWeights weights = weights_of(p);
+  const bool far = std::is_same_v<T, C> && is_far(static_cast<const T*>(p.out), p.pixels, p.out_channels);
   for (int64_t run = begin; run < end; ++run) {
     const T* first_out = static_cast<const T*>(p.out) + runs.begin(run) * p.out_channels;
     if (p.moments.mean) shared.moments.begin(run, 0, p.out_channels);
-    runs.for_chunks(run, [&](int64_t first, int64_t pixels) {
-      const InputRows<C> z =
-          input_rows(shared.normalise, p.normalise, static_cast<const T*>(p.x) + first * p.in_channels, p.in_channels,
-                     pixels, Slot::map);
+    runs.for_chunks(run, [&](int64_t first, int64_t pixels, int64_t next) {
+      const T* x = static_cast<const T*>(p.x) + first * p.in_channels;
+      const InputRows<C> z = input_rows(shared.normalise, p.normalise, x, p.in_channels, pixels, Slot::map);
+      Ahead ahead;
+      ahead.add(x + pixels * p.in_channels, next * p.in_channels * static_cast<int64_t>(sizeof(T)));
+      ahead.over(pixels * p.in_channels * weights.out);
       T* out = static_cast<T*>(p.out) + first * p.out_channels;
-      multiply_pixels<T>(weights, shared.weights, z.data, z.pitch, pixels, Epilogue{}, out, p.out_channels);
-      if (p.moments.mean) shared.moments.add(run, 0, p.out_channels, first_out, out, p.out_channels, pixels);
+      T* made = far ? static_cast<T*>(scratch(Slot::rows, pixels * p.out_channels * int64_t{sizeof(T)})) : out;
+      multiply_pixels<T>(weights, shared.weights, z.data, z.pitch, pixels, Epilogue{}, made, p.out_channels, &ahead);
+      if (far && out == first_out) copy_row(out, made, p.out_channels);
+      if (p.moments.mean) shared.moments.add(run, 0, p.out_channels, first_out, made, p.out_channels, pixels);
+      if constexpr (std::is_same_v<T, C>) {
+        if (far) copy_far(out, made, pixels * p.out_channels);
+      }
     });
     if (p.moments.mean) shared.moments.finish(run, 0, p.out_channels, first_out, runs.size(run));
   }
+  if (far) finish_far_stores();
 }
 
 void run(const Problem& p, void* memory, int64_t begin, int64_t end) {

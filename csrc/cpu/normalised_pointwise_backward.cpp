@@ -69,11 +69,12 @@ int64_t units(const Problem& p) { return runs_of(p).count; }
 
 // weight_sums += gradient^T x input, for every group.
 template <class C>
-void add_weight_gradient(const Problem& p, C* weight_sums, const C* gradient, const InputRows<C>& input,
-                         int64_t pixels) {
+void add_weight_gradient(const Problem& p, C* weight_sums, const C* gradient, const InputRows<C>& input, int64_t pixels,
+                         Ahead* ahead) {
   const int64_t in = p.in_channels / p.groups, out = p.out_channels / p.groups;
   for (int64_t group = 0; group < p.groups; ++group) {
     MatrixProduct<C> product{};
+    product.ahead = ahead;
     product.rows = out;
     product.columns = in;
     product.depth = pixels;
@@ -96,7 +97,8 @@ void pass_prelu(const Problem& p, const Shared<Compute<T>>& shared, int64_t run,
   using C = Compute<T>;
   const T* x = static_cast<const T*>(p.x) + first * p.in_channels;
   T* grad_x = static_cast<T*>(p.grad_x) + first * p.in_channels;
-  for_channel_blocks<C>(p.in_channels, [&](auto lanes, auto vectors, int64_t channel, int64_t valid) {
+  const bool far = is_far(static_cast<T*>(p.grad_x), p.pixels, p.in_channels);
+  for_channel_blocks<C>(p.in_channels, [&](auto lanes, auto vectors, int64_t channel, auto valid) {
     constexpr int N = decltype(lanes)::value, J = decltype(vectors)::value;
     NormaliseLanes<C, N> normalise[J];
     NormSumLanes<C, N> sums[J];
@@ -109,11 +111,13 @@ void pass_prelu(const Problem& p, const Shared<Compute<T>>& shared, int64_t run,
 #pragma GCC unroll 4
       for (int j = 0; j < J; ++j) {
         const auto v = load_first<N>(x + at + j * N, valid), g = load_first<N>(behind + at + j * N, valid);
-        store_first<N>(grad_x + at + j * N, sums[j].add(g, normalise[j].before_prelu(v), v, normalise[j].slope), valid);
+        store_rows<N>(grad_x + at + j * N, sums[j].add(g, normalise[j].before_prelu(v), v, normalise[j].slope), valid,
+                      far);
       }
     }
     for (int j = 0; j < J; ++j) shared.sums.add(run, channel + j * N, sums[j], valid);
   });
+  if (far) finish_far_stores();
 }
 
 template <class T>
@@ -126,26 +130,32 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
     C* weight_sums = shared.weight_sums + run * weight_size(p);
     if (p.grad_weight) fill_zero(weight_sums, weight_size(p));
     if (p.normalise.scale) shared.sums.begin(run, 0, p.in_channels);
-    runs.for_chunks(run, [&](int64_t first, int64_t pixels) {
+    runs.for_chunks(run, [&](int64_t first, int64_t pixels, int64_t next) {
       const int64_t out_at = first * p.out_channels, in_at = first * p.in_channels;
-      const C* gradient = norm_gradient_rows(shared.norm, static_cast<const T*>(p.grad) + out_at,
-                                             static_cast<const T*>(p.out) + out_at, p.out_channels, pixels, Slot::map);
+      const T *grad = static_cast<const T*>(p.grad) + out_at, *out = static_cast<const T*>(p.out) + out_at;
+      const T* x = static_cast<const T*>(p.x) + in_at;
+      Ahead ahead;
+      const int64_t out_bytes = p.out_channels * static_cast<int64_t>(sizeof(T));
+      ahead.add(grad + pixels * p.out_channels, next * out_bytes);
+      ahead.add(out + pixels * p.out_channels, next * out_bytes);
+      ahead.add(x + pixels * p.in_channels, next * p.in_channels * static_cast<int64_t>(sizeof(T)));
+      ahead.over((p.grad_weight && p.grad_x ? 2 : 1) * pixels * p.out_channels * weights.out);
+      const C* gradient = norm_gradient_rows(shared.norm, grad, out, p.out_channels, pixels, Slot::map);
       if (p.grad_weight) {
-        const InputRows<C> z = input_rows(shared.normalise, p.normalise, static_cast<const T*>(p.x) + in_at,
-                                          p.in_channels, pixels, Slot::rows);
-        add_weight_gradient(p, weight_sums, gradient, z, pixels);
+        const InputRows<C> z = input_rows(shared.normalise, p.normalise, x, p.in_channels, pixels, Slot::rows);
+        add_weight_gradient(p, weight_sums, gradient, z, pixels, &ahead);
       }
       if (!p.grad_x) return;
       if (p.normalise.scale) {
         C* behind = static_cast<C*>(scratch(Slot::tile, pixels * p.in_channels * static_cast<int64_t>(sizeof(C))));
-        multiply_pixels<C>(weights, shared.weights, gradient, p.out_channels, pixels, Epilogue{}, behind,
-                           p.in_channels);
+        multiply_pixels<C>(weights, shared.weights, gradient, p.out_channels, pixels, Epilogue{}, behind, p.in_channels,
+                           &ahead);
         pass_prelu<T>(p, shared, run, behind, first, pixels);
       } else {
         Epilogue epilogue{};
         if (p.residual) epilogue.residual = static_cast<const T*>(p.residual) + in_at;
         multiply_pixels<T>(weights, shared.weights, gradient, p.out_channels, pixels, epilogue,
-                           static_cast<T*>(p.grad_x) + in_at, p.in_channels);
+                           static_cast<T*>(p.grad_x) + in_at, p.in_channels, &ahead);
       }
     });
   }

@@ -26,7 +26,7 @@ inline InputRows<Compute<T>> input_rows(const NormaliseVectors<Compute<T>>& vect
     copy_row(rows, from, pixels * channels);
     return {rows, channels};
   }
-  for_channel_blocks<C>(channels, [&](auto lanes, auto vector_count, int64_t first, int64_t valid) {
+  for_channel_blocks<C>(channels, [&](auto lanes, auto vector_count, int64_t first, auto valid) {
     constexpr int N = decltype(lanes)::value, J = decltype(vector_count)::value;
     NormaliseLanes<C, N> normaliser[J];
     for (int j = 0; j < J; ++j) normaliser[j] = vectors.template at<N>(first + j * N);
@@ -42,13 +42,19 @@ inline InputRows<Compute<T>> input_rows(const NormaliseVectors<Compute<T>>& vect
   return {rows, channels};
 }
 
+// n numbers, whole lines of them, past the cache.
+template <class C>
+inline void copy_far(C* to, const C* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<C>) store_far<kLanes<C>>(to + i, load<kLanes<C>>(from + i));
+}
+
 // The gradient in front of a norm for `pixels` pixels, from the one behind it and the norm's input.
 template <class T>
 inline const Compute<T>* norm_gradient_rows(const NormGradientVectors<Compute<T>>& vectors, const T* grad, const T* map,
                                             int64_t channels, int64_t pixels, Slot slot) {
   using C = Compute<T>;
   C* rows = static_cast<C*>(scratch(slot, pixels * channels * static_cast<int64_t>(sizeof(C))));
-  for_channel_blocks<C>(channels, [&](auto lanes, auto vector_count, int64_t first, int64_t valid) {
+  for_channel_blocks<C>(channels, [&](auto lanes, auto vector_count, int64_t first, auto valid) {
     constexpr int N = decltype(lanes)::value, J = decltype(vector_count)::value;
     NormGradientLanes<C, N> gradient[J];
     for (int j = 0; j < J; ++j) gradient[j] = vectors.template at<N>(first + j * N);

@@ -20,11 +20,12 @@ struct PixelRuns {
   int64_t begin(int64_t run) const { return run * pixels / count; }
   int64_t size(int64_t run) const { return begin(run + 1) - begin(run); }
 
-  // Calls f(first pixel, pixels) for the chunks of a run.
+  // Calls f(first pixel, pixels, pixels of the chunk behind it) for the chunks of a run.
   template <class F>
   void for_chunks(int64_t run, F&& f) const {
     for (int64_t first = begin(run), end = begin(run + 1); first < end; first += chunk) {
-      f(first, least(chunk, end - first));
+      const int64_t here = least(chunk, end - first);
+      f(first, here, least(chunk, end - first - here));
     }
   }
 };

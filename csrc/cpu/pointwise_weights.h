@@ -111,13 +111,15 @@ inline void multiply_into(MatrixProduct<Compute<T>>& product, T* out, const T* r
 // type T, out_row apart, with the epilogue of all channels.
 template <class T>
 inline void multiply_pixels(const PointwiseWeights& weights, const Compute<T>* packed, const Compute<T>* values,
-                            int64_t value_row, int64_t rows, const Epilogue& epilogue, T* out, int64_t out_row) {
+                            int64_t value_row, int64_t rows, const Epilogue& epilogue, T* out, int64_t out_row,
+                            Ahead* ahead = nullptr) {
   using C = Compute<T>;
   const bool is_narrow = weights.is_narrow<C>();
   const NarrowGroups<C> narrow = weights.narrow<C>();
   const T* residual = static_cast<const T*>(epilogue.residual);
   for (int64_t group = 0; group < (is_narrow ? 1 : weights.groups); ++group) {
     MatrixProduct<C> product{};
+    product.ahead = ahead;
     product.rows = rows;
     product.columns = is_narrow ? weights.groups * weights.out : weights.out;
     product.depth = weights.in;

@@ -117,6 +117,10 @@ void fill(const SpatialPyramid& p, const NormaliseVectors<Compute<T>>& normalise
   });
 }
 
+// Whether a map is stored in the type that it is computed in.
+template <class T>
+constexpr bool is_direct = std::is_same_v<T, Compute<T>>;
+
 template <class T>
 void run_pixels(const SpatialPyramid& p, void* memory, int64_t begin, int64_t end) {
   using C = Compute<T>;
@@ -149,11 +153,16 @@ void run_pixels(const SpatialPyramid& p, void* memory, int64_t begin, int64_t en
       set_epilogue(sweep, p, first_channel);
       T* out = static_cast<T*>(p.out) + ((image * p.out_height + first) * p.out_width + first_column) * pixel +
                first_channel;
-      if constexpr (std::is_same_v<T, C>) {
-        sweep.out = out;
-        sweep.out_segment = p.channels;
-        sweep.out_column = pixel;
-        sweep.out_row = p.out_width * pixel;
+      // Where the moments find the map: in place, or still in the scratch memory that it leaves for far away.
+      const T* made = out;
+      int64_t made_segment = p.channels, made_column = pixel, made_row = p.out_width * pixel;
+      const bool far = is_direct<T> && p.moments.mean && channels == kLanes<C> && p.channels % kLanes<C> == 0 &&
+                       is_far(static_cast<const T*>(p.out), p.batch * p.out_height * p.out_width, pixel);
+      if (is_direct<T> && !far) {
+        sweep.out = reinterpret_cast<C*>(out);
+        sweep.out_segment = made_segment;
+        sweep.out_column = made_column;
+        sweep.out_row = made_row;
         ESPK_ISA::sweep(sweep);
       } else {
         const int64_t count = rows * columns;
@@ -167,20 +176,31 @@ void run_pixels(const SpatialPyramid& p, void* memory, int64_t begin, int64_t en
         for (int64_t i = 0; i < count; ++i) {
           T* to = out + (i / columns * p.out_width + i % columns) * pixel;
           for (int64_t k = 0; k < p.branches; ++k) {
-            copy_row(to + k * p.channels, results + (i * p.branches + k) * channels, channels);
+            const C* from = results + (i * p.branches + k) * channels;
+            if (far) {
+              store_far<kLanes<C>>(to + k * p.channels, load<kLanes<C>>(from));
+            } else {
+              copy_row(to + k * p.channels, from, channels);
+            }
           }
+        }
+        if (far) {
+          made = reinterpret_cast<const T*>(results);
+          made_segment = sweep.out_segment;
+          made_column = sweep.out_column;
+          made_row = sweep.out_row;
+          finish_far_stores();
         }
       }
-      if (p.moments.mean) {
-        for (int64_t k = 0; k < p.branches; ++k) {
-          const int64_t channel = k * p.channels + first_channel;
-          const T* origin = out + k * p.channels;
-          shared.moments.begin(patch, channel, channels);
-          for (int64_t y = 0; y < rows; ++y) {
-            shared.moments.add(patch, channel, channels, origin, origin + y * p.out_width * pixel, pixel, columns);
-          }
-          shared.moments.finish(patch, channel, channels, origin, rows * columns);
+      if (!p.moments.mean) continue;
+      for (int64_t k = 0; k < p.branches; ++k) {
+        const int64_t channel = k * p.channels + first_channel;
+        const T* origin = made + k * made_segment;
+        shared.moments.begin(patch, channel, channels);
+        for (int64_t y = 0; y < rows; ++y) {
+          shared.moments.add(patch, channel, channels, origin, origin + y * made_row, made_column, columns);
         }
+        shared.moments.finish(patch, channel, channels, origin, rows * columns);
       }
     }
   }

@@ -79,7 +79,7 @@ void check(const char* what, const Case& s, const espk::Kernel<Problem>& kernel,
     if (!wrong.empty()) {
       ++failures;
       std::printf("FAIL %s, %s, type %d, %s: %s\n", what, s.name, static_cast<int>(problem.type),
-                  problem.layout == Layout::contiguous ? "contiguous" : "channels_last", wrong.c_str());
+                  target.layout == Layout::contiguous ? "contiguous" : "channels_last", wrong.c_str());
     }
   }
 }

@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "inference.h"
+#include "training.h"
 
 namespace espk {
 
@@ -188,6 +189,7 @@ int main(int, char** argv) {
       for (const Case& s : kCases) {
         check_all(s, type, layout);
         check_inference(s, type, layout);
+        if (layout == Layout::channels_last) check_training(s, type);
       }
     }
     if (huge) check_huge(layout);
