@@ -55,16 +55,20 @@ void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_
     }
   }
   C* out = p.out + row * p.out_row + column;
-  if (store_rows == I && valid % N == 0 && !p.add) {
+  if (store_rows == I && valid % N == 0) {
     // The whole block from its registers; whether a step is there is asked for each vector, and always guessed right.
     const C *scale = p.scale, *shift = p.shift, *slope = p.slope;
     const C* residual = p.residual ? p.residual + row * p.residual_row + column : nullptr;
-    const bool of_columns = p.epilogue_of_columns;
+    const bool of_columns = p.epilogue_of_columns, add = p.add;
 #pragma GCC unroll 16
     for (int i = 0; i < I; ++i) {
 #pragma GCC unroll 4
       for (int j = 0; j < J; ++j) {
         V v = sum[i][j];
+        if (add) {
+          store<N>(out + i * p.out_row + j * N, v + load<N>(out + i * p.out_row + j * N));
+          continue;
+        }
         auto parameter = [&](const C* values) {
           return of_columns ? load<N>(values + column + j * N) : broadcast<C, N>(values[row + i]);
         };

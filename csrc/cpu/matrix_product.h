@@ -53,7 +53,7 @@ struct Ahead {
 template <class C>
 struct MatrixProduct {
   int64_t rows, columns, depth;
-  Ahead* ahead = nullptr;  // of plain or packed a without offsets
+  Ahead* ahead = nullptr;  // not with packed a
 
   const C* a;
   int64_t a_row, a_depth;  // steps of a plain matrix

@@ -46,6 +46,10 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
         for (int j = 0; j < J; ++j) normalise[j] = vectors.template at<N>(channel + j * N);
         for (int64_t i = 0; i < pixels; ++i) {
           const int64_t at = (first + i) * p.channels + channel;
+          if (i + kPixelsAhead < pixels) {
+            fetch_ahead<N, J>(x + at, p.channels);
+            if (residual) fetch_ahead<N, J>(residual + at, p.channels);
+          }
 #pragma GCC unroll 4
           for (int j = 0; j < J; ++j) {
             auto v = normalise[j].before_prelu(load_first<N>(x + at + j * N, valid));

@@ -64,6 +64,11 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
         }
         for (int64_t i = 0; i < pixels; ++i) {
           const int64_t at = (first + i) * p.channels + channel;
+          if (i + kPixelsAhead < pixels) {
+            for (const T* map : {grad, x, residual}) {
+              if (map) fetch_ahead<N, J>(map + at, p.channels);
+            }
+          }
 #pragma GCC unroll 4
           for (int j = 0; j < J; ++j) {
             const auto g = load_first<N>(grad + at + j * N, valid), v = load_first<N>(x + at + j * N, valid);

@@ -11,7 +11,7 @@ struct PixelRuns {
 
   // `pixel_bytes` is what the kernel holds of a pixel at a time, `sums` how many numbers a run leaves.
   PixelRuns(int64_t pixels, int64_t pixel_bytes, int64_t sums) : pixels(pixels) {
-    constexpr int64_t kNearBytes = 256 * 1024, kMostSums = 1 << 21, kWorthwhile = 192;
+    constexpr int64_t kNearBytes = 384 * 1024, kMostSums = 1 << 21, kWorthwhile = 192;
     count = most(least(least(pixels / kWorthwhile, 64), kMostSums / most(sums, 1)), 1);
     // Rows that fill the register blocks of the products.
     chunk = least(most(kNearBytes / most(pixel_bytes, 1) / 12 * 12, 24), 96);
