@@ -33,8 +33,14 @@ BUILD = Path("build/ninja")
 OLDEST_TORCH = (2, 10)
 STABLE_ABI = "0x020a000000000000"
 
-TORCH_SOURCES = ["csrc/ops.cpp", "csrc/cpu_door.cpp", "csrc/cpu_unit_door.cpp", "csrc/cpu_inference_door.cpp"]
-TORCH_SOURCES += ["csrc/cpu_pixel_door.cpp"]
+TORCH_SOURCES = [
+    "csrc/ops.cpp",
+    "csrc/cpu_door.cpp",
+    "csrc/cpu_unit_door.cpp",
+    "csrc/cpu_inference_door.cpp",
+    "csrc/cpu_pixel_door.cpp",
+    "csrc/cpu_training_door.cpp",
+]
 PYBIND_SOURCES = ["csrc/module.cpp"]
 DISPATCH_SOURCES = ["csrc/cpu/dispatch.cpp", "csrc/plan.cpp"]
 KERNEL_SOURCES = [
@@ -57,6 +63,11 @@ KERNEL_SOURCES = [
     "csrc/cpu/resized_argmax.cpp",
     "csrc/cpu/affine.cpp",
     "csrc/cpu/change_layout.cpp",
+    "csrc/cpu/normalised_pointwise.cpp",
+    "csrc/cpu/normalised_pointwise_backward.cpp",
+    "csrc/cpu/normalised_pyramid_backward.cpp",
+    "csrc/cpu/normalised_output.cpp",
+    "csrc/cpu/normalised_output_backward.cpp",
     "csrc/cpu/kernels.cpp",
 ]
 

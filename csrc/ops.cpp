@@ -34,6 +34,26 @@ ESPK_LIBRARY(ESPK_NAMESPACE, m) {
       "Tensor? pyramid_scale, Tensor? pyramid_shift, Tensor? pyramid_slope, Tensor? scale, Tensor? shift, "
       "Tensor? residual, Tensor? slope, int stride, bool hff, Tensor? packed=None) -> Tensor");
 
+  // Training. One EESP unit with its three batch norms, whose vectors lie behind one another: norm_weight, norm_bias
+  // [d + K*d + N], slope as long, or without the last N where no PReLU ends the unit. Norm i takes the moments of its map
+  // where batch_statistics[i] says so, else those of running_mean and running_variance, float64 [d + K*d + N].
+  // x [B, M, H, W], reduce_weight [d, M/reduce_groups], weight [K, d, 3, 3], expand_weight [N, K*d/groups]
+  // -> result [B, N, H', W'], reduced [B, d, H, W], concatenated [B, K*d, H', W'] (or [0] without save_concatenated),
+  // expanded [B, N, H', W'], all channels_last; the mean and biased variance used, float64 [2, d + K*d + N]
+  m.def(
+      "eesp_training(Tensor x, Tensor reduce_weight, int reduce_groups, Tensor weight, int[] dilations, Tensor "
+      "expand_weight, int groups, Tensor norm_weight, Tensor norm_bias, Tensor slope, Tensor? running_mean, Tensor? "
+      "running_variance, float[] eps, bool[] batch_statistics, int stride, bool hff, bool residual, "
+      "bool save_concatenated) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // grad [B, N, H', W'] and what the forward pass took and gave -> the gradients of x (channels_last), reduce_weight,
+  // weight, expand_weight, norm_weight, norm_bias, slope. `wanted` has one flag for each; the gradients of the vectors
+  // are wanted together, and what is not wanted comes back as [0].
+  m.def(
+      "eesp_training_backward(Tensor grad, Tensor x, Tensor reduced, Tensor concatenated, Tensor expanded, Tensor "
+      "statistics, Tensor reduce_weight, int reduce_groups, Tensor weight, int[] dilations, Tensor expand_weight, "
+      "int groups, Tensor norm_weight, Tensor norm_bias, Tensor slope, float[] eps, bool[] batch_statistics, int "
+      "stride, bool hff, bool residual, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   // Inference only. One EESP unit with its batch norms folded: reduce x [B, M, H, W] to d channels, shift and PReLU, then
   // pyramid_pointwise -> [B, N, H', W'].
   m.def(

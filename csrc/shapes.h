@@ -39,13 +39,26 @@ struct Epilogue {
   bool empty() const { return !scale && !shift && !slope && !residual; }
 };
 
-// out [B, K*d, H', W'] of x [B, d, H, W].
+// prelu(map * scale + shift, slope) of the channels of a map that a kernel reads. Without scale the map is read as it is;
+// slope may be null alone.
+struct Normalise {
+  const double *scale, *shift, *slope;
+};
+
+// The mean and the biased variance of each channel of a map that a kernel makes; null where nobody asks.
+struct Moments {
+  double *mean, *variance;
+};
+
+// out [B, K*d, H', W'] of x [B, d, H, W]. Training sets `normalise` and `moments`, for channels_last maps alone.
 struct SpatialPyramid : Pyramid {
   const void* x;
   const void* weight;
   Epilogue epilogue;  // without a residual
   int64_t out_pixel;  // channels_last: from pixel to pixel of out, which may lie in a wider map
   void* out;
+  Normalise normalise;
+  Moments moments;
 };
 
 // grad_x [B, d, H, W] of grad [B, K*d, H', W'].

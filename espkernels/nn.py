@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espkernels import ops
+from espkernels import fused_unit, ops
+from espkernels.fused_unit import hooked, laid_out
 
 __all__ = [
     "BR",
@@ -87,6 +88,12 @@ def pooled_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     return image
 
 
+def check_memory(memory: str) -> None:
+    """What a unit may keep for its backward pass."""
+    if memory not in ("save", "recompute"):
+        raise ValueError(f"memory: got {memory!r}, expected 'save' or 'recompute'")
+
+
 class CBR(nn.Module):
     """Convolution without bias, batch norm, PReLU; padded to keep the size: [B, M, H, W] -> [B, N, H, W]."""
 
@@ -139,23 +146,6 @@ class CDilated(nn.Module):
         return self.conv(x)
 
 
-def _hooked(*modules: nn.Module) -> bool:
-    """Whether calling one of ``modules`` would do more than its forward: then it must be called."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in modules
-    )
-
-
-def _laid_out(weight: Tensor) -> Tensor:
-    """``weight`` [N, M, h, w] with its dimensions in the order of memory, so that reshaping it copies nothing.
-
-    The gradient then comes back in the weight's own strides, also those of dimensions of size 1: distributed training
-    compares strides one by one.
-    """
-    return weight.permute(0, 2, 3, 1) if weight.stride(1) == 1 and weight.stride(3) == weight.shape[1] else weight
-
-
 class EESP(nn.Module):
     """Extremely efficient spatial pyramid of depthwise dilated separable convolutions (paper section 3.1, Fig. 1c).
 
@@ -172,11 +162,18 @@ class EESP(nn.Module):
     ``r_lim`` is the receptive-field limit of :func:`kernel_sizes`. ``hff=False`` concatenates the branches as they are
     (Table 6), ``dilated=False`` makes every dilation 1 (Table 5); neither changes parameters or keys.
 
-    A hook on any submodule runs: a convolution that carries one (or whose container does) is called as a module instead
-    of through the operators. Raises ValueError for a ``stride`` other than 1 and 2, a ``k`` outside 1 to 8,
-    ``in_channels`` that ``k`` does not divide, ``out_channels`` that ``k`` squared does not divide, and an unknown
-    ``down_method``.
+    In training on the CPU the whole unit is one operator (:mod:`espkernels.training`), and ``memory`` says what it
+    keeps for the backward pass besides x: the reduced map, the map in front of the last batch norm and, with "save",
+    the concatenated map, which "recompute" makes again. Its gradients have none of their own.
+
+    A hook on any submodule runs: a unit with one, or with another class of layers inside, runs layer by layer in
+    training too, and a convolution that carries one (or whose container does) is called as a module instead of through
+    the operators. Raises ValueError for a ``stride`` other than 1 and 2, a ``k`` outside 1 to 8, ``in_channels`` that
+    ``k`` does not divide, ``out_channels`` that ``k`` squared does not divide, and an unknown ``down_method`` or
+    ``memory``.
     """
+
+    memory = "save"  # of units pickled before there was a choice
 
     def __init__(
         self,
@@ -189,10 +186,12 @@ class EESP(nn.Module):
         *,
         hff: bool = True,
         dilated: bool = True,
+        memory: str = "save",
     ) -> None:
         super().__init__()
         if not 1 <= k <= 8:
             raise ValueError(f"k: got {k}, expected from 1 to 8 branches")
+        check_memory(memory)
         if stride not in (1, 2):
             raise ValueError(f"stride: got {stride}, expected 1 or 2")
         if down_method not in ("esp", "avg"):
@@ -208,6 +207,7 @@ class EESP(nn.Module):
         self.dilations = branch_dilations(k, r_lim, dilated)
         self.down_method = down_method
         self.hff = hff
+        self.memory = memory
         channels = out_channels // k
         self.proj_1x1 = CBR(in_channels, channels, 1, groups=k)
         self.spp_dw = nn.ModuleList(CDilated(channels, dilation, stride) for dilation in self.dilations)
@@ -218,10 +218,12 @@ class EESP(nn.Module):
 
     def pyramid_weight(self) -> Tensor:
         """The weights of the K branches as one tensor [K, d, 3, 3]; gradients reach the branches through it."""
-        weight = torch.cat([_laid_out(cast(CDilated, branch).conv.weight) for branch in self.spp_dw])
+        weight = torch.cat([laid_out(cast(CDilated, branch).conv.weight) for branch in self.spp_dw])
         return weight.reshape(len(self.dilations), -1, 3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused_unit.fits(self, x):
+            return fused_unit.run(self, x)
         reduced = self._reduce(x)
         expanded = self._expand(self.br_after_cat(self._pyramid(reduced)))
         if self.stride == 2 and self.down_method == "avg":
@@ -232,13 +234,13 @@ class EESP(nn.Module):
 
     def _reduce(self, x: Tensor) -> Tensor:
         unit = self.proj_1x1
-        if _hooked(unit, unit.conv):
+        if hooked(unit, unit.conv):
             return unit(x)
-        return unit.act(unit.bn(ops.group_pointwise(x, _laid_out(unit.conv.weight).flatten(1), unit.conv.groups)))
+        return unit.act(unit.bn(ops.group_pointwise(x, laid_out(unit.conv.weight).flatten(1), unit.conv.groups)))
 
     def _pyramid(self, reduced: Tensor) -> Tensor:
         branches = [cast(CDilated, branch) for branch in self.spp_dw]
-        if not _hooked(*branches, *(branch.conv for branch in branches)):
+        if not hooked(*branches, *(branch.conv for branch in branches)):
             return ops.spatial_pyramid(reduced, self.pyramid_weight(), self.dilations, self.stride, self.hff)
         outputs: list[Tensor] = []
         for branch in branches:
@@ -248,9 +250,9 @@ class EESP(nn.Module):
 
     def _expand(self, z: Tensor) -> Tensor:
         unit = self.conv_1x1_exp
-        if _hooked(unit, unit.conv):
+        if hooked(unit, unit.conv):
             return unit(z)
-        return unit.bn(ops.group_pointwise(z, _laid_out(unit.conv.weight).flatten(1), unit.conv.groups))
+        return unit.bn(ops.group_pointwise(z, laid_out(unit.conv.weight).flatten(1), unit.conv.groups))
 
     def extra_repr(self) -> str:
         text = f"stride={self.stride}, dilations={self.dilations}, down_method={self.down_method!r}"
@@ -267,8 +269,9 @@ class DownSampler(nn.Module):
     ``image`` [B, image_channels, H_i, W_i] is the network's input or one already pooled: :func:`pooled_image` takes it
     to the size of the result, and a network that hands on the pooled image of each level to the next pools it once.
 
-    ``reinf=False`` leaves the shortcut's parameters out. ``hff`` and ``dilated`` are those of :class:`EESP`. Raises
-    ValueError for channels that do not fit, for an image smaller than the result and for an image without shortcut.
+    ``reinf=False`` leaves the shortcut's parameters out. ``hff``, ``dilated`` and ``memory`` are those of
+    :class:`EESP`. Raises ValueError for channels that do not fit, for an image smaller than the result and for an image
+    without shortcut.
     """
 
     eesp_type: type[EESP] = EESP
@@ -284,6 +287,7 @@ class DownSampler(nn.Module):
         hff: bool = True,
         dilated: bool = True,
         image_channels: int = 3,
+        memory: str = "save",
     ) -> None:
         super().__init__()
         if not 1 <= k <= 8:
@@ -294,7 +298,7 @@ class DownSampler(nn.Module):
                 f"expected in_channels plus a positive multiple of k * k = {k**2}"
             )
         self.eesp = self.eesp_type(
-            in_channels, out_channels - in_channels, 2, k, r_lim, "avg", hff=hff, dilated=dilated
+            in_channels, out_channels - in_channels, 2, k, r_lim, "avg", hff=hff, dilated=dilated, memory=memory
         )
         self.avg = nn.AvgPool2d(kernel_size=3, stride=2, padding=1)
         if reinf:

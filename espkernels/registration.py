@@ -203,7 +203,7 @@ for _name, _backward, _save in (
 _autocast = Library("espkernels", "IMPL")
 
 
-def _register_autocast(name: str, device_type: str, cast: tuple[int, ...]) -> None:
+def register_autocast(name: str, device_type: str, cast: tuple[int, ...]) -> None:
     """Casts the arguments at positions ``cast`` (maps and weights) and leaves the vectors in float32."""
     op: Callable[..., Tensor] = getattr(_ops, name).default
 
@@ -220,6 +220,6 @@ def _register_autocast(name: str, device_type: str, cast: tuple[int, ...]) -> No
 
 
 for _device_type in ("cpu", "cuda"):
-    _register_autocast("spatial_pyramid", _device_type, (0, 1))
-    _register_autocast("group_pointwise", _device_type, (0, 1, 5))
-    _register_autocast("pyramid_pointwise", _device_type, (0, 1, 3, 10))
+    register_autocast("spatial_pyramid", _device_type, (0, 1))
+    register_autocast("group_pointwise", _device_type, (0, 1, 5))
+    register_autocast("pyramid_pointwise", _device_type, (0, 1, 3, 10))

@@ -251,13 +251,13 @@ def _verify(model: nn.Module, sample: Any, candidates: Sequence[Layer]) -> dict[
     return found
 
 
-def replace(model: nn.Module, verify: Tensor | Sequence[Any] | None = None) -> Report:
+def replace(model: nn.Module, verify: Tensor | Sequence[Any] | None = None, memory: str = "save") -> Report:
     """Runs every EESP unit and down-sampler in ``model`` on this library's kernels, in place, and reports on each.
 
     Layers are recognised by their structure (:mod:`espkernels.structure`), whichever class they have, so both official
     repositories' models and copies of them work; one that looks alike but differs in any part is left alone, and the
-    report says in what. Only the convolutions change hands: batch norms, PReLUs and the image's shortcut are run as
-    they are.
+    report says in what. The convolutions change hands, and in training on the CPU the batch norms and PReLUs of a unit
+    with them where they are torch's own; otherwise these, and always the image's shortcut, are run as they are.
 
     Args:
         model: any module, wrapped for data parallelism or compiled or not; may be a layer itself.
@@ -266,8 +266,10 @@ def replace(model: nn.Module, verify: Tensor | Sequence[Any] | None = None) -> R
             (:mod:`espkernels.verification`). One that differs, or whose replacement raises, is put back and reported;
             one that the sample does not reach is left alone. Parameters, gradients, buffers and random states are
             afterwards what they were; hooks of the model do run.
+        memory: what each unit keeps for its backward pass, "save" or "recompute": see :class:`espkernels.nn.EESP`.
 
-    Raises whatever ``model`` raises on ``verify``. Whenever this function raises, the model is exactly as it was.
+    Raises ValueError for an unknown ``memory``, and whatever ``model`` raises on ``verify``. Whenever this function
+    raises, the model is exactly as it was.
 
     A layer stays the very object it was and changes its class, as :mod:`torch.nn.utils.parametrize` does it, to one
     that inherits from ours and from its own. Exchanging the objects would lose what points at them: hooks, a
@@ -280,8 +282,11 @@ def replace(model: nn.Module, verify: Tensor | Sequence[Any] | None = None) -> R
         >>> report = espkernels.replace(model, verify=images)
         >>> print(report)
     """
+    layers.check_memory(memory)
     found = list(recognise(model))
     for layer in found:
+        if layer.kind == "EESP":
+            layer.attributes["memory"] = memory
         layer.reason = layer.reason or _why_not(layer)
     candidates = [layer for layer in found if not layer.reason]
     comparisons = {} if verify is None else _verify(model, verify, candidates)

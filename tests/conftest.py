@@ -64,3 +64,16 @@ def same_each_time(threads: None) -> Iterator[None]:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A word for each call of a whole unit in training: a unit that ran layer by layer would prove nothing about it."""
+    from espkernels import training
+
+    calls: list[str] = []
+    original = training.eesp_training
+    monkeypatch.setattr(
+        "espkernels.fused_unit.eesp_training", lambda *a, **k: calls.append("eesp_training") or original(*a, **k)
+    )
+    return calls

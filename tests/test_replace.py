@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -15,8 +16,8 @@ import torch
 from somebody import CBR, Down, Network, Unit
 from torch import Tensor, nn
 
+from espkernels import fused_unit, ops, reference
 from espkernels import nn as fused
-from espkernels import ops, reference
 from espkernels.models import plain
 from espkernels.replace import Report, replace, restore
 
@@ -28,9 +29,9 @@ pytestmark = pytest.mark.usefixtures("same_each_time")
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def calls(monkeypatch: pytest.MonkeyPatch, fused_calls: list[str]) -> list[str]:
     """The names of the operators called so far."""
-    seen: list[str] = []
+    seen = fused_calls
     for name in ("spatial_pyramid", "group_pointwise"):
         original = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *a, n=name, f=original, **k: seen.append(n) or f(*a, **k))
@@ -95,8 +96,7 @@ def test_the_replaced_model_is_the_same_function(training: bool, calls: list[str
     for actual, truth in zip(trained(model, x, 3), expected, strict=True):
         close(actual, truth)
     # Five units run, one of them twice in each of three steps.
-    assert calls.count("spatial_pyramid") == 3 * 5
-    assert calls.count("group_pointwise") == 3 * 10
+    assert calls.count("eesp_training") == 3 * 5
     for name, value in other.state_dict().items():
         close(model.state_dict()[name], value)
 
@@ -339,7 +339,7 @@ def test_plain_layers_are_replaced_and_ours_are_left(reinf: bool, calls: list[st
         [model["no hff"](x), model["strided"](x), model["plain"](x[:, :8])], expected, strict=True
     ):
         close(actual, truth)
-    assert calls.count("spatial_pyramid") == 3
+    assert calls.count("eesp_training") == 3
     assert (model["no hff"].hff, model["no hff"].dilations) == (False, (1, 1, 1, 1))
     restore(model)
     assert type(model["plain"]) is plain.DownSampler
@@ -674,6 +674,13 @@ def raising(*arguments: Any, **named: Any) -> Tensor:
     raise RuntimeError("no kernel for this device")
 
 
+@pytest.fixture
+def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No unit runs as one operator."""
+    monkeypatch.setattr("espkernels.fused_unit.fits", lambda *_: False)
+
+
+@pytest.mark.usefixtures("layer_by_layer")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     ("broken", "reason"),
@@ -705,6 +712,34 @@ def test_a_broken_kernel_is_caught_and_put_back(
         assert_same_state(state(model), before)
 
 
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (lambda unit, x: WrongGradient.apply(unit(x)), "gradient of .* is off by .* in float64"),
+        (lambda unit, x: unit(x) * 1.0001, "output is off by .* in float64"),
+        (raising, "the comparison raised RuntimeError: no kernel for this device"),
+    ],
+    ids=["gradient", "output", "raising"],
+)
+def test_a_broken_unit_in_training_is_caught(broken: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = fused_unit.run
+    monkeypatch.setattr(fused_unit, "run", lambda unit, x: broken(lambda x: original(unit, x), x))
+    report = replace(Network(), verify=image(dtype=torch.float32))
+    assert report.reverted == ["level2_0.eesp", "level3_0.eesp", "level3.0", "level3.1"]
+    for layer in report.layers:
+        if layer.status == "reverted":
+            assert re.match(reason, layer.reason)
+
+
+def test_a_kernel_wrong_without_gradients_only_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eval mode a unit runs other kernels without gradients than with them."""
+    monkeypatch.setattr(ops, "spatial_pyramid", without_hff)
+    report = replace(Unit(16, 16).eval(), verify=image(2, 16, 9, 9, dtype=torch.float32))
+    assert report.reverted == [""]
+    assert "output is off by" in report.layers[0].reason
+
+
+@pytest.mark.usefixtures("layer_by_layer")
 def test_a_kernel_wrong_in_one_type_only_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = ops.spatial_pyramid
 
@@ -732,6 +767,7 @@ class WrongBfloat16Gradient(torch.autograd.Function):
         return wrong
 
 
+@pytest.mark.usefixtures("layer_by_layer")
 def test_kinks_do_not_hide_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 many values next to zero fall on the other side of a PReLU: no excuse for the kernel."""
     original = ops.spatial_pyramid
@@ -745,6 +781,19 @@ def test_kinks_do_not_hide_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> 
     assert report.reverted == [""]
     assert "gradient of input 0 is off by" in report.layers[0].reason
     assert "in bfloat16" in report.layers[0].reason
+
+
+def test_memory_reaches_every_unit() -> None:
+    model = Network()
+    replace(model, memory="recompute")
+    units = [part for part in model.modules() if isinstance(part, fused.EESP)]
+    assert [unit.memory for unit in units] == ["recompute"] * 5
+    restore(model)
+    assert not any(hasattr(part, "memory") for part in model.modules())
+    replace(model)
+    assert {unit.memory for unit in units} == {"save"}
+    with pytest.raises(ValueError, match="memory: got 'much', expected 'save' or 'recompute'"):
+        replace(model, memory="much")
 
 
 def test_a_layer_with_another_forward_is_caught_by_verify_alone() -> None:

@@ -3,6 +3,7 @@
 // number of threads. Bytes: M + N read a pixel; multiply-adds: those of the forward pass.
 #include "kernels.h"
 #include "matrix_product.h"
+#include "ordered_sum.h"
 #include "zero_bordered_tile.h"
 
 namespace espk::ESPK_ISA {
@@ -117,15 +118,7 @@ void after(const Problem& p, void* shared) {
   with_type(p.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using C = Compute<T>;
-    constexpr int N = kLanes<C>;
-    const int64_t size = weight_size(p), count = Runs(p).count;
-    const C* all = static_cast<const C*>(shared);
-    for (int64_t i = 0; i < size; i += N) {
-      const int64_t valid = least(N, size - i);
-      Vector<C, N> sum = load_first<N>(all + i, valid);
-      for (int64_t run = 1; run < count; ++run) sum += load_first<N>(all + run * size + i, valid);
-      store_first<N>(static_cast<T*>(p.grad_weight) + i, sum, valid);
-    }
+    sum_in_order(static_cast<T*>(p.grad_weight), static_cast<const C*>(shared), Runs(p).count, weight_size(p));
   });
 }
 

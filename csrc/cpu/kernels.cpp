@@ -21,6 +21,12 @@ extern const Kernel<GroupedConvolution> grouped_convolution;
 extern const Kernel<ResizedArgmax> resized_argmax;
 extern const Kernel<Affine> affine;
 extern const Kernel<ChangeLayout> change_layout;
+extern const Kernel<NormalisedPointwise> normalised_pointwise;
+extern const Kernel<NormalisedPointwiseBackward> normalised_pointwise_backward;
+extern const Kernel<SpatialPyramid> normalised_pyramid;
+extern const Kernel<NormalisedPyramidBackward> normalised_pyramid_backward;
+extern const Kernel<NormalisedOutput> normalised_output;
+extern const Kernel<NormalisedOutputBackward> normalised_output_backward;
 
 extern const Kernels kernels = {
     spatial_pyramid,
@@ -39,6 +45,12 @@ extern const Kernels kernels = {
     resized_argmax,
     affine,
     change_layout,
+    normalised_pointwise,
+    normalised_pointwise_backward,
+    normalised_pyramid,
+    normalised_pyramid_backward,
+    normalised_output,
+    normalised_output_backward,
 };
 
 }  // namespace espk::ESPK_ISA

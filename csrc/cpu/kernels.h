@@ -1,7 +1,7 @@
 // What the torch door sees of the CPU kernels: one table of functions for each instruction set in the binary.
 #pragma once
 
-#include "../shapes.h"
+#include "../training.h"
 
 namespace espk {
 
@@ -33,6 +33,12 @@ struct Kernels {
   const Kernel<ResizedArgmax>& resized_argmax;
   const Kernel<Affine>& affine;
   const Kernel<ChangeLayout>& change_layout;
+  const Kernel<NormalisedPointwise>& normalised_pointwise;
+  const Kernel<NormalisedPointwiseBackward>& normalised_pointwise_backward;
+  const Kernel<SpatialPyramid>& normalised_pyramid;  // with its moments, which are a second stage
+  const Kernel<NormalisedPyramidBackward>& normalised_pyramid_backward;
+  const Kernel<NormalisedOutput>& normalised_output;
+  const Kernel<NormalisedOutputBackward>& normalised_output_backward;
 };
 
 // The kernels compiled for each instruction set; only those that the build lists exist.

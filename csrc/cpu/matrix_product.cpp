@@ -55,16 +55,20 @@ void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_
     }
   }
   C* out = p.out + row * p.out_row + column;
-  if (store_rows == I && valid % N == 0 && !p.add) {
+  if (store_rows == I && valid % N == 0) {
     // The whole block from its registers; whether a step is there is asked for each vector, and always guessed right.
     const C *scale = p.scale, *shift = p.shift, *slope = p.slope;
     const C* residual = p.residual ? p.residual + row * p.residual_row + column : nullptr;
-    const bool of_columns = p.epilogue_of_columns;
+    const bool of_columns = p.epilogue_of_columns, add = p.add;
 #pragma GCC unroll 16
     for (int i = 0; i < I; ++i) {
 #pragma GCC unroll 4
       for (int j = 0; j < J; ++j) {
         V v = sum[i][j];
+        if (add) {
+          store<N>(out + i * p.out_row + j * N, v + load<N>(out + i * p.out_row + j * N));
+          continue;
+        }
         auto parameter = [&](const C* values) {
           return of_columns ? load<N>(values + column + j * N) : broadcast<C, N>(values[row + i]);
         };
@@ -114,6 +118,7 @@ void multiply_columns(const MatrixProduct<C>& p, int64_t column, int64_t valid) 
   for (; row + I <= p.rows; row += I) {
     multiply_block<C, N, I, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column,
                                                   I, valid);
+    if (p.ahead) p.ahead->spend(int64_t{I} * J * N * p.depth);
   }
   constexpr int Half = I / 2;
   for (; row + Half <= p.rows; row += Half) {

@@ -16,9 +16,44 @@ constexpr int block_rows(int vectors) {
 // Rows of one packed block of `a` (see pack_rows): those of the widest block of vectors that planes use.
 constexpr int kPackedRows = block_rows(3);
 
+// Memory that is read next, fetched into the second-level cache a line at a time between the blocks of products: while
+// those multiply, the memory would otherwise stand still.
+struct Ahead {
+  static constexpr int kMost = 3;
+  const char* at[kMost];
+  int64_t lines[kMost];
+  int count = 0;
+  int64_t multiply_adds_a_line = 1, credit = 0;
+
+  void add(const void* from, int64_t bytes) {
+    at[count] = static_cast<const char*>(from);
+    lines[count++] = bytes / 64;
+  }
+  // Spreads the lines over the products to come.
+  void over(int64_t multiply_adds) {
+    int64_t total = 0;
+    for (int i = 0; i < count; ++i) total += lines[i];
+    multiply_adds_a_line = total > 0 && multiply_adds > total ? multiply_adds / total : 1;
+  }
+  void spend(int64_t multiply_adds) {
+    credit += multiply_adds;
+    while (count > 0 && credit >= multiply_adds_a_line) {
+      if (lines[count - 1] == 0) {
+        --count;
+        continue;
+      }
+      __builtin_prefetch(at[count - 1], 0, 2);
+      at[count - 1] += 64;
+      --lines[count - 1];
+      credit -= multiply_adds_a_line;
+    }
+  }
+};
+
 template <class C>
 struct MatrixProduct {
   int64_t rows, columns, depth;
+  Ahead* ahead = nullptr;  // not with packed a
 
   const C* a;
   int64_t a_row, a_depth;  // steps of a plain matrix

@@ -107,4 +107,32 @@ inline void multiply_into(MatrixProduct<Compute<T>>& product, T* out, const T* r
   }
 }
 
+// Pixels times the packed weights of all groups: `rows` pixels in the compute type, value_row apart, into `out` of stored
+// type T, out_row apart, with the epilogue of all channels.
+template <class T>
+inline void multiply_pixels(const PointwiseWeights& weights, const Compute<T>* packed, const Compute<T>* values,
+                            int64_t value_row, int64_t rows, const Epilogue& epilogue, T* out, int64_t out_row,
+                            Ahead* ahead = nullptr) {
+  using C = Compute<T>;
+  const bool is_narrow = weights.is_narrow<C>();
+  const NarrowGroups<C> narrow = weights.narrow<C>();
+  const T* residual = static_cast<const T*>(epilogue.residual);
+  for (int64_t group = 0; group < (is_narrow ? 1 : weights.groups); ++group) {
+    MatrixProduct<C> product{};
+    product.ahead = ahead;
+    product.rows = rows;
+    product.columns = is_narrow ? weights.groups * weights.out : weights.out;
+    product.depth = weights.in;
+    product.a = values + group * weights.in;
+    product.a_row = value_row;
+    product.a_depth = 1;
+    product.b = packed + group * weights.group_size<C>();
+    product.b_packed = true;
+    const int64_t channel = group * weights.out;
+    set_epilogue(product, epilogue, channel, true);
+    multiply_into(product, out + channel, residual ? residual + channel : nullptr, out_row,
+                  is_narrow ? &narrow : nullptr);
+  }
+}
+
 }  // namespace espk::ESPK_ISA

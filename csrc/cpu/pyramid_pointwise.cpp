@@ -136,35 +136,27 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
         ESPK_ISA::sweep(sweep);
       }
 
-      const bool is_narrow = weights.is_narrow<C>();
-      const NarrowGroups<C> narrow = weights.narrow<C>();
-      for (int64_t group = 0; group < (is_narrow ? 1 : p.groups); ++group) {
+      const int64_t out_plane = p.out_height * p.out_width, pixel = (first + y) * p.out_width;
+      if (pixels) {
+        const int64_t at = (image * out_plane + pixel) * p.out_pixel;
+        Epilogue epilogue = p.epilogue;
+        if (epilogue.residual) epilogue.residual = static_cast<const T*>(epilogue.residual) + at;
+        multiply_pixels<T>(weights, pointwise, z, pitch, count, epilogue, static_cast<T*>(p.out) + at, p.out_pixel);
+        continue;
+      }
+      for (int64_t group = 0; group < p.groups; ++group) {
         MatrixProduct<C> product{};
+        product.rows = weights.out;
+        product.columns = count;
         product.depth = weights.in;
-        const C* packed = pointwise + group * weights.group_size<C>();
-        if (pixels) {
-          product.rows = count;
-          product.columns = is_narrow ? p.pointwise_channels : weights.out;
-          product.a = z + group * weights.in;
-          product.a_row = pitch;
-          product.a_depth = 1;
-          product.b = packed;
-          product.b_packed = true;
-        } else {
-          product.rows = weights.out;
-          product.columns = count;
-          product.a = packed;
-          product.a_packed = true;
-          product.b = z + group * weights.in * pitch;
-          product.b_depth = pitch;
-        }
-        set_epilogue(product, p.epilogue, group * weights.out, pixels);
-        const int64_t out_plane = p.out_height * p.out_width, pixel = (first + y) * p.out_width;
-        const int64_t at = pixels ? (image * out_plane + pixel) * p.out_pixel + group * weights.out
-                                  : (image * p.pointwise_channels + group * weights.out) * out_plane + pixel;
+        product.a = pointwise + group * weights.group_size<C>();
+        product.a_packed = true;
+        product.b = z + group * weights.in * pitch;
+        product.b_depth = pitch;
+        set_epilogue(product, p.epilogue, group * weights.out, false);
+        const int64_t at = (image * p.pointwise_channels + group * weights.out) * out_plane + pixel;
         const T* residual = p.epilogue.residual ? static_cast<const T*>(p.epilogue.residual) + at : nullptr;
-        multiply_into(product, static_cast<T*>(p.out) + at, residual, pixels ? p.out_pixel : out_plane,
-                      is_narrow ? &narrow : nullptr);
+        multiply_into(product, static_cast<T*>(p.out) + at, residual, out_plane);
       }
     }
   }

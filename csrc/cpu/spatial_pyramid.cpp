@@ -1,6 +1,8 @@
 // Forward of the spatial pyramid: each strip of the input is read once into a zero-bordered tile, and all K branches of
 // it are computed with the sums of hierarchical feature fusion carried in registers from branch to branch.
+// In training the map is normalised on its way into the tile, and the moments of the result are taken while it is near.
 // Bytes: d read + K*d written a pixel; multiply-adds: 9*K*d a pixel.
+#include "channel_sums.h"
 #include "kernels.h"
 #include "pyramid_strip.h"
 
@@ -60,7 +62,8 @@ struct Patches {
   Strips strips;
   int64_t columns, panels, blocks, blocks_of_unit;
 
-  int64_t units_of_image() const { return strips.count * panels * ceil_div(blocks, blocks_of_unit); }
+  int64_t patches_of_image() const { return strips.count * panels; }
+  int64_t units_of_image() const { return patches_of_image() * ceil_div(blocks, blocks_of_unit); }
 };
 
 template <class C>
@@ -81,10 +84,49 @@ Patches patches_of(const SpatialPyramid& p) {
   return cut;
 }
 
+// What the calls share beside the weights: in training one piece of moments a patch.
+template <class C>
+struct Shared {
+  void* weights;
+  NormaliseVectors<C> normalise;
+  PieceMoments<C> moments;
+  int64_t bytes;
+
+  Shared(const SpatialPyramid& p, void* memory) : Shared(p, Carving(memory)) {}
+
+ private:
+  Shared(const SpatialPyramid& p, Carving memory)
+      : weights(memory.take<char>(branch_weight_bytes(p))),
+        normalise(p.normalise.scale ? p.channels : 0, memory),
+        moments(p.moments.mean ? p.batch * patches_of<C>(p).patches_of_image() : 0, p.out_channels(), memory),
+        bytes(memory.bytes()) {}
+};
+
+// The strip's input into its tile, normalised in training.
 template <class T>
-void run_pixels(const SpatialPyramid& p, void* shared, int64_t begin, int64_t end) {
+void fill(const SpatialPyramid& p, const NormaliseVectors<Compute<T>>& normalise, const Tile& tile, Compute<T>* to,
+          const T* from, int64_t first_row, Columns columns, bool moving, int64_t first_channel, int64_t channels,
+          bool far) {
+  if (!p.normalise.scale) {
+    return fill_pixels(tile, to, from, first_row, p.height, columns, moving, p.channels, channels, far);
+  }
+  with_lanes<Compute<T>>(tile.lanes, [&](auto lanes) {
+    constexpr int N = decltype(lanes)::value;
+    const auto normalised = normalise.template at<N>(first_channel);
+    fill_positions<N>(tile, to, first_row, p.height, columns, moving,
+                      [&](int64_t at) { return normalised(load_first<N>(from + at * p.channels, channels)); });
+  });
+}
+
+// Whether a map is stored in the type that it is computed in.
+template <class T>
+constexpr bool is_direct = std::is_same_v<T, Compute<T>>;
+
+template <class T>
+void run_pixels(const SpatialPyramid& p, void* memory, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  const BranchWeights<C> weights(p, shared);
+  const Shared<C> shared(p, memory);
+  const BranchWeights<C> weights(p, shared.weights);
   const Patches cut = patches_of<C>(p);
   const int64_t pixel = p.out_pixel, turns = ceil_div(cut.blocks, cut.blocks_of_unit);
   // The last block of channels may be narrower.
@@ -109,18 +151,23 @@ void run_pixels(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
         tile_lanes = strip.lanes;
       }
       const T* x = static_cast<const T*>(p.x) + image * p.height * p.width * p.channels + first_channel;
-      fill_pixels(strip.tile, tile, x, first * p.stride, p.height, {first_column * p.stride, p.width},
-                  cut.strips.count * cut.panels > 1, p.channels, channels, cut.blocks_of_unit > 1 && block == 0);
+      fill(p, shared.normalise, strip.tile, tile, x, first * p.stride, {first_column * p.stride, p.width},
+           cut.strips.count * cut.panels > 1, first_channel, channels, cut.blocks_of_unit > 1 && block == 0);
       Sweep<C> sweep = strip.sweep(tile, rows, weights.of_block(block));
       sweep.columns = columns;
       set_epilogue(sweep, p, first_channel);
       T* out = static_cast<T*>(p.out) + ((image * p.out_height + first) * p.out_width + first_column) * pixel +
                first_channel;
-      if constexpr (std::is_same_v<T, C>) {
-        sweep.out = out;
-        sweep.out_segment = p.channels;
-        sweep.out_column = pixel;
-        sweep.out_row = p.out_width * pixel;
+      // Where the moments find the map: in place, or still in the scratch memory that it leaves for far away.
+      const T* made = out;
+      int64_t made_segment = p.channels, made_column = pixel, made_row = p.out_width * pixel;
+      const bool far = is_direct<T> && p.moments.mean && channels == kLanes<C> && p.channels % kLanes<C> == 0 &&
+                       is_far(static_cast<const T*>(p.out), p.batch * p.out_height * p.out_width, pixel);
+      if (is_direct<T> && !far) {
+        sweep.out = reinterpret_cast<C*>(out);
+        sweep.out_segment = made_segment;
+        sweep.out_column = made_column;
+        sweep.out_row = made_row;
         ESPK_ISA::sweep(sweep);
       } else {
         const int64_t count = rows * columns;
@@ -134,17 +181,50 @@ void run_pixels(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
         for (int64_t i = 0; i < count; ++i) {
           T* to = out + (i / columns * p.out_width + i % columns) * pixel;
           for (int64_t k = 0; k < p.branches; ++k) {
-            copy_row(to + k * p.channels, results + (i * p.branches + k) * channels, channels);
+            const C* from = results + (i * p.branches + k) * channels;
+            if (far) {
+              store_far<kLanes<C>>(to + k * p.channels, load<kLanes<C>>(from));
+            } else {
+              copy_row(to + k * p.channels, from, channels);
+            }
           }
         }
+        if (far) {
+          made = reinterpret_cast<const T*>(results);
+          made_segment = sweep.out_segment;
+          made_column = sweep.out_column;
+          made_row = sweep.out_row;
+          finish_far_stores();
+        }
+      }
+      if (!p.moments.mean) continue;
+      for (int64_t k = 0; k < p.branches; ++k) {
+        const int64_t channel = k * p.channels + first_channel;
+        const T* origin = made + k * made_segment;
+        shared.moments.begin(patch, channel, channels);
+        for (int64_t y = 0; y < rows; ++y) {
+          shared.moments.add(patch, channel, channels, origin, origin + y * made_row, made_column, columns);
+        }
+        shared.moments.finish(patch, channel, channels, origin, rows * columns);
       }
     }
   }
 }
 
-int64_t shared_bytes(const SpatialPyramid& p) { return branch_weight_bytes(p); }
+int64_t shared_bytes(const SpatialPyramid& p) {
+  int64_t bytes = 0;
+  with_type(p.type,
+            [&](auto* type) { bytes = Shared<Compute<std::remove_pointer_t<decltype(type)>>>(p, nullptr).bytes; });
+  return bytes;
+}
 
-void before(const SpatialPyramid& p, void* shared) { prepare_branch_weights(p, p.weight, shared); }
+void before(const SpatialPyramid& p, void* memory) {
+  with_type(p.type, [&](auto* type) {
+    const Shared<Compute<std::remove_pointer_t<decltype(type)>>> shared(p, memory);
+    prepare_branch_weights(p, p.weight, shared.weights);
+    if (p.normalise.scale) shared.normalise.fill(p.normalise, p.channels);
+  });
+}
 
 int64_t units(const SpatialPyramid& p) {
   int64_t count = 0;
@@ -167,8 +247,23 @@ void run(const SpatialPyramid& p, void* shared, int64_t begin, int64_t end) {
   });
 }
 
+void after(const SpatialPyramid& p, void* memory) {
+  if (!p.moments.mean) return;
+  with_type(p.type, [&](auto* type) {
+    using C = Compute<std::remove_pointer_t<decltype(type)>>;
+    const Patches cut = patches_of<C>(p);
+    const Shared<C> shared(p, memory);
+    shared.moments.merge(p.moments, p.batch * cut.patches_of_image(), [&](int64_t patch) {
+      const int64_t first_column = patch % cut.panels * cut.columns;
+      const int64_t first = patch / cut.panels % cut.strips.count * cut.strips.rows;
+      return most(least(cut.strips.rows, p.out_height - first), 0) * least(cut.columns, p.out_width - first_column);
+    });
+  });
+}
+
 }  // namespace
 
 extern const Kernel<SpatialPyramid> spatial_pyramid = {shared_bytes, before, units, run, nullptr};
+extern const Kernel<SpatialPyramid> normalised_pyramid = {shared_bytes, before, units, run, after};
 
 }  // namespace espk::ESPK_ISA

@@ -3,18 +3,13 @@
 // g_j. Input pixels s*y + a, s*x + b of one class (a, b) all meet the same taps, which makes a stride s simply s*s sweeps.
 // Bytes: K*d' read + d written a pixel; multiply-adds: those of the forward pass.
 #include "kernels.h"
+#include "pyramid_gradient.h"
 #include "pyramid_strip.h"
 
 namespace espk::ESPK_ISA {
 namespace {
 
 using Problem = SpatialPyramidBackwardInput;
-
-// How far the taps of any class reach in the gradient's map.
-int64_t gradient_reach(const Problem& p, int64_t size) { return (reach(p, size) + p.stride - 1) / p.stride; }
-
-// Rows (or columns) of class a among `size`.
-int64_t class_size(const Problem& p, int64_t size, int64_t a) { return size > a ? ceil_div(size - a, p.stride) : 0; }
 
 // Strips of rows of a class: the first class has the most.
 template <class C>
@@ -23,34 +18,6 @@ Strips strips_of(const Problem& p) {
   const int64_t row = p.branches * (p.out_width + 2 * gradient_reach(p, p.width)) * lanes;
   return choose_strips(class_size(p, p.height, 0), row * static_cast<int64_t>(sizeof(C)),
                        2 * gradient_reach(p, p.height), p.batch * pyramid_maps<C>(p));
-}
-
-// The taps of class (a, b): those of every branch that hit a row and a column of the gradient.
-TapList class_taps(const Problem& p, const Tile& tile, int64_t a, int64_t b) {
-  TapList list;
-  list.begin_segment();
-  for (int64_t k = 0; k < p.branches; ++k) {
-    for_taps(p, k, [&](int64_t tap, int64_t y, int64_t x) {
-      if ((a - y) % p.stride == 0 && (b - x) % p.stride == 0) {
-        list.add(k * tile.size() + tile.offset((a - y) / p.stride, (b - x) / p.stride), 9 * k + tap);
-      }
-    });
-  }
-  list.end_segment(p.layout == Layout::channels_last ? tile.lanes : 0);
-  return list;
-}
-
-// Turns the K filled tiles of the branches' gradients into their suffix sums.
-template <class C>
-void sum_suffixes(C* tiles, int64_t branches, int64_t size) {
-  constexpr int N = kLanes<C>;
-  for (int64_t k = branches - 2; k >= 0; --k) {
-    C* to = tiles + k * size;
-    const C* from = to + size;
-    int64_t i = 0;
-    for (; i + N <= size; i += N) store<N>(to + i, load<N>(to + i) + load<N>(from + i));
-    for (; i < size; ++i) to[i] += from[i];
-  }
 }
 
 template <class T>

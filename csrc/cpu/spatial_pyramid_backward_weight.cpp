@@ -3,35 +3,13 @@
 // own sums, and these are added in order, so the result does not depend on the number of threads.
 // Bytes: (K + 1)*d read a pixel; multiply-adds: those of the forward pass.
 #include "kernels.h"
+#include "pyramid_gradient.h"
 #include "pyramid_strip.h"
 
 namespace espk::ESPK_ISA {
 namespace {
 
 using Problem = SpatialPyramidBackwardWeight;
-
-// sums[t] += sum over a row of gradient x tile for Count taps; `columns` vectors of N lanes, the last with `last` valid
-// lanes. Lanes behind the map are never multiplied: they may hold another row's infinity.
-template <class C, int N, int Count>
-void add_row(C* sums, const C* gradient, const C* tile, const Tap* taps, int64_t columns, int64_t last) {
-  using V = Vector<C, N>;
-  V sum[Count];
-#pragma GCC unroll 9
-  for (int t = 0; t < Count; ++t) sum[t] = load<N>(sums + taps[t].weight * N);
-  const int64_t whole = last == N ? columns : columns - 1;
-  for (int64_t x = 0; x < whole; ++x) {
-    const V g = load<N>(gradient + x * N);
-#pragma GCC unroll 9
-    for (int t = 0; t < Count; ++t) sum[t] += g * load<N>(tile + taps[t].offset + x * N);
-  }
-  if (whole < columns) {
-    const V g = load_first<N>(gradient + whole * N, last);
-#pragma GCC unroll 9
-    for (int t = 0; t < Count; ++t) sum[t] += g * load_first<N>(tile + taps[t].offset + whole * N, last);
-  }
-#pragma GCC unroll 9
-  for (int t = 0; t < Count; ++t) store<N>(sums + taps[t].weight * N, sum[t]);
-}
 
 // One strip: `gradient(k, y, to)` writes row y of branch k's gradient, `columns` vectors.
 template <class C, class Gradient>
@@ -53,13 +31,7 @@ void add_strip(const PyramidStrip<C>& strip, C* sums, const C* tile, int64_t row
       }
       const C* at = tile + y * p.stride * strip.tile.row_pitch();
       for (int64_t k = 0; k < p.branches; ++k) {
-        const Segment segment = strip.taps.segments[k];
-        const Tap* taps = strip.taps.taps + segment.first;
-        switch (segment.count) {
-          case 9: add_row<C, N, 9>(sums, row + k * pitch, at, taps, columns, last); break;
-          case 3: add_row<C, N, 3>(sums, row + k * pitch, at, taps, columns, last); break;
-          default: add_row<C, N, 1>(sums, row + k * pitch, at, taps, columns, last); break;
-        }
+        add_row<C, N>(sums, row + k * pitch, at, strip.taps, k, columns, last);
       }
     }
   });

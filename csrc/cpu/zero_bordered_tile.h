@@ -117,40 +117,48 @@ inline void fill_plane(const Tile& tile, Compute<T>* to, const T* from, int64_t 
   }
 }
 
-// Rows first_row .. of `channels` channels of a map whose pixels lie `pixel` elements apart, tile.lanes a position. Of a
-// map `far` from the caches, rows are fetched two ahead.
+// Rows first_row .. of a map, tile.lanes numbers a position: read(pixel) gives those of the map's pixel as a vector of N
+// lanes, the tile's.
+template <int N, class C, class Read>
+inline void fill_positions(const Tile& tile, C* to, int64_t first_row, int64_t height, Columns columns, bool moving,
+                           Read&& read) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t y = first_row - tile.border_rows + r;
+    C* out = to + r * tile.row_pitch();
+    if (y < 0 || y >= height) {
+      if (moving) fill_zero(out, tile.row_pitch());
+      continue;
+    }
+    for_phases(
+        tile, columns,
+        [&](int64_t position, int64_t column, int64_t count) {
+          const int64_t pixel = y * columns.width + column;
+          for (int64_t i = 0; i < count; ++i) store<N>(out + (position + i) * N, read(pixel + i * tile.stride));
+        },
+        [&](int64_t position, int64_t count) {
+          if (moving) fill_zero(out + position * N, count * N);
+        });
+  }
+}
+
+// The same of `channels` channels of a map in memory whose pixels lie `pixel` elements apart. Of a map `far` from the
+// caches, rows are fetched two ahead.
 template <class T>
 inline void fill_pixels(const Tile& tile, Compute<T>* to, const T* from, int64_t first_row, int64_t height,
                         Columns columns, bool moving, int64_t pixel, int64_t channels, bool far = false) {
   with_lanes<Compute<T>>(tile.lanes, [&](auto lanes) {
     constexpr int N = decltype(lanes)::value;
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t y = first_row - tile.border_rows + r;
-      Compute<T>* out = to + r * tile.row_pitch();
-      if (y < 0 || y >= height) {
-        if (moving) fill_zero(out, tile.row_pitch());
-        continue;
-      }
-      for_phases(
-          tile, columns,
-          [&](int64_t position, int64_t column, int64_t count) {
-            const T* p = from + (y * columns.width + column) * pixel;
-            const int64_t step = tile.stride * pixel;
-            if (far) {
-              const T* below = p + 2 * columns.width * pixel;
-              for (int64_t i = 0; i < count; ++i) __builtin_prefetch(below + i * step, 0, 2);
-            }
-            if (channels == N) {
-              for (int64_t i = 0; i < count; ++i) store<N>(out + (position + i) * N, load<N>(p + i * step));
-            } else {
-              for (int64_t i = 0; i < count; ++i) {
-                store<N>(out + (position + i) * N, load_first<N>(p + i * step, channels));
-              }
-            }
-          },
-          [&](int64_t position, int64_t count) {
-            if (moving) fill_zero(out + position * N, count * N);
-          });
+    if (far) {
+      fill_positions<N>(tile, to, first_row, height, columns, moving, [&](int64_t at) {
+        __builtin_prefetch(from + (at + 2 * columns.width) * pixel, 0, 2);
+        return load_first<N>(from + at * pixel, channels);
+      });
+    } else if (channels == N) {
+      fill_positions<N>(tile, to, first_row, height, columns, moving,
+                        [&](int64_t at) { return load<N>(from + at * pixel); });
+    } else {
+      fill_positions<N>(tile, to, first_row, height, columns, moving,
+                        [&](int64_t at) { return load_first<N>(from + at * pixel, channels); });
     }
   });
 }

@@ -6,6 +6,7 @@
 #include "decoder.h"
 #include "inference.h"
 #include "pixels.h"
+#include "training.h"
 
 namespace espk {
 
@@ -192,6 +193,7 @@ int main(int, char** argv) {
         check_inference(s, type, layout);
         check_pixels(s, type, layout);
         check_decoder(s, type, layout);
+        if (layout == Layout::channels_last) check_training(s, type);
       }
     }
     if (huge) check_huge(layout);

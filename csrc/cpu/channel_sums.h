@@ -1,0 +1,220 @@
+// Sums over pixels, one a channel, in two stages: pieces of the batch that depend on the shape alone are summed in the
+// compute type a few pixels at a time and in float64 beyond, and the pieces are added in order. No number of threads
+// changes a bit.
+#pragma once
+
+#include "normalise.h"
+
+namespace espk::ESPK_ISA {
+
+// sums[i] += numbers[i]
+template <class C, int N>
+inline void add_to(double* sums, Vector<C, N> numbers) {
+  store<N>(sums, load<N>(sums) + __builtin_convertvector(numbers, Vector<double, N>));
+}
+
+// The moments of the pieces of a map: for each piece and channel its mean and its sum of squared deviations, which are
+// sums around the piece's first pixel until finish(). That pixel is one of the sample, so that however far the mean lies
+// from zero, squares cancel only as much as the piece's own spread.
+template <class C>
+class PieceMoments {
+ public:
+  PieceMoments(int64_t pieces, int64_t channels, Carving& memory)
+      : channels_(channels),
+        pitch_(padded<double>(padded<C>(channels))),
+        data_(memory.take<double>(2 * pieces * pitch_)) {}
+
+  // Where sums of `piece` begin for channels from `first` on: clears them.
+  void begin(int64_t piece, int64_t first, int64_t channels) const {
+    for (int64_t i = 0; i < channels; ++i) mean(piece)[first + i] = squares(piece)[first + i] = 0;
+  }
+
+  // Adds `pixels` pixels, `pitch` apart from `map` on, of the channels from `first` on. `origin` is the piece's first pixel.
+  template <class T>
+  void add(int64_t piece, int64_t first, int64_t channels, const T* origin, const T* map, int64_t pitch,
+           int64_t pixels) const {
+    for_channel_blocks<C>(channels, [&](auto lanes, auto vectors, int64_t channel, auto valid) {
+      constexpr int N = decltype(lanes)::value, J = decltype(vectors)::value;
+      double *sums = mean(piece) + first + channel, *squared = squares(piece) + first + channel;
+      if (valid < N)
+        return add_block<N, 4, 1, true>(sums, squared, origin + channel, map + channel, pitch, pixels, valid);
+      if constexpr (J == 1) {
+        add_block<N, 4, 1, false>(sums, squared, origin + channel, map + channel, pitch, pixels, valid);
+      } else {
+        add_block<N, 1, J, false>(sums, squared, origin + channel, map + channel, pitch, pixels, valid);
+      }
+    });
+  }
+
+  // Turns the sums of `pixels` pixels into moments; `origin` as before.
+  template <class T>
+  void finish(int64_t piece, int64_t first, int64_t channels, const T* origin, int64_t pixels) const {
+    for (int64_t i = 0; i < channels; ++i) {
+      double &m = mean(piece)[first + i], &s = squares(piece)[first + i];
+      s = s - m * m / static_cast<double>(pixels);
+      s = s < 0 ? 0 : s;
+      m = static_cast<double>(load_one(origin + i)) + m / static_cast<double>(pixels);
+    }
+  }
+
+  // Merges the pieces, of pixels(piece) pixels each, in order.
+  template <class Pixels>
+  void merge(const Moments& to, int64_t pieces, Pixels&& pixels) const {
+    double total = 0;
+    for (int64_t i = 0; i < channels_; ++i) to.mean[i] = to.variance[i] = 0;
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const double count = static_cast<double>(pixels(piece));
+      if (count == 0) continue;
+      const double share = count / (total + count), weight = total * share;
+      const double *means = mean(piece), *spreads = squares(piece);
+      for (int64_t i = 0; i < channels_; ++i) {
+        const double difference = means[i] - to.mean[i];
+        to.mean[i] += difference * share;
+        to.variance[i] += spreads[i] + difference * difference * weight;
+      }
+      total += count;
+    }
+    for (int64_t i = 0; i < channels_; ++i) to.variance[i] /= total;
+  }
+
+ private:
+  double* mean(int64_t piece) const { return data_ + 2 * piece * pitch_; }
+  double* squares(int64_t piece) const { return mean(piece) + pitch_; }
+
+  // P pixels side by side of J vectors: enough sums that none waits for another.
+  template <int N, int P, int J, bool Partial, class T>
+  static void add_block(double* sums, double* squared, const T* origin, const T* map, int64_t pitch, int64_t pixels,
+                        int64_t valid) {
+    using V = Vector<C, N>;
+    auto numbers = [&](const T* from) { return Partial ? load_first<N>(from, valid) : load<N>(from); };
+    constexpr int64_t kTogether = 64;  // pixels summed in the compute type
+    for (int64_t first = 0; first < pixels; first += kTogether) {
+      const int64_t end = least(first + kTogether, pixels);
+      V sum[P][J], square[P][J], center[J];
+      for (int j = 0; j < J; ++j) center[j] = numbers(origin + j * N);
+      for (int p = 0; p < P; ++p) {
+        for (int j = 0; j < J; ++j) sum[p][j] = square[p][j] = V{};
+      }
+      int64_t i = first;
+      for (; i + P <= end; i += P) {
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+          for (int j = 0; j < J; ++j) {
+            const V v = numbers(map + (i + p) * pitch + j * N) - center[j];
+            sum[p][j] += v;
+            square[p][j] += v * v;
+          }
+        }
+      }
+      for (; i < end; ++i) {
+        for (int j = 0; j < J; ++j) {
+          const V v = numbers(map + i * pitch + j * N) - center[j];
+          sum[0][j] += v;
+          square[0][j] += v * v;
+        }
+      }
+      for (int j = 0; j < J; ++j) {
+        for (int p = 1; p < P; ++p) {
+          sum[0][j] += sum[p][j];
+          square[0][j] += square[p][j];
+        }
+        if constexpr (Partial) {
+          for (int64_t lane = 0; lane < valid; ++lane) {
+            sums[lane] += static_cast<double>(sum[0][j][lane]);
+            squared[lane] += static_cast<double>(square[0][j][lane]);
+          }
+        } else {
+          add_to<C, N>(sums + j * N, sum[0][j]);
+          add_to<C, N>(squared + j * N, square[0][j]);
+        }
+      }
+    }
+  }
+
+  int64_t channels_, pitch_;
+  double* data_;
+};
+
+// The three sums of NormSums for one vector of channels, over a few pixels.
+template <class C, int N>
+struct NormSumLanes {
+  using V = Vector<C, N>;
+  V mean{}, grad{}, centred{}, slope{};
+
+  // `behind` is the gradient behind the PReLU, `before` what is in front of the PReLU, and `map` of the norm. Returns the
+  // gradient between the two.
+  V add(V behind, V before, V map, V slopes) {
+    const V negative = before > V{} ? V{} : behind;
+    slope += negative * before;
+    return add(before > V{} ? behind : behind * slopes, map);
+  }
+  V add(V between, V map) {
+    grad += between;
+    centred += between * (map - mean);
+    return between;
+  }
+};
+
+// The sums of NormSums for each piece.
+template <class C>
+class PieceSums {
+ public:
+  C* mean;
+
+  PieceSums(int64_t pieces, int64_t channels, Carving& memory)
+      : mean(memory.take<C>(padded<C>(channels))),
+        channels_(channels),
+        pitch_(padded<double>(padded<C>(channels))),
+        data_(memory.take<double>(3 * pieces * pitch_)) {}
+
+  void begin(int64_t piece, int64_t first, int64_t channels) const {
+    for (int s = 0; s < 3; ++s) {
+      for (int64_t i = 0; i < channels; ++i) of(piece, s)[first + i] = 0;
+    }
+  }
+
+  template <int N>
+  NormSumLanes<C, N> at(int64_t channel) const {
+    NormSumLanes<C, N> sums;
+    sums.mean = load<N>(mean + channel);
+    return sums;
+  }
+
+  // Only `valid` lanes: the next channels may be another unit's.
+  template <int N>
+  void add(int64_t piece, int64_t channel, const NormSumLanes<C, N>& sums, int64_t valid) const {
+    const Vector<C, N> numbers[3] = {sums.grad, sums.centred, sums.slope};
+    for (int s = 0; s < 3; ++s) {
+      double* to = of(piece, s) + channel;
+      if (valid >= N) {
+        add_to<C, N>(to, numbers[s]);
+      } else {
+        for (int64_t lane = 0; lane < valid; ++lane) to[lane] += static_cast<double>(numbers[s][lane]);
+      }
+    }
+  }
+
+  void merge(const NormSums& to, int64_t pieces) const {
+    double* results[3] = {to.grad, to.grad_centred, to.slope};
+    for (int s = 0; s < 3; ++s) {
+      if (!results[s]) continue;
+      for (int64_t i = 0; i < channels_; ++i) results[s][i] = 0;
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        for (int64_t i = 0; i < channels_; ++i) results[s][i] += of(piece, s)[i];
+      }
+    }
+    // The kernel's mean is rounded to its type, which a mean far from zero would show.
+    for (int64_t i = 0; i < channels_; ++i) {
+      to.grad_centred[i] += (static_cast<double>(mean[i]) - to.mean[i]) * to.grad[i];
+    }
+  }
+
+ private:
+  double* of(int64_t piece, int s) const { return data_ + (3 * piece + s) * pitch_; }
+
+  int64_t channels_, pitch_;
+  double* data_;
+};
+
+}  // namespace espk::ESPK_ISA

@@ -1,0 +1,73 @@
+// Rows of pixels on their way into a matrix product: normalised, widened to the compute type, or where they lie.
+#pragma once
+
+#include "kernels.h"
+#include "normalise.h"
+#include "zero_bordered_tile.h"
+
+namespace espk::ESPK_ISA {
+
+template <class C>
+struct InputRows {
+  const C* data;
+  int64_t pitch;
+};
+
+// `pixels` dense pixels of `channels` channels as the problem reads them; `slot` holds them where they are not read in place.
+template <class T>
+inline InputRows<Compute<T>> input_rows(const NormaliseVectors<Compute<T>>& vectors, const Normalise& normalise,
+                                        const T* from, int64_t channels, int64_t pixels, Slot slot) {
+  using C = Compute<T>;
+  if (!normalise.scale) {
+    if constexpr (std::is_same_v<T, C>) return {from, channels};
+  }
+  C* rows = static_cast<C*>(scratch(slot, pixels * channels * static_cast<int64_t>(sizeof(C))));
+  if (!normalise.scale) {
+    copy_row(rows, from, pixels * channels);
+    return {rows, channels};
+  }
+  for_channel_blocks<C>(channels, [&](auto lanes, auto vector_count, int64_t first, auto valid) {
+    constexpr int N = decltype(lanes)::value, J = decltype(vector_count)::value;
+    NormaliseLanes<C, N> normaliser[J];
+    for (int j = 0; j < J; ++j) normaliser[j] = vectors.template at<N>(first + j * N);
+    for (int64_t i = 0; i < pixels; ++i) {
+      const T* p = from + i * channels + first;
+      C* to = rows + i * channels + first;
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) {
+        store_first<N>(to + j * N, normaliser[j](load_first<N>(p + j * N, valid)), valid);
+      }
+    }
+  });
+  return {rows, channels};
+}
+
+// n numbers, whole lines of them, past the cache.
+template <class C>
+inline void copy_far(C* to, const C* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<C>) store_far<kLanes<C>>(to + i, load<kLanes<C>>(from + i));
+}
+
+// The gradient in front of a norm for `pixels` pixels, from the one behind it and the norm's input.
+template <class T>
+inline const Compute<T>* norm_gradient_rows(const NormGradientVectors<Compute<T>>& vectors, const T* grad, const T* map,
+                                            int64_t channels, int64_t pixels, Slot slot) {
+  using C = Compute<T>;
+  C* rows = static_cast<C*>(scratch(slot, pixels * channels * static_cast<int64_t>(sizeof(C))));
+  for_channel_blocks<C>(channels, [&](auto lanes, auto vector_count, int64_t first, auto valid) {
+    constexpr int N = decltype(lanes)::value, J = decltype(vector_count)::value;
+    NormGradientLanes<C, N> gradient[J];
+    for (int j = 0; j < J; ++j) gradient[j] = vectors.template at<N>(first + j * N);
+    for (int64_t i = 0; i < pixels; ++i) {
+      const int64_t at = i * channels + first;
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) {
+        const auto g = load_first<N>(grad + at + j * N, valid), v = load_first<N>(map + at + j * N, valid);
+        store_first<N>(rows + at + j * N, gradient[j](g, v), valid);
+      }
+    }
+  });
+  return rows;
+}
+
+}  // namespace espk::ESPK_ISA

@@ -1,0 +1,168 @@
+"""An EESP unit of modules as one call of :func:`espkernels.training.eesp_training`, where that is the same thing.
+
+The operator knows nothing of modules. What a person may have hung on them, a hook, a parametrisation, another kind of
+batch norm, runs only when the modules are called, so such a unit stays with its layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from espkernels import backends
+from espkernels.layout import layout_of, out_size
+from espkernels.training import eesp_training
+
+if TYPE_CHECKING:
+    from espkernels.nn import EESP, CDilated
+
+__all__ = ["fits", "hooked", "laid_out", "run"]
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether calling one of ``modules`` would do more than its forward: then it must be called."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+    )
+
+
+def laid_out(weight: Tensor) -> Tensor:
+    """``weight`` [N, M, h, w] with its dimensions in the order of memory, so that reshaping it copies nothing.
+
+    The gradient then comes back in the weight's own strides, also those of dimensions of size 1: distributed training
+    compares strides one by one.
+    """
+    return weight.permute(0, 2, 3, 1) if weight.stride(1) == 1 and weight.stride(3) == weight.shape[1] else weight
+
+
+def _ends_with_prelu(unit: EESP) -> bool:
+    return not (unit.stride == 2 and unit.down_method == "avg")
+
+
+def _norms(unit: EESP) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm2d]:
+    return unit.proj_1x1.bn, unit.br_after_cat.bn, unit.conv_1x1_exp.bn
+
+
+def _activations(unit: EESP) -> list[nn.PReLU]:
+    inner = [unit.proj_1x1.act, unit.br_after_cat.act]
+    return [*inner, unit.module_act] if _ends_with_prelu(unit) else inner
+
+
+def _takes_batch(norm: nn.BatchNorm2d) -> bool:
+    return norm.training or norm.running_mean is None
+
+
+def fits(unit: EESP, x: Tensor) -> bool:
+    """Whether :func:`run` does for ``x`` what the unit's layers would do.
+
+    That is where a gradient is wanted or a norm takes the statistics of the batch, on the CPU's kernels, and where
+    every layer is just what its class says.
+    """
+    norms, activations = _norms(unit), _activations(unit)
+    if x.device.type != "cpu" or backends.library is None or backends.current() not in (None, "cpu"):
+        return False
+    if not any(norm.training for norm in norms) and not (
+        torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in unit.parameters()))
+    ):
+        return False
+    if x.dim() != 4 or x.numel() == 0 or x.shape[1] != unit.proj_1x1.conv.in_channels:
+        return False
+    # A channel of one value has no variance: torch's batch norm says so.
+    values = x.shape[0] * out_size(x.shape[2], unit.stride) * out_size(x.shape[3], unit.stride)
+    if values == 1 and any(_takes_batch(norm) for norm in norms):
+        return False
+    branches = [cast("CDilated", branch) for branch in unit.spp_dw]
+    convolutions = [unit.proj_1x1.conv, *(branch.conv for branch in branches), unit.conv_1x1_exp.conv]
+    plain = all(
+        type(module) is kind
+        for modules, kind in ((norms, nn.BatchNorm2d), (activations, nn.PReLU), (convolutions, nn.Conv2d))
+        for module in modules
+    )
+    if not plain or any(convolution.bias is not None for convolution in convolutions):
+        return False
+    if any(act.num_parameters != norm.num_features for act, norm in zip(activations, norms, strict=False)):
+        return False
+    containers = (unit.proj_1x1, unit.br_after_cat, unit.conv_1x1_exp, *branches)
+    if hooked(*containers, *norms, *activations, *convolutions):
+        return False
+    weights = [convolution.weight for convolution in convolutions]
+    if torch.is_autocast_enabled("cpu"):
+        return x.dtype != torch.float64 and all(weight.dtype != torch.float64 for weight in weights)
+    return all(weight.dtype == x.dtype for weight in weights)
+
+
+def run(unit: EESP, x: Tensor) -> Tensor:
+    """The unit's result for ``x`` in the format of ``x``; updates the norms' running statistics as they would.
+
+    The kernels read channels_last. A contiguous ``x`` and its result are copied once each; gradients stay in
+    channels_last.
+    """
+    norms, activations = _norms(unit), _activations(unit)
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    statistics = [_takes_batch(norm) for norm in norms]
+    means, variances = (None, None) if all(statistics) else _running(norms, statistics)
+    reduce, expand = unit.proj_1x1.conv, unit.conv_1x1_exp.conv
+    out_shape = (expand.out_channels, *(out_size(size, unit.stride) for size in x.shape[2:]))
+    y, moments = eesp_training(
+        x.contiguous(memory_format=torch.channels_last),
+        laid_out(reduce.weight).flatten(1),
+        reduce.groups,
+        unit.pyramid_weight(),
+        unit.dilations,
+        laid_out(expand.weight).flatten(1),
+        expand.groups,
+        torch.cat([_parameter(norm.weight, norm, 1.0, compute) for norm in norms]),
+        torch.cat([_parameter(norm.bias, norm, 0.0, compute) for norm in norms]),
+        torch.cat([activation.weight.to(compute) for activation in activations]),
+        means,
+        variances,
+        [norm.eps for norm in norms],
+        statistics,
+        unit.stride,
+        unit.hff,
+        _ends_with_prelu(unit) and x.shape[1:] == out_shape,
+        unit.memory == "save",
+    )
+    pixels = x.shape[0] * x.shape[2] * x.shape[3], y.shape[0] * y.shape[2] * y.shape[3]
+    _track(norms, moments, (pixels[0], pixels[1], pixels[1]))
+    return y.contiguous(memory_format=layout_of(x))
+
+
+def _parameter(parameter: Tensor | None, norm: nn.BatchNorm2d, otherwise: float, dtype: torch.dtype) -> Tensor:
+    if parameter is None:
+        return torch.full((norm.num_features,), otherwise, dtype=dtype)
+    return parameter.to(dtype)
+
+
+def _running(norms: Sequence[nn.BatchNorm2d], batch_statistics: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """The running means and variances of all norms; zeros where the batch's will take their place."""
+    parts: tuple[list[Tensor], list[Tensor]] = [], []
+    for norm, batch in zip(norms, batch_statistics, strict=True):
+        for part, buffer in zip(parts, (norm.running_mean, norm.running_var), strict=True):
+            if batch or buffer is None:
+                part.append(torch.zeros(norm.num_features, dtype=torch.float64))
+            else:
+                part.append(buffer.double())
+    return torch.cat(parts[0]), torch.cat(parts[1])
+
+
+@torch.no_grad()
+def _track(norms: Sequence[nn.BatchNorm2d], moments: Tensor, counts: Sequence[int]) -> None:
+    """What the forward of each batch norm does to its buffers."""
+    means, variances = moments.unbind()
+    sizes = [norm.num_features for norm in norms]
+    for norm, mean, variance, count in zip(norms, means.split(sizes), variances.split(sizes), counts, strict=True):
+        if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
+            continue
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.add_(1)
+        share: float | Tensor | None = norm.momentum
+        if share is None:  # the mean of all batches
+            share = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+        norm.running_var.lerp_((variance * (count / max(count - 1, 1))).to(norm.running_var.dtype), share)

@@ -1,0 +1,217 @@
+// The kernels that only training has, from their definitions. Scales and slopes are powers of two, so that sums stay exact.
+#pragma once
+
+#include "check.h"
+
+// The numbers of one batch norm and PReLU as the kernels take them, in vectors without a byte to spare.
+struct Norm {
+  Steps steps;
+  std::vector<double> mean, of_grad, of_map, constant;
+  std::vector<double> sum, sum_centred, sum_slope;
+
+  Norm(Draw& draw, int64_t channels)
+      : steps(draw.steps(channels, {})),
+        mean(draw.integers({channels}).values),
+        of_grad(draw.one_of({0.5, 1, -1}, channels).values),
+        of_map(draw.one_of({0.5, 1, -0.5}, channels).values),
+        constant(draw.integers({channels}).values),
+        sum(mean.size()),
+        sum_centred(mean.size()),
+        sum_slope(mean.size()) {}
+
+  espk::Normalise normalise() const {
+    return {steps.scale.values.data(), steps.shift.values.data(), steps.slope.values.data()};
+  }
+  espk::NormGradient gradient() const { return {of_grad.data(), of_map.data(), constant.data()}; }
+  espk::NormSums sums() { return {mean.data(), sum.data(), sum_centred.data(), sum_slope.data()}; }
+};
+
+template <class F>
+Tensor each_value(Tensor x, F&& f) {
+  for (int64_t b = 0; b < x.sizes[0]; ++b)
+    for (int64_t c = 0; c < x.sizes[1]; ++c)
+      for (int64_t y = 0; y < x.sizes[2]; ++y)
+        for (int64_t z = 0; z < x.sizes[3]; ++z)
+          x.at(b, c, y, z) = f(x.at(b, c, y, z), b, static_cast<size_t>(c), y, z);
+  return x;
+}
+
+inline Tensor in_front_of_norm(const Norm& norm, const Tensor& grad, const Tensor& map) {
+  return each_value(grad, [&](double g, int64_t b, size_t c, int64_t y, int64_t z) {
+    return g * norm.of_grad[c] + map.at(b, static_cast<int64_t>(c), y, z) * norm.of_map[c] + norm.constant[c];
+  });
+}
+
+// The gradient between norm and PReLU from the one behind; adds up the three sums that belong to it.
+inline Tensor in_front_of_prelu(const Norm& norm, const Tensor& behind, const Tensor& map, const Tensor* residual,
+                                std::vector<double> (&sums)[3]) {
+  Steps affine{norm.steps.scale, norm.steps.shift, {}, residual ? *residual : Tensor{}};
+  const Tensor before = epilogue(map, affine);
+  for (auto& sum : sums) sum.assign(norm.mean.size(), 0.0);
+  return each_value(behind, [&](double g, int64_t b, size_t c, int64_t y, int64_t z) {
+    const int64_t channel = static_cast<int64_t>(c);
+    const double input = before.at(b, channel, y, z);
+    if (input <= 0) sums[2][c] += g * input;
+    if (input <= 0) g *= norm.steps.slope.values[c];
+    sums[0][c] += g;
+    sums[1][c] += g * (map.at(b, channel, y, z) - norm.mean[c]);
+    return g;
+  });
+}
+
+inline void check_numbers(const char* what, const Case& s, const std::vector<double>& actual,
+                          const std::vector<double>& expected, double tolerance) {
+  ++checks;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    if (std::fabs(actual[i] - expected[i]) <= tolerance * std::fabs(expected[i])) continue;
+    ++failures;
+    std::printf("FAIL %s, %s: number %zu is %g and not %g\n", what, s.name, i, actual[i], expected[i]);
+    return;
+  }
+}
+
+// Divisions alone round: in float64, a few times.
+inline void check_moments(const char* what, const Case& s, Type type, const Tensor& map,
+                          const std::vector<double>& mean, const std::vector<double>& variance) {
+  const Tensor stored = rounded(type, map);
+  const double count = static_cast<double>(map.sizes[0] * map.sizes[2] * map.sizes[3]);
+  std::vector<double> sum(mean.size()), squares(mean.size());
+  each_value(stored, [&](double v, int64_t, size_t c, int64_t, int64_t) { return sum[c] += v / count, v; });
+  each_value(stored, [&](double v, int64_t, size_t c, int64_t, int64_t) {
+    return squares[c] += (v - sum[c]) * (v - sum[c]) / count, v;
+  });
+  for (size_t c = 0; c < mean.size(); ++c) {
+    // Relative to the numbers summed, which may cancel.
+    sum[c] += 1000;
+    squares[c] += 1000;
+  }
+  std::vector<double> shifted_mean(mean), shifted_variance(variance);
+  for (double& v : shifted_mean) v += 1000;
+  for (double& v : shifted_variance) v += 1000;
+  check_numbers(what, s, shifted_mean, sum, 1e-12);
+  check_numbers(what, s, shifted_variance, squares, 1e-5);  // squares of up to 64 numbers are summed in float32
+}
+
+template <class Problem>
+void describe_pointwise(Problem& p, const Case& s, Type type) {
+  p.type = type;
+  p.pixels = s.batch * s.out_height() * s.out_width();
+  p.in_channels = s.concatenated();
+  p.out_channels = s.outputs;
+  p.groups = s.groups;
+}
+
+inline void check_training(const Case& s, Type type) {
+  if (s.batch == 0) return;  // a batch norm has no moments of nothing
+  constexpr Layout last = Layout::channels_last;
+  const Target map_target{last}, weight_target{Layout::contiguous};
+  Draw draw;
+  const int64_t height = s.out_height(), width = s.out_width();
+  const Tensor x = draw.integers({s.batch, s.channels, s.height, s.width});
+  const Tensor weight = draw.integers({s.branches(), s.channels, 3, 3});
+  const Tensor map = draw.integers({s.batch, s.concatenated(), height, width});
+  const Tensor grad_map = draw.integers(map.sizes), residual = draw.integers(map.sizes);
+  const Tensor pointwise = draw.integers({s.outputs, s.concatenated() / s.groups});
+  const Tensor out = draw.integers({s.batch, s.outputs, height, width}), grad = draw.integers(out.sizes);
+  Norm reduced(draw, s.channels), concatenated(draw, s.concatenated()), expanded(draw, s.outputs);
+  Buffer x_buffer(type, last, x), map_buffer(type, last, map), out_buffer(type, last, out);
+  Buffer grad_buffer(type, last, grad), grad_map_buffer(type, last, grad_map), residual_buffer(type, last, residual);
+  Buffer weight_buffer(type, weight_target.layout, weight), pointwise_buffer(type, weight_target.layout, pointwise);
+  std::vector<double> sums[3];
+  auto check_sums = [&](const char* what, const Norm& norm) {
+    check_numbers(what, s, norm.sum, sums[0], 0);
+    check_numbers(what, s, norm.sum_centred, sums[1], 0);
+    check_numbers(what, s, norm.sum_slope, sums[2], 0);
+  };
+
+  const Tensor z = epilogue(map, concatenated.steps);
+  espk::NormalisedPointwise forward{};
+  describe_pointwise(forward, s, type);
+  forward.x = map_buffer.data();
+  forward.normalise = concatenated.normalise();
+  forward.weight = pointwise_buffer.data();
+  forward.moments = {expanded.sum.data(), expanded.sum_slope.data()};
+  const Tensor product = group_pointwise(s, z, pointwise);
+  check("normalised_pointwise", s, kernels.normalised_pointwise, forward, &espk::NormalisedPointwise::out, product,
+        map_target);
+  check_moments("normalised_pointwise", s, type, product, expanded.sum, expanded.sum_slope);
+
+  auto pyramid = described<espk::SpatialPyramid>(s, type, last);
+  pyramid.x = x_buffer.data();
+  pyramid.weight = weight_buffer.data();
+  pyramid.normalise = reduced.normalise();
+  pyramid.moments = {concatenated.sum.data(), concatenated.sum_slope.data()};
+  const Tensor r = epilogue(x, reduced.steps), branches = spatial_pyramid(s, r, weight);
+  check("normalised_pyramid", s, kernels.normalised_pyramid, pyramid, &espk::SpatialPyramid::out, branches, map_target);
+  check_moments("normalised_pyramid", s, type, branches, concatenated.sum, concatenated.sum_slope);
+
+  const Tensor front = in_front_of_norm(expanded, grad, out);
+  const Tensor behind = pointwise_gradient_of_input(s, front, pointwise);
+  Buffer side(type, last, std::vector<int64_t>{s.outputs * s.concatenated() + 9 * s.concatenated()});
+  Buffer side_map(type, last, std::vector<int64_t>{s.batch * s.concatenated() * s.height * s.width});
+  espk::NormalisedPointwiseBackward backward{};
+  describe_pointwise(backward, s, type);
+  backward.grad = grad_buffer.data();
+  backward.out = out_buffer.data();
+  backward.norm = expanded.gradient();
+  backward.x = map_buffer.data();
+  backward.weight = pointwise_buffer.data();
+  backward.residual = residual_buffer.data();
+  backward.grad_weight = side.data();
+  check("normalised_pointwise_backward, residual", s, kernels.normalised_pointwise_backward, backward,
+        &espk::NormalisedPointwiseBackward::grad_x, epilogue(behind, Steps{{}, {}, {}, residual}), map_target);
+  backward.residual = nullptr;
+  backward.normalise = concatenated.normalise();
+  backward.sums = concatenated.sums();
+  check("normalised_pointwise_backward", s, kernels.normalised_pointwise_backward, backward,
+        &espk::NormalisedPointwiseBackward::grad_x, in_front_of_prelu(concatenated, behind, map, nullptr, sums),
+        map_target);
+  check_sums("normalised_pointwise_backward", concatenated);
+  backward.grad_x = side_map.data();
+  check("normalised_pointwise_backward, weight", s, kernels.normalised_pointwise_backward, backward,
+        &espk::NormalisedPointwiseBackward::grad_weight, pointwise_gradient_of_weight(s, front, z), weight_target);
+
+  const Tensor front_map = in_front_of_norm(concatenated, grad_map, map);
+  auto to_both = described<espk::NormalisedPyramidBackward>(s, type, last);
+  to_both.grad = grad_map_buffer.data();
+  to_both.out = map_buffer.data();
+  to_both.norm = concatenated.gradient();
+  to_both.x = x_buffer.data();
+  to_both.normalise = reduced.normalise();
+  to_both.weight = weight_buffer.data();
+  to_both.grad_weight = side.data();
+  to_both.sums = reduced.sums();
+  check("normalised_pyramid_backward", s, kernels.normalised_pyramid_backward, to_both,
+        &espk::NormalisedPyramidBackward::grad_x,
+        in_front_of_prelu(reduced, pyramid_gradient_of_input(s, front_map, weight), x, nullptr, sums), map_target);
+  check_sums("normalised_pyramid_backward", reduced);
+  to_both.grad_x = side_map.data();
+  check("normalised_pyramid_backward, weight", s, kernels.normalised_pyramid_backward, to_both,
+        &espk::NormalisedPyramidBackward::grad_weight, pyramid_gradient_of_weight(s, front_map, r), weight_target);
+
+  espk::NormalisedOutput end{};
+  end.type = type;
+  end.pixels = s.batch * height * width;
+  end.channels = s.concatenated();
+  end.x = map_buffer.data();
+  end.normalise = concatenated.normalise();
+  end.residual = residual_buffer.data();
+  Steps with_residual = concatenated.steps;
+  with_residual.residual = residual;
+  check("normalised_output", s, kernels.normalised_output, end, &espk::NormalisedOutput::out,
+        epilogue(map, with_residual), map_target);
+
+  espk::NormalisedOutputBackward end_backward{};
+  end_backward.type = type;
+  end_backward.pixels = end.pixels;
+  end_backward.channels = end.channels;
+  end_backward.grad = grad_map_buffer.data();
+  end_backward.x = map_buffer.data();
+  end_backward.normalise = concatenated.normalise();
+  end_backward.residual = residual_buffer.data();
+  end_backward.sums = concatenated.sums();
+  check("normalised_output_backward", s, kernels.normalised_output_backward, end_backward,
+        &espk::NormalisedOutputBackward::grad_x, in_front_of_prelu(concatenated, grad_map, map, &residual, sums),
+        map_target);
+  check_sums("normalised_output_backward", concatenated);
+}
