@@ -6,6 +6,8 @@
 namespace espk::ESPK_ISA {
 namespace {
 
+constexpr int64_t kNearBytes = 768 * 1024;  // a map that the second-level cache holds
+
 PointwiseWeights weights_of(const GroupPointwise& p) {
   return {p.type,
           p.layout == Layout::channels_last,
@@ -108,6 +110,16 @@ void run_type(const GroupPointwise& p, void* shared, int64_t begin, int64_t end)
       product.a_packed = true;
       product.b = values;
       product.b_depth = row;
+    }
+    // Groups read a chunk that comes from afar piece by piece, so each fetches its share of the next one.
+    Ahead ahead;
+    if (pixels && chunks.parts > 1 && chunks.pixels * p.in_channels * static_cast<int64_t>(sizeof(T)) > kNearBytes) {
+      const int64_t next = least(chunks.size, chunks.pixels - first - count) * p.in_channels;
+      const int64_t from = next * part / chunks.parts, to = next * (part + 1) / chunks.parts;
+      ahead.add(static_cast<const T*>(p.x) + (first + count) * p.in_channels + from,
+                (to - from) * static_cast<int64_t>(sizeof(T)));
+      ahead.over(count * weights.in * out);
+      product.ahead = &ahead;
     }
     const int64_t channel = group * weights.out + first_column;
     set_epilogue(product, p.epilogue, channel, pixels);
