@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../training.h"
-#include "vector.h"
+#include "far_map.h"
 
 namespace espk::ESPK_ISA {
 

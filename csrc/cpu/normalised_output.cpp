@@ -1,5 +1,6 @@
 // The end of a unit in training: the last batch norm, the residual and the PReLU of a map whose moments are known.
 // Bytes: C read (+ C of the residual) + C written a pixel. channels_last.
+#include "far_map.h"
 #include "kernels.h"
 #include "normalise.h"
 #include "pixel_runs.h"

@@ -1,6 +1,7 @@
 // The gradient through the last PReLU of a unit, which is the residual's too, with the sums of the batch norm in front of
 // it. Two-stage, in order. Bytes: 2*C read (+ C of the residual) + C written a pixel. channels_last.
 #include "channel_sums.h"
+#include "far_map.h"
 #include "kernels.h"
 #include "pixel_runs.h"
 

@@ -2,6 +2,7 @@
 // norm in front asks of a map and what the one behind asks, in one pass. Training only, channels_last.
 // Bytes: M read + N written a pixel; multiply-adds: M*N/groups a pixel.
 #include "channel_sums.h"
+#include "far_map.h"
 #include "kernels.h"
 #include "normalised_rows.h"
 #include "pixel_runs.h"

@@ -4,6 +4,7 @@
 // gradients and sums are two-stage, in order.
 // Bytes: 2*N + M read (+ M of the residual) + M written a pixel; multiply-adds: 2*M*N/groups a pixel.
 #include "channel_sums.h"
+#include "far_map.h"
 #include "kernels.h"
 #include "normalised_rows.h"
 #include "ordered_sum.h"

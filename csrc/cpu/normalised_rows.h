@@ -1,6 +1,7 @@
 // Rows of pixels on their way into a matrix product: normalised, widened to the compute type, or where they lie.
 #pragma once
 
+#include "far_map.h"
 #include "kernels.h"
 #include "normalise.h"
 #include "zero_bordered_tile.h"

@@ -3,6 +3,7 @@
 // In training the map is normalised on its way into the tile, and the moments of the result are taken while it is near.
 // Bytes: d read + K*d written a pixel; multiply-adds: 9*K*d a pixel.
 #include "channel_sums.h"
+#include "far_map.h"
 #include "kernels.h"
 #include "pyramid_strip.h"
 

@@ -1,0 +1,43 @@
+// Maps that leave the cache before they are read again, and stores past it.
+#pragma once
+
+#include "vector.h"
+
+namespace espk::ESPK_ISA {
+
+// A map larger than this has left the cache before it is read again.
+constexpr int64_t kFarBytes = 16 * 1024 * 1024;
+
+// Whether vectors of pixels of such a map, `row` numbers each, may be stored past the cache: a line that is written whole
+// is then not fetched first, which saves half the traffic of a write.
+template <class T>
+inline bool is_far([[maybe_unused]] const T* map, [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t row) {
+#if defined(__x86_64__)
+  const int64_t row_bytes = row * static_cast<int64_t>(sizeof(T));
+  return rows * row_bytes >= kFarBytes && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(map) % 64 == 0;
+#else
+  return false;
+#endif
+}
+
+// store() past the cache, of a vector of a whole register; aligned to its size.
+template <int N, class T>
+inline void store_far(T* p, Vector<Compute<T>, N> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) * N == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) * N == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__x86_64__)
+  if constexpr (sizeof(T) * N == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#endif
+  store<N>(p, v);
+}
+
+// After stores past the cache, before another thread may read them.
+inline void finish_far_stores() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace espk::ESPK_ISA
