@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import espkernels
+import espkernels.__main__
+import espkernels.info
 from bench import layers, memory, providers, report
 from bench.cases import CASES, DEFAULT, IMAGES, SCALES, Case, check, matching, units, widths
 from bench.comparison import Comparison, Provider, WrongResult, measure
