@@ -297,9 +297,11 @@ class DownSampler(nn.Module):
                 f"out_channels: got {out_channels} with in_channels = {in_channels}, "
                 f"expected in_channels plus a positive multiple of k * k = {k**2}"
             )
+        check_memory(memory)
         self.eesp = self.eesp_type(
-            in_channels, out_channels - in_channels, 2, k, r_lim, "avg", hff=hff, dilated=dilated, memory=memory
+            in_channels, out_channels - in_channels, 2, k, r_lim, "avg", hff=hff, dilated=dilated
         )
+        self.eesp.memory = memory  # the units that others are compared with have no choice, and take no argument
         self.avg = nn.AvgPool2d(kernel_size=3, stride=2, padding=1)
         if reinf:
             # The official shortcut reduces any image to 3 channels first.
