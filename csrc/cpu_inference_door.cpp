@@ -78,17 +78,19 @@ Tensor grouped_convolution(const Tensor& x, const Tensor& weight, const std::opt
   return out;
 }
 
-// Resize or AdaptiveAverage of `x` into the numbers from `first` on of `into`; `p` holds what only one of them has.
+// Runs a kernel that takes the map `x` to the numbers from `first` on of `into`; `p` holds what only this kernel has.
 template <class Problem>
-void resample(const char* name, const Kernel<Problem>& kernel, Problem p, const Tensor& x,
+void run_into(const char* name, const Kernel<Problem>& kernel, Problem p, const Tensor& x,
               const EpilogueTensors& epilogue, const Tensor& into, int64_t first) {
   p.type = type_of(x);
   p.batch = x.size(0);
   p.channels = x.size(1);
   p.height = x.size(2);
   p.width = x.size(3);
-  p.out_height = into.size(2);
-  p.out_width = into.size(3);
+  if constexpr (requires { p.out_height; }) {
+    p.out_height = into.size(2);
+    p.out_width = into.size(3);
+  }
   p.x = x.const_data_ptr();
   p.epilogue = pointers(epilogue);
   p.out_pixel = into.size(1);
@@ -101,31 +103,22 @@ void run_resize(const Tensor& x, const EpilogueTensors& epilogue, const Tensor& 
   Resize p{};
   if (skip) p.skip = skip->const_data_ptr();
   if (gate) p.gate = gate->const_data_ptr();
-  resample("resize", kernels().resize, p, x, epilogue, into, first);
+  run_into("resize", kernels().resize, p, x, epilogue, into, first);
 }
 
 void run_adaptive_average(const Tensor& x, const EpilogueTensors& epilogue, const Tensor& into, int64_t first) {
-  resample("adaptive_average", kernels().adaptive_average, AdaptiveAverage{}, x, epilogue, into, first);
+  run_into("adaptive_average", kernels().adaptive_average, AdaptiveAverage{}, x, epilogue, into, first);
 }
 
 // A branch of pyramid pooling above the size of its map in one pass, where its windows allow that.
 bool run_enlarged_branch(const Tensor& x, const void* weight, int64_t height, int64_t width,
                          const EpilogueTensors& epilogue, const Tensor& into, int64_t first) {
   EnlargedBranch p{};
-  p.type = type_of(x);
-  p.batch = x.size(0);
-  p.channels = x.size(1);
-  p.height = x.size(2);
-  p.width = x.size(3);
   p.inner_height = height;
   p.inner_width = width;
-  if (!p.averages_pairs()) return false;
-  p.x = x.const_data_ptr();
   p.weight = weight;
-  p.epilogue = pointers(epilogue);
-  p.out_pixel = into.size(1);
-  p.out = static_cast<char*>(into.data_ptr()) + first * bytes_of(p.type);
-  launch("enlarged_branch", kernels().enlarged_branch, p);
+  if (!averages_pairs(x.size(2), height) || !averages_pairs(x.size(3), width)) return false;
+  run_into("enlarged_branch", kernels().enlarged_branch, p, x, epilogue, into, first);
   return true;
 }
 

@@ -219,6 +219,14 @@ struct AdaptiveWindow {
   int64_t count() const { return end - first; }
 };
 
+// Whether all those windows are of two.
+inline bool averages_pairs(int64_t out_size, int64_t size) {
+  for (int64_t i = 0; i < out_size; ++i) {
+    if (AdaptiveWindow(i, size, out_size).count() != 2) return false;
+  }
+  return true;
+}
+
 // prelu(means of x [B, C, H, W] over windows that share it out evenly * scale + shift) -> [B, C, H', W'], channels_last.
 struct AdaptiveAverage {
   Type type;
@@ -256,7 +264,8 @@ struct ChangeLayout {
 };
 
 // x [B, C, H, W] resized bilinearly to inner_height x inner_width, convolved depthwise 3x3 with weight [C, 3, 3], averaged
-// back over windows that share the larger map out evenly: prelu(that * scale + shift) -> [B, C, H, W], channels_last.
+// back over windows that share the larger map out evenly, all of 2x2 (averages_pairs): prelu(that * scale + shift)
+// -> [B, C, H, W], channels_last.
 struct EnlargedBranch {
   Type type;
   int64_t batch, channels, height, width, inner_height, inner_width;
@@ -266,16 +275,6 @@ struct EnlargedBranch {
   int64_t out_pixel;  // as in PyramidPointwise
   void* out;
 
-  // Whether every window is one of 2x2, as the kernel wants them.
-  bool averages_pairs() const {
-    for (int64_t i = 0; i < height; ++i) {
-      if (AdaptiveWindow(i, inner_height, height).count() != 2) return false;
-    }
-    for (int64_t i = 0; i < width; ++i) {
-      if (AdaptiveWindow(i, inner_width, width).count() != 2) return false;
-    }
-    return true;
-  }
   // Those of the convolution at the larger size, as the network counts them; the kernel does with fewer.
   int64_t multiply_adds() const { return 9 * batch * channels * inner_height * inner_width; }
 };

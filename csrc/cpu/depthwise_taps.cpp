@@ -39,13 +39,6 @@ struct AffinePrelu {
   }
 };
 
-// Registers of vectors of this instruction set.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRegisters = 32;
-#else
-constexpr int kRegisters = 16;
-#endif
-
 template <class C, int N, int R, int X, int Count, int Step>
 [[gnu::always_inline]] inline void add_run(Vector<C, N> (&sum)[R][X], const TapRun& run, const C* tile,
                                            int64_t row_step, const C* weights) {
@@ -67,20 +60,37 @@ template <class C, int N, int R, int X, int Count, int Step>
   }
 }
 
-template <class C, int N, int R, int X, int Count, int Step>
+// One tap of weight `w` whose inputs begin at `from`.
+template <class C, int N, int R, int X>
+[[gnu::always_inline]] inline void add_tap(Vector<C, N> (&sum)[R][X], Vector<C, N> w, const C* from, int64_t row_step) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int i = 0; i < X; ++i) sum[r][i] += w * load<N>(from + r * row_step + i * N);
+  }
+}
+
+constexpr int run_kind(int count, int step) { return count * (TapRun::kMostStep + 1) + step; }
+
+// Pixels: a run at once, where its weights and one more vector fit beside the sums, or tap by tap.
+template <class C, int N, int R, int X>
 [[gnu::always_inline]] inline void add_taps(Vector<C, N> (&sum)[R][X], const TapRun& run, const C* tile,
                                             int64_t row_step, const C* weights) {
-  if constexpr (R * X + Count + 1 <= kRegisters) {
-    add_run<C, N, R, X, Count, Step>(sum, run, tile, row_step, weights);
+  if constexpr (R * X + TapRun::kMostTaps + 1 <= kRegisters) {
+    switch (run_kind(run.count, run.step)) {
+      case run_kind(3, 1): return add_run<C, N, R, X, 3, 1>(sum, run, tile, row_step, weights);
+      case run_kind(3, 2): return add_run<C, N, R, X, 3, 2>(sum, run, tile, row_step, weights);
+      case run_kind(3, 3): return add_run<C, N, R, X, 3, 3>(sum, run, tile, row_step, weights);
+      case run_kind(3, 4): return add_run<C, N, R, X, 3, 4>(sum, run, tile, row_step, weights);
+      case run_kind(2, 1): return add_run<C, N, R, X, 2, 1>(sum, run, tile, row_step, weights);
+      case run_kind(2, 2): return add_run<C, N, R, X, 2, 2>(sum, run, tile, row_step, weights);
+      case run_kind(2, 3): return add_run<C, N, R, X, 2, 3>(sum, run, tile, row_step, weights);
+      case run_kind(2, 4): return add_run<C, N, R, X, 2, 4>(sum, run, tile, row_step, weights);
+      default: return add_run<C, N, R, X, 1, 1>(sum, run, tile, row_step, weights);
+    }
   } else {
     for (int t = 0; t < run.count; ++t) {
-      const Vector<C, N> w = load<N>(weights + run.weights[t] * N);
-      const C* p = tile + run.offset + t * run.step * N;
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-        for (int i = 0; i < X; ++i) sum[r][i] += w * load<N>(p + r * row_step + i * N);
-      }
+      add_tap<C, N, R, X>(sum, load<N>(weights + run.weights[t] * N), tile + run.offset + t * run.step * N, row_step);
     }
   }
 }
@@ -105,26 +115,10 @@ void sweep_blocks(const Sweep<C>& given) {
         const TapRun* run = s.taps->runs + segment.first_run;
         const C* tile = s.tile + y * s.row_step + x * N;
         for (int t = 0; t < segment.run_count; ++t, ++run) {
-          if constexpr (!Pixels) {
-            const V w = broadcast<C, N>(s.weights[run->weights[0]]);
-            const C* p = tile + run->offset;
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-              for (int i = 0; i < X; ++i) sum[r][i] += w * load<N>(p + r * s.row_step + i * N);
-            }
+          if constexpr (Pixels) {
+            add_taps<C, N, R, X>(sum, *run, tile, s.row_step, s.weights);
           } else {
-            switch (run->count * 8 + run->step) {
-              case 25: add_taps<C, N, R, X, 3, 1>(sum, *run, tile, s.row_step, s.weights); break;
-              case 26: add_taps<C, N, R, X, 3, 2>(sum, *run, tile, s.row_step, s.weights); break;
-              case 27: add_taps<C, N, R, X, 3, 3>(sum, *run, tile, s.row_step, s.weights); break;
-              case 28: add_taps<C, N, R, X, 3, 4>(sum, *run, tile, s.row_step, s.weights); break;
-              case 17: add_taps<C, N, R, X, 2, 1>(sum, *run, tile, s.row_step, s.weights); break;
-              case 18: add_taps<C, N, R, X, 2, 2>(sum, *run, tile, s.row_step, s.weights); break;
-              case 19: add_taps<C, N, R, X, 2, 3>(sum, *run, tile, s.row_step, s.weights); break;
-              case 20: add_taps<C, N, R, X, 2, 4>(sum, *run, tile, s.row_step, s.weights); break;
-              default: add_taps<C, N, R, X, 1, 1>(sum, *run, tile, s.row_step, s.weights);
-            }
+            add_tap<C, N, R, X>(sum, broadcast<C, N>(s.weights[run->weights[0]]), tile + run->offset, s.row_step);
           }
         }
         C* out = s.out + g * s.out_segment + y * s.out_row + x * s.out_column;

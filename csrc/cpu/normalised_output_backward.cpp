@@ -25,13 +25,6 @@ struct Shared {
       : normalise(p.channels, memory), sums(runs_of(p).count, p.channels, memory), bytes(memory.bytes()) {}
 };
 
-int64_t shared_bytes(const Problem& p) {
-  int64_t bytes = 0;
-  with_type(p.type,
-            [&](auto* type) { bytes = Shared<Compute<std::remove_pointer_t<decltype(type)>>>(p, nullptr).bytes; });
-  return bytes;
-}
-
 void before(const Problem& p, void* memory) {
   with_type(p.type, [&](auto* type) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
@@ -102,6 +95,6 @@ void after(const Problem& p, void* memory) {
 
 }  // namespace
 
-extern const Kernel<Problem> normalised_output_backward = {shared_bytes, before, units, run, after};
+extern const Kernel<Problem> normalised_output_backward = {carved_bytes<Shared>, before, units, run, after};
 
 }  // namespace espk::ESPK_ISA

@@ -38,13 +38,6 @@ struct Shared {
         bytes(memory.bytes()) {}
 };
 
-int64_t shared_bytes(const Problem& p) {
-  int64_t bytes = 0;
-  with_type(p.type,
-            [&](auto* type) { bytes = Shared<Compute<std::remove_pointer_t<decltype(type)>>>(p, nullptr).bytes; });
-  return bytes;
-}
-
 void before(const Problem& p, void* memory) {
   with_type(p.type, [&](auto* type) {
     const Shared<Compute<std::remove_pointer_t<decltype(type)>>> shared(p, memory);
@@ -100,6 +93,6 @@ void after(const Problem& p, void* memory) {
 
 }  // namespace
 
-extern const Kernel<Problem> normalised_pointwise = {shared_bytes, before, units, run, after};
+extern const Kernel<Problem> normalised_pointwise = {carved_bytes<Shared>, before, units, run, after};
 
 }  // namespace espk::ESPK_ISA

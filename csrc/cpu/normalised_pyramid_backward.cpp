@@ -48,13 +48,6 @@ struct Shared {
         bytes(memory.bytes()) {}
 };
 
-int64_t shared_bytes(const Problem& p) {
-  int64_t bytes = 0;
-  with_type(p.type,
-            [&](auto* type) { bytes = Shared<Compute<std::remove_pointer_t<decltype(type)>>>(p, nullptr).bytes; });
-  return bytes;
-}
-
 void before(const Problem& p, void* memory) {
   with_type(p.type, [&](auto* type) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
@@ -228,6 +221,6 @@ void after(const Problem& p, void* memory) {
 
 }  // namespace
 
-extern const Kernel<Problem> normalised_pyramid_backward = {shared_bytes, before, units, run, after};
+extern const Kernel<Problem> normalised_pyramid_backward = {carved_bytes<Shared>, before, units, run, after};
 
 }  // namespace espk::ESPK_ISA

@@ -212,13 +212,6 @@ void run_pixels(const SpatialPyramid& p, void* memory, int64_t begin, int64_t en
   }
 }
 
-int64_t shared_bytes(const SpatialPyramid& p) {
-  int64_t bytes = 0;
-  with_type(p.type,
-            [&](auto* type) { bytes = Shared<Compute<std::remove_pointer_t<decltype(type)>>>(p, nullptr).bytes; });
-  return bytes;
-}
-
 void before(const SpatialPyramid& p, void* memory) {
   with_type(p.type, [&](auto* type) {
     const Shared<Compute<std::remove_pointer_t<decltype(type)>>> shared(p, memory);
@@ -264,7 +257,7 @@ void after(const SpatialPyramid& p, void* memory) {
 
 }  // namespace
 
-extern const Kernel<SpatialPyramid> spatial_pyramid = {shared_bytes, before, units, run, nullptr};
-extern const Kernel<SpatialPyramid> normalised_pyramid = {shared_bytes, before, units, run, after};
+extern const Kernel<SpatialPyramid> spatial_pyramid = {carved_bytes<Shared>, before, units, run, nullptr};
+extern const Kernel<SpatialPyramid> normalised_pyramid = {carved_bytes<Shared>, before, units, run, after};
 
 }  // namespace espk::ESPK_ISA
