@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
-import json
 import sys
 import tempfile
 import time
@@ -29,7 +28,6 @@ from bench.comparison import Comparison, Provider
 from bench.engines import ENGINES, OURS, why_not
 from bench.layers import Task, network, segmentation, unit
 from bench.race import Race, Row
-from espkernels.backends import use_backend
 
 __all__ = ["ROWS", "Selection", "main"]
 
@@ -160,13 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         racing = Race(Path(folder))
         try:
-            # What results are compared with owes nothing to this library's kernels; those run in a worker.
-            with use_backend("reference"):
-                for row in results(selection, racing):
-                    run["rows"].append(row)
-                    print(peers_report.line(row), flush=True)
-                    # Hours of measurements should not be lost with the last of them.
-                    (args.output / "peers.json").write_text(json.dumps(run, indent=1))
+            race.record(run, results(selection, racing), peers_report.line, args.output / "peers.json")
         finally:
             racing.close()
     (args.output / "peers.md").write_text(peers_report.markdown(run, "peers.png"))

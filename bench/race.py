@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +23,10 @@ from bench.comparison import Comparison, Outcome, Provider, measure
 from bench.fma_peak import peak
 from bench.layers import Task
 from bench.worker import Lost, Refused, Worker
+from espkernels.backends import use_backend
 from espkernels.info import collect
 
-__all__ = ["Race", "Row", "Selection", "begun", "described", "parser", "saved"]
+__all__ = ["Race", "Row", "Selection", "begun", "described", "parser", "record", "saved"]
 
 # Long enough for a segmentation network in torch.compile with autotuning.
 OPENING = 1200.0
@@ -148,6 +150,21 @@ def begun(thread_counts: Iterable[int]) -> dict[str, Any]:
         "peaks": [dataclasses.asdict(peak(threads)) for threads in thread_counts],
         "rows": [],
     }
+
+
+def record(
+    run: dict[str, Any], rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str], file: Path
+) -> None:
+    """Takes ``rows`` into ``run`` as they are measured, printing the ``line`` of each.
+
+    Each goes into ``file`` at once: hours of measurements should not be lost with the last of them. What results are
+    compared with owes nothing to this library's kernels; those run in a worker.
+    """
+    with use_backend("reference"):
+        for row in rows:
+            run["rows"].append(row)
+            print(line(row), flush=True)
+            file.write_text(json.dumps(run, indent=1))
 
 
 def parser(name: str, description: str | None, peers: Iterable[str]) -> argparse.ArgumentParser:

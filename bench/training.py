@@ -10,7 +10,6 @@ memory, and what a forward pass keeps for the backward one, are those of a fresh
 from __future__ import annotations
 
 import functools
-import json
 import sys
 import tempfile
 import time
@@ -29,7 +28,6 @@ from bench.race import Race, Row, Selection
 from bench.trainers import ALLOCATOR, ENGINES, why_not
 from bench.training_picture import picture
 from bench.worker import Lost, Refused
-from espkernels.backends import use_backend
 
 __all__ = ["ROWS", "main", "results"]
 
@@ -171,12 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         racing = Race(Path(folder), "bench.trainers", ALLOCATOR)
         try:
-            # What results are compared with owes nothing to this library's kernels; those run in a worker.
-            with use_backend("reference"):
-                for row in results(selection, racing):
-                    run["rows"].append(row)
-                    print(training_report.line(row), flush=True)
-                    (args.output / "training.json").write_text(json.dumps(run, indent=1))
+            race.record(run, results(selection, racing), training_report.line, args.output / "training.json")
         finally:
             racing.close()
     (args.output / "training.md").write_text(training_report.markdown(run, "training.png"))
