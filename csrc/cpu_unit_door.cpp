@@ -19,10 +19,11 @@ struct Unit {
 };
 
 // Runs the unit on `x`; residual and slope may be absent. With `into`, a channels_last map, the result goes to its
-// channels from `channel` on, where the residual is then read too, if `add` says so.
+// channels from `channel` on, with `shortcut` added.
 // The reduced map: one quarter of x's size, written and read once; then see csrc/cpu/pyramid_pointwise.cpp.
 Tensor run_unit(const Tensor& x, const Unit& u, int64_t stride, bool hff, const std::optional<Tensor>& residual,
-                const std::optional<Tensor>& slope, const std::optional<Tensor>& into, int64_t channel, bool add) {
+                const std::optional<Tensor>& slope, const std::optional<Tensor>& into, int64_t channel,
+                const ImageShortcut& shortcut) {
   check_map(x, "x");
   for (const Tensor* weight : {&u.reduce_weight, &u.weight, &u.expand_weight}) check_same_type(x, *weight);
   check_pointwise_weight(u.reduce_weight, x.size(1), u.reduce_groups);
@@ -67,7 +68,7 @@ Tensor run_unit(const Tensor& x, const Unit& u, int64_t stride, bool hff, const 
   p.epilogue = pointers(second);
   p.out_pixel = out.size(1);
   p.out = static_cast<char*>(out.mutable_data_ptr()) + channel * bytes_of(p.type);
-  if (add) p.epilogue.residual = p.out;
+  p.shortcut = shortcut;
 
   Packs packs(u.packed);
   launch("reduce", kernels().group_pointwise, r, packs.next(kernels().group_pointwise, r));
@@ -82,16 +83,24 @@ Tensor eesp(const Tensor& x, const Tensor& reduce_weight, int64_t reduce_groups,
             std::optional<Tensor> slope, int64_t stride, bool hff, std::optional<Tensor> packed) {
   const Unit unit{reduce_weight, reduce_groups, reduce_shift,  reduce_slope, weight, dilations, pyramid_scale,
                   pyramid_shift, pyramid_slope, expand_weight, groups,       shift,  packed};
-  return run_unit(x, unit, stride, hff, residual, slope, std::nullopt, 0, false);
+  return run_unit(x, unit, stride, hff, residual, slope, std::nullopt, 0, {});
 }
 
-// The shortcut is written to the whole result first; both halves then add themselves to it where it lies.
+// The part of a shortcut that belongs to the channels from `first` on.
+ImageShortcut of_channels(ImageShortcut shortcut, Type type, int64_t first) {
+  if (!shortcut.image) return shortcut;
+  shortcut.weight = static_cast<const char*>(shortcut.weight) + first * shortcut.channels * bytes_of(type);
+  shortcut.shift = static_cast<const char*>(shortcut.shift) + first * (type == Type::float64 ? 8 : 4);
+  return shortcut;
+}
+
+// Both halves write to their channels of the result, with their part of the shortcut.
 Tensor down_sampler(const Tensor& x, std::optional<Tensor> image, const Tensor& reduce_weight, int64_t reduce_groups,
                     const Tensor& reduce_shift, const Tensor& reduce_slope, const Tensor& weight,
                     std::vector<int64_t> dilations, const Tensor& pyramid_scale, const Tensor& pyramid_shift,
                     const Tensor& pyramid_slope, const Tensor& expand_weight, int64_t groups, const Tensor& shift,
                     std::optional<Tensor> shortcut_weight, std::optional<Tensor> shortcut_shift, const Tensor& slope,
-                    bool hff, std::optional<Tensor> packed, std::optional<Tensor> packed_shortcut) {
+                    bool hff, std::optional<Tensor> packed) {
   check_map(x, "x");
   STD_TORCH_CHECK(image.has_value() == shortcut_weight.has_value() && image.has_value() == shortcut_shift.has_value(),
                   "image, shortcut_weight, shortcut_shift: expected all three or none");
@@ -105,6 +114,9 @@ Tensor down_sampler(const Tensor& x, std::optional<Tensor> image, const Tensor& 
   const std::vector<int64_t> sizes{x.size(0), channels, height, width};
   Tensor out = result_map(sizes, x, Layout::channels_last);
 
+  std::optional<Tensor> pixels, shortcut_rows;
+  EpilogueTensors shortcut_epilogue;
+  ImageShortcut shortcut{};
   if (image) {
     check_map(*image, "image");
     check_same_type(*image, x);
@@ -113,22 +125,12 @@ Tensor down_sampler(const Tensor& x, std::optional<Tensor> image, const Tensor& 
     STD_TORCH_CHECK(image->size(0) == x.size(0) && image->size(2) == height && image->size(3) == width &&
                         shortcut_weight->size(0) == channels,
                     "image: expected the height and width of the result, a weight row for each of its channels");
-    const Tensor pixels = dense_map(*image, Layout::channels_last), dense = dense_weight(*shortcut_weight);
-    const EpilogueTensors epilogue =
+    pixels = dense_map(*image, Layout::channels_last);
+    shortcut_rows = dense_weight(*shortcut_weight);
+    shortcut_epilogue =
         dense_epilogue(x, Layout::channels_last, sizes, std::nullopt, shortcut_shift, std::nullopt, std::nullopt);
-    GroupPointwise s{};
-    s.type = type_of(x);
-    s.layout = Layout::channels_last;
-    s.batch = x.size(0);
-    s.pixels = height * width;
-    s.in_channels = image->size(1);
-    s.out_channels = channels;
-    s.groups = 1;
-    s.x = pixels.const_data_ptr();
-    s.weight = dense.const_data_ptr();
-    s.epilogue = pointers(epilogue);
-    s.out = out.mutable_data_ptr();
-    launch("shortcut", kernels().group_pointwise, s, Packs(packed_shortcut).next(kernels().group_pointwise, s));
+    shortcut = {pixels->const_data_ptr(), shortcut_rows->const_data_ptr(), pointers(shortcut_epilogue).shift,
+                image->size(1)};
   }
 
   const Tensor slopes = dense_weight(slope);
@@ -150,12 +152,13 @@ Tensor down_sampler(const Tensor& x, std::optional<Tensor> image, const Tensor& 
   a.epilogue = pointers(pooled_epilogue);
   a.out_pixel = channels;
   a.out = out.mutable_data_ptr();
-  if (image) a.epilogue.residual = a.out;
+  a.shortcut = shortcut;
   launch("average_pool", kernels().average_pool, a);
 
   const Unit unit{reduce_weight, reduce_groups, reduce_shift,  reduce_slope, weight, dilations, pyramid_scale,
                   pyramid_shift, pyramid_slope, expand_weight, groups,       shift,  packed};
-  return run_unit(map, unit, 2, hff, std::nullopt, unit_slope, out, pooled_channels, image.has_value());
+  return run_unit(map, unit, 2, hff, std::nullopt, unit_slope, out, pooled_channels,
+                  of_channels(shortcut, type_of(x), pooled_channels));
 }
 
 }  // namespace

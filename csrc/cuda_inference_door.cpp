@@ -100,7 +100,7 @@ Tensor down_sampler(const Tensor& x, std::optional<Tensor> image, const Tensor& 
                     std::vector<int64_t> dilations, const Tensor& pyramid_scale, const Tensor& pyramid_shift,
                     const Tensor& pyramid_slope, const Tensor& expand_weight, int64_t groups, const Tensor& shift,
                     std::optional<Tensor> shortcut_weight, std::optional<Tensor> shortcut_shift, const Tensor& slope,
-                    bool hff, std::optional<Tensor>, std::optional<Tensor>) {
+                    bool hff, std::optional<Tensor>) {
   const DeviceGuard guard(x.get_device_index());
   check_map(x, "x");
   STD_TORCH_CHECK(image.has_value() == shortcut_weight.has_value() && image.has_value() == shortcut_shift.has_value(),
@@ -126,10 +126,7 @@ Tensor down_sampler(const Tensor& x, std::optional<Tensor> image, const Tensor& 
                     "image: expected the height and width of the result, a weight row for each of its channels");
     pixels = dense_map(*image, layout);
     shortcut = dense_weight(*shortcut_weight);
-    p.image = pixels->const_data_ptr();
-    p.image_channels = image->size(1);
-    p.shortcut_weight = shortcut->const_data_ptr();
-    p.shortcut_shift = pointers(last).shift;
+    p.shortcut = {pixels->const_data_ptr(), shortcut->const_data_ptr(), pointers(last).shift, image->size(1)};
   }
   p.slope = pointers(last).slope;
   const Tensor map = dense_map(x, layout);

@@ -67,7 +67,7 @@ ESPK_LIBRARY(ESPK_NAMESPACE, m) {
       "down_sampler(Tensor x, Tensor? image, Tensor reduce_weight, int reduce_groups, Tensor reduce_shift, "
       "Tensor reduce_slope, Tensor weight, int[] dilations, Tensor pyramid_scale, Tensor pyramid_shift, "
       "Tensor pyramid_slope, Tensor expand_weight, int groups, Tensor shift, Tensor? shortcut_weight, "
-      "Tensor? shortcut_shift, Tensor slope, bool hff, Tensor? packed=None, Tensor? packed_shortcut=None) -> Tensor");
+      "Tensor? shortcut_shift, Tensor slope, bool hff, Tensor? packed=None) -> Tensor");
   // x [B, M, H, W], weight [N, M/groups, h, w], shift and slope [N] -> [B, N, H', W'] in channels_last
   m.def(
       "convolution(Tensor x, Tensor weight, Tensor? shift, Tensor? slope, int stride, int padding, int dilation, "

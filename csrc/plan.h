@@ -47,6 +47,7 @@ struct Mover {
     ++place;
   }
   void vector(const void*&, int64_t) {}
+  void constant(const void*&, int64_t) {}
   void weight(const void*&) {}
 };
 
@@ -187,10 +188,11 @@ class Recording {
     void map(const void* pointer, MapBytes bytes) { places.push_back(recording.find(pointer, bytes, step)); }
     void out(const void* pointer, MapBytes bytes) { map(pointer, bytes); }
     void weight(const void*& pointer) { pointer = nullptr; }
-    void vector(const void*& pointer, int64_t count) {
+    void vector(const void*& pointer, int64_t count) { constant(pointer, count * compute_bytes); }
+    void constant(const void*& pointer, int64_t bytes) {
       if (!pointer) return;
-      vectors.push_back(aligned_bytes(count * compute_bytes));
-      std::memcpy(vectors.back().get(), pointer, static_cast<std::size_t>(count * compute_bytes));
+      vectors.push_back(aligned_bytes(bytes));
+      std::memcpy(vectors.back().get(), pointer, static_cast<std::size_t>(bytes));
       pointer = vectors.back().get();
     }
   };

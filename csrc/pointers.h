@@ -1,6 +1,7 @@
 // Where the pointers of a problem point to and how far, so that a plan can move them: visitor.map(pointer, bytes) for a
 // map that is read, visitor.out(pointer, bytes) for one that is written, visitor.vector(pointer, count) for numbers of the
-// compute type that never change, visitor.weight(pointer) for weights, which kernels read from their prepared copy only.
+// compute type that never change, visitor.constant(pointer, bytes) for others, visitor.weight(pointer) for weights, which
+// kernels read from their prepared copy only.
 #pragma once
 
 #include "shapes.h"
@@ -31,6 +32,13 @@ void visit(Visitor& v, Epilogue& e, int64_t channels, MapBytes residual_bytes) {
 }
 
 template <class Visitor>
+void visit(Visitor& v, ImageShortcut& s, Type type, int64_t batch, int64_t channels, int64_t pixels) {
+  v.map(s.image, map_bytes(type, batch, s.channels, pixels, s.channels));
+  v.constant(s.weight, channels * s.channels * bytes_of(type));
+  v.vector(s.shift, channels);
+}
+
+template <class Visitor>
 void visit_pointers(Visitor& v, SpatialPyramid& p) {
   v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
   v.weight(p.weight);
@@ -57,6 +65,7 @@ void visit_pointers(Visitor& v, PyramidPointwise& p) {
   v.weight(p.pyramid_epilogue.shift);
   v.weight(p.pyramid_epilogue.slope);
   visit(v, p.epilogue, p.pointwise_channels, bytes);
+  visit(v, p.shortcut, p.type, p.batch, p.pointwise_channels, p.out_height * p.out_width);
   v.out(p.out, bytes);
 }
 
@@ -73,6 +82,7 @@ void visit_pointers(Visitor& v, AveragePool& p) {
   const MapBytes bytes = map_bytes(p.type, p.batch, p.channels, p.out_height * p.out_width, p.out_pixel);
   v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
   visit(v, p.epilogue, p.channels, bytes);
+  visit(v, p.shortcut, p.type, p.batch, p.channels, p.out_height * p.out_width);
   v.out(p.out, bytes);
 }
 

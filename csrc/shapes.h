@@ -39,6 +39,15 @@ struct Epilogue {
   bool empty() const { return !scale && !shift && !slope && !residual; }
 };
 
+// What a down-sampler adds of its image in place of a residual: the pointwise convolution of image [B, I, H', W'], of few
+// channels, with weight [N, I] in the problem's type and shift [N] in the compute type. There is none without an image.
+struct ImageShortcut {
+  const void *image, *weight, *shift;
+  int64_t channels;  // I
+
+  int64_t multiply_adds() const { return image ? channels : 0; }  // a number of the result
+};
+
 // prelu(map * scale + shift, slope) of the channels of a map that a kernel reads. Without scale the map is read as it is;
 // slope may be null alone.
 struct Normalise {
@@ -112,11 +121,13 @@ struct PyramidPointwise : Pyramid {
   int64_t pointwise_channels, groups;
   const void* pointwise_weight;  // [pointwise_channels, K*d / groups]
   Epilogue epilogue;
+  ImageShortcut shortcut;  // channels_last alone
   int64_t out_pixel;  // channels_last: from pixel to pixel of out and of the residual, which may lie in a wider map
   void* out;
 
   int64_t multiply_adds() const {
-    return batch * out_height * out_width * out_channels() * (9 + pointwise_channels / groups);
+    const int64_t pixel = out_channels() * (9 + pointwise_channels / groups);
+    return batch * out_height * out_width * (pixel + pointwise_channels * shortcut.multiply_adds());
   }
 };
 
@@ -133,13 +144,9 @@ struct Eesp : PyramidPointwise {
 };
 
 // The strided unit beside an average pooling: out [B, M + N, H', W'] is prelu(concat(pooled x, unit of x) + shortcut),
-// pooled by 3x3 means in steps of 2 whose padding counts, the shortcut a pointwise convolution of a small image.
+// pooled by 3x3 means in steps of 2 whose padding counts. The shortcut and the slope are those of all M + N channels.
 struct DownSampler : Eesp {
-  const void* image;            // [B, image_channels, H', W'], or null
-  const void* shortcut_weight;  // [M + N, image_channels]
-  const void* shortcut_shift;   // [M + N]
-  const void* slope;            // [M + N]
-  int64_t image_channels;
+  const void* slope;  // [M + N]
 };
 
 // Dense convolution of any filter size, padded with zeros: x [B, M, H, W] in either layout with weight [N, M, h, w]
@@ -164,11 +171,12 @@ struct AveragePool {
   Layout layout;
   int64_t batch, channels, height, width, out_height, out_width;
   const void* x;
-  Epilogue epilogue;  // without scale and shift
+  Epilogue epilogue;       // without scale and shift
+  ImageShortcut shortcut;  // channels_last alone
   int64_t out_pixel;  // channels_last: as in PyramidPointwise
   void* out;
 
-  int64_t multiply_adds() const { return 9 * batch * channels * out_height * out_width; }
+  int64_t multiply_adds() const { return (9 + shortcut.multiply_adds()) * batch * channels * out_height * out_width; }
 };
 
 // The mean of each channel of x [B, C, pixels] -> out [B, C].

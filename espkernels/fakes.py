@@ -82,7 +82,6 @@ def _(
     reduce_slope: Tensor, weight: Tensor, dilations: list[int], pyramid_scale: Tensor, pyramid_shift: Tensor,
     pyramid_slope: Tensor, expand_weight: Tensor, groups: int, shift: Tensor, shortcut_weight: Tensor | None,
     shortcut_shift: Tensor | None, slope: Tensor, hff: bool, packed: Tensor | None = None,
-    packed_shortcut: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return _empty_pixels(x, slope.shape[0], out_size(x.shape[2], 2), out_size(x.shape[3], 2))
 

@@ -282,10 +282,6 @@ class FrozenDownSampler(Frozen):
             vectors["shortcut_shift"] = shift
         self._register(weights, vectors, unit.act.weight.dtype)
 
-    def _pack(self) -> None:
-        weight = getattr(self, "shortcut_weight", None)
-        self.packed_shortcut = None if weight is None else ops.pack_group_pointwise(weight, 1, True)
-
     def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
         shortcut_weight = shortcut_shift = None
         if image is not None:
@@ -299,5 +295,4 @@ class FrozenDownSampler(Frozen):
             shortcut_weight=shortcut_weight,
             shortcut_shift=shortcut_shift,
             slope=self.slope,
-            packed_shortcut=self.packed_shortcut,
         )

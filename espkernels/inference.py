@@ -121,7 +121,6 @@ def down_sampler(
     slope: Tensor,
     hff: bool = True,
     packed: Tensor | None = None,
-    packed_shortcut: Tensor | None = None,
 ) -> Tensor:
     """The strided unit (paper section 3.2, Fig. 2): ``prelu(concat(average_pool(x), eesp(x)) + shortcut(image))``.
 
@@ -130,7 +129,6 @@ def down_sampler(
         image: the image pooled to the size of the result and convolved to I channels [B, I, H', W'], or None.
         shortcut_weight: [M+N, I]; shortcut_shift: [M+N]; None without ``image``.
         slope: [M+N]. The others are those of :func:`eesp`.
-        packed_shortcut: ``shortcut_weight`` from :func:`espkernels.ops.pack_group_pointwise`.
 
     Returns:
         [B, M+N, H', W'] with H' = (H - 1) // 2 + 1, in channels_last.
@@ -141,7 +139,7 @@ def down_sampler(
     )  # fmt: skip
     if _runs_kernel(x, image, *unit, shortcut_weight, shortcut_shift, slope):
         return torch.ops.espkernels.down_sampler.default(
-            x, image, *unit, shortcut_weight, shortcut_shift, slope, hff, packed, packed_shortcut
+            x, image, *unit, shortcut_weight, shortcut_shift, slope, hff, packed
         )
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.cat([reference.average_pool(x), eesp(x, *unit, None, None, 2, hff)], dim=1)

@@ -88,7 +88,7 @@ bool set_isa(const char* name) {
 }
 
 void* scratch(Slot slot, int64_t bytes) {
-  thread_local Block blocks[5];
+  thread_local Block blocks[kSlots];
   Block& block = blocks[static_cast<int>(slot)];
   if (block.bytes < bytes) {
     block.release();

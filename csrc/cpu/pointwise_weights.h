@@ -74,8 +74,8 @@ inline void set_epilogue(MatrixProduct<C>& product, const Epilogue& epilogue, in
   product.slope = at(epilogue.slope);
 }
 
-// The product into `out` of stored type T, rows `out_row` apart, with the epilogue's residual lying like `out`.
-// Types other than the compute type go through a map of results.
+// The product into `out` of stored type T, rows `out_row` apart. The epilogue's residual lies like `out`; where there is
+// none, the product may have one of the compute type. Types other than the compute type go through a map of results.
 // With `narrow`, the product is that of all groups at once.
 template <class T>
 inline void multiply_into(MatrixProduct<Compute<T>>& product, T* out, const T* residual, int64_t out_row,
@@ -85,8 +85,10 @@ inline void multiply_into(MatrixProduct<Compute<T>>& product, T* out, const T* r
   if constexpr (std::is_same_v<T, C>) {
     product.out = out;
     product.out_row = out_row;
-    product.residual = residual;
-    product.residual_row = out_row;
+    if (residual) {
+      product.residual = residual;
+      product.residual_row = out_row;
+    }
     run();
   } else {
     const int64_t size = product.rows * product.columns;
@@ -108,11 +110,11 @@ inline void multiply_into(MatrixProduct<Compute<T>>& product, T* out, const T* r
 }
 
 // Pixels times the packed weights of all groups: `rows` pixels in the compute type, value_row apart, into `out` of stored
-// type T, out_row apart, with the epilogue of all channels.
+// type T, out_row apart, with the epilogue of all channels, whose residual may also be `added`, one row behind the other.
 template <class T>
 inline void multiply_pixels(const PointwiseWeights& weights, const Compute<T>* packed, const Compute<T>* values,
                             int64_t value_row, int64_t rows, const Epilogue& epilogue, T* out, int64_t out_row,
-                            Ahead* ahead = nullptr) {
+                            Ahead* ahead = nullptr, const Compute<T>* added = nullptr) {
   using C = Compute<T>;
   const bool is_narrow = weights.is_narrow<C>();
   const NarrowGroups<C> narrow = weights.narrow<C>();
@@ -130,6 +132,10 @@ inline void multiply_pixels(const PointwiseWeights& weights, const Compute<T>* p
     product.b_packed = true;
     const int64_t channel = group * weights.out;
     set_epilogue(product, epilogue, channel, true);
+    if (added) {
+      product.residual = added + channel;
+      product.residual_row = weights.groups * weights.out;
+    }
     multiply_into(product, out + channel, residual ? residual + channel : nullptr, out_row,
                   is_narrow ? &narrow : nullptr);
   }

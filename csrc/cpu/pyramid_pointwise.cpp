@@ -1,6 +1,7 @@
 // The EESP unit after its reduction in one pass: pyramid, HFF, affine and PReLU of a few rows go into a map that stays in
 // the cache, and the group pointwise convolution with its epilogue reads it from there.
 // Bytes: d read + N written (+ N of the residual) a pixel; multiply-adds: 9*K*d + K*d*N/groups a pixel.
+#include "image_shortcut.h"
 #include "kernels.h"
 #include "pointwise_weights.h"
 #include "pyramid_strip.h"
@@ -85,6 +86,8 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
   const int64_t step = least(strips.rows, least(few, fitting));
   const int64_t pitch = pixels ? p.out_channels() : round_up(step * p.out_width, kLanes<C>);
 
+  const ShortcutRows<T> shortcut(p.shortcut, p.pointwise_channels, step * p.out_width);
+
   // The tiles of all blocks of channels lie behind one another; the last block may be narrower.
   const PyramidStrip<C> strip(p, strips.rows, pixels ? least(lanes, p.channels) : p.out_width, step);
   const int64_t last_channels = pixels ? p.channels - (maps - 1) * lanes : p.out_width;
@@ -141,7 +144,9 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
         const int64_t at = (image * out_plane + pixel) * p.out_pixel;
         Epilogue epilogue = p.epilogue;
         if (epilogue.residual) epilogue.residual = static_cast<const T*>(epilogue.residual) + at;
-        multiply_pixels<T>(weights, pointwise, z, pitch, count, epilogue, static_cast<T*>(p.out) + at, p.out_pixel);
+        const C* added = shortcut.of(image * out_plane + pixel, count);
+        multiply_pixels<T>(weights, pointwise, z, pitch, count, epilogue, static_cast<T*>(p.out) + at, p.out_pixel,
+                           nullptr, added);
         continue;
       }
       for (int64_t group = 0; group < p.groups; ++group) {

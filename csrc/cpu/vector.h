@@ -210,9 +210,10 @@ inline Vector<Compute<T>, N> load_first(const T* p, int64_t n) {
 
 template <int N, class T>
 inline void store_first(T* p, Vector<Compute<T>, N> v, int64_t n) {
+  if (n >= N) return store<N>(p, v);
 #if defined(__AVX512VL__)
   if constexpr (sizeof(T) == 4) {
-    const unsigned mask = (1u << (n < N ? n : N)) - 1u;
+    const unsigned mask = (1u << n) - 1u;
     if constexpr (N == 16) return _mm512_mask_storeu_ps(p, (__mmask16)mask, (__m512)v);
     if constexpr (N == 8) return _mm256_mask_storeu_ps(p, (__mmask8)mask, (__m256)v);
     if constexpr (N == 4) return _mm_mask_storeu_ps(p, (__mmask8)mask, (__m128)v);
@@ -220,13 +221,11 @@ inline void store_first(T* p, Vector<Compute<T>, N> v, int64_t n) {
   if constexpr (sizeof(T) == 2 && N >= 8) {
     alignas(32) T few[N];
     store<N>(few, v);
-    const unsigned mask = (1u << (n < N ? n : N)) - 1u;
+    const unsigned mask = (1u << n) - 1u;
     if constexpr (N == 16) return _mm256_mask_storeu_epi16(p, (__mmask16)mask, _mm256_load_si256((const __m256i*)few));
     if constexpr (N == 8) return _mm_mask_storeu_epi16(p, (__mmask8)mask, _mm_load_si128((const __m128i*)few));
   }
-#endif
-  if (n >= N) return store<N>(p, v);
-#if defined(__AVX2__) && !defined(__AVX512VL__)
+#elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4 && N == 8) {
     return _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), first_integers()), (__m256)v);
   }

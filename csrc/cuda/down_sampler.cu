@@ -14,10 +14,6 @@ Unit unit_of_half(const DownSampler& p) {
   u.epilogue.slope = p.slope;
   u.pooled_map = p.x;
   u.pooled_channels = p.in_channels;
-  if (p.image) {
-    const Strides strides = strides_of(p.layout, p.image_channels, 1, p.out_height * p.out_width);
-    u.shortcut = {p.image, p.shortcut_weight, p.shortcut_shift, p.image_channels, strides};
-  }
   return u;
 }
 

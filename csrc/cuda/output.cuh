@@ -7,12 +7,8 @@
 namespace espk::cuda {
 
 // The down-sampler's shortcut: a pointwise convolution of the small image, few channels, added before the PReLU.
-struct Shortcut {
-  const void* image = nullptr;   // [B, channels, H', W']; null where there is none
-  const void* weight = nullptr;  // [out channels, channels]
-  const void* shift = nullptr;   // [out channels]
-  int64_t channels = 0;
-  Strides strides{};
+struct Shortcut : ImageShortcut {
+  Strides strides;  // of the image
 };
 
 // Where a result goes and what happens to it before. A pixel is its number in an image, row * width + column.

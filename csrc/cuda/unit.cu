@@ -96,7 +96,7 @@ Pooling<T> pooling_of(const Unit& u) {
   pooling.channels = u.pooled_channels;
   pooling.out = output_of<T>(u.out, u.layout, {nullptr, nullptr, u.epilogue.slope, nullptr}, u.whole_channels,
                              u.out_height * u.out_width);
-  pooling.out.shortcut = u.shortcut;
+  pooling.out.shortcut = shortcut_of(u);
   return pooling;
 }
 
@@ -111,7 +111,7 @@ Outcome run_typed(const Unit& u, const UnitPlan& plan, void* stream) {
   p.pyramid = u.pyramid_epilogue;
   const int64_t out_pixels = u.out_height * u.out_width;
   p.out = output_of<T>(u.out, u.layout, u.epilogue, u.whole_channels, out_pixels, u.first_channel);
-  p.out.shortcut = u.shortcut;
+  p.out.shortcut = shortcut_of(u);
   p.out.vectors &= u.pointwise_channels / u.groups % kWidest<T> == 0;
   p.pooling = pooling_of<T>(u);
   p.shape = plan.shape;
@@ -231,7 +231,7 @@ Outcome run_unit(const Unit& u, void* scratch, void* stream) {
   if (pooled.failed()) return pooled;
   const Outcome concatenated = spatial_pyramid.run(pyramid_of(u, scratch), nullptr, stream);
   if (concatenated.failed()) return concatenated;
-  return run_group_pointwise(expansion_of(u, scratch), u.shortcut, u.whole_channels, u.first_channel, stream);
+  return run_group_pointwise(expansion_of(u, scratch), shortcut_of(u), u.whole_channels, u.first_channel, stream);
 }
 
 }  // namespace espk::cuda

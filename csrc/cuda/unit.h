@@ -8,7 +8,6 @@ namespace espk::cuda {
 struct Unit : Eesp {
   // The result may be the channels from `first_channel` on of a map of `whole_channels`.
   int64_t whole_channels, first_channel;
-  Shortcut shortcut;
   // The map whose means are the channels before; null where there are none. Its height and width are those of x.
   const void* pooled_map;
   int64_t pooled_channels;
@@ -30,6 +29,10 @@ inline Unit unit_of(const Eesp& p) {
   static_cast<Eesp&>(u) = p;
   u.whole_channels = p.pointwise_channels;
   return u;
+}
+
+inline Shortcut shortcut_of(const Unit& u) {
+  return {u.shortcut, strides_of(u.layout, u.shortcut.channels, 1, u.out_height * u.out_width)};
 }
 
 // One kernel where a block has room for what it needs; else the reduced map goes through memory, and only where that is

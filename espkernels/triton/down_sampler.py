@@ -70,7 +70,6 @@ def down_sampler(
     reduce_slope: Tensor, weight: Tensor, dilations: Sequence[int], pyramid_scale: Tensor, pyramid_shift: Tensor,
     pyramid_slope: Tensor, expand_weight: Tensor, groups: int, shift: Tensor, shortcut_weight: Tensor | None,
     shortcut_shift: Tensor | None, slope: Tensor, hff: bool, packed: Tensor | None = None,
-    packed_shortcut: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x [B, M, H, W], image [B, few, H', W'] -> [B, M+N, H', W'] in the format of ``x``; ``packed`` is for CPUs.
 

@@ -202,10 +202,7 @@ void check_units(const Case& s, Type type, Layout layout, const Setting& setting
     sampler.slope = slope_buffers.epilogue.slope;
     Steps last = sloped;
     if (with_image) {
-      sampler.image = image_buffer.data();
-      sampler.image_channels = 3;
-      sampler.shortcut_weight = shortcut_buffer.data();
-      sampler.shortcut_shift = shift_buffers.epilogue.shift;
+      sampler.shortcut = {image_buffer.data(), shortcut_buffer.data(), shift_buffers.epilogue.shift, 3};
       last.residual = epilogue(group_pointwise(small, image, shortcut), shifted);
     }
     check("down_sampler", s, setting, kernels::down_sampler, sampler, &espk::DownSampler::out, epilogue(both, last));

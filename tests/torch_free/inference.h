@@ -78,7 +78,26 @@ inline void check_convolution(const Case& s, Type type, Layout layout, const Ten
   check("convolution", s, kernels.convolution, p, &espk::Convolution::out, expected, Target{Layout::channels_last});
 }
 
-// Alone, with its epilogue, and where a down-sampler has it: in a wider map, added to what lies there.
+// The shortcut of a small image to `channels` channels of a map of `sizes`, and what it adds.
+struct Shortcut {
+  Tensor image, weight;
+  Steps shift;
+  Buffer image_buffer, weight_buffer;
+  EpilogueBuffers shift_buffers;
+
+  Shortcut(Type type, int64_t channels, const std::vector<int64_t>& sizes, Draw& draw)
+      : image(draw.integers({sizes[0], 3, sizes[2], sizes[3]})),
+        weight(draw.integers({channels, 3, 1, 1})),
+        shift{{}, draw.integers({channels}), {}, {}},
+        image_buffer(type, Layout::channels_last, image),
+        weight_buffer(type, Layout::contiguous, weight),
+        shift_buffers(type, Layout::channels_last, shift) {}
+
+  espk::ImageShortcut given() { return {image_buffer.data(), weight_buffer.data(), shift_buffers.epilogue.shift, 3}; }
+  Tensor added() const { return epilogue(convolution(image, weight, 1, 0), shift); }
+};
+
+// Alone, with its epilogue, in a wider map added to what lies there, and with a down-sampler's shortcut.
 inline void check_average_pool(const Case& s, Type type, Layout layout, Draw& draw) {
   Tensor x = draw.integers({s.batch, s.channels, s.height, s.width});
   for (double& value : x.values) value *= 9;  // so that all means are whole
@@ -108,6 +127,14 @@ inline void check_average_pool(const Case& s, Type type, Layout layout, Draw& dr
   p.out_pixel = before.sizes[1];
   check("average_pool, in place", s, kernels.average_pool, p, &espk::AveragePool::out,
         with_channels(before, epilogue(means, steps), first), Target{layout, &before, first});
+
+  if (layout == Layout::contiguous) return;
+  Shortcut shortcut(type, s.channels, means.sizes, draw);
+  p.epilogue.residual = nullptr;
+  p.shortcut = shortcut.given();
+  p.out_pixel = s.channels;
+  steps.residual = shortcut.added();
+  check("average_pool, shortcut", s, kernels.average_pool, p, &espk::AveragePool::out, epilogue(means, steps));
 }
 
 inline void check_inference(const Case& s, Type type, Layout layout) {
@@ -142,6 +169,16 @@ inline void check_inference(const Case& s, Type type, Layout layout) {
   check("pyramid_pointwise, in place", s, kernels.pyramid_pointwise, unit, &espk::PyramidPointwise::out,
         with_channels(before, epilogue(group_pointwise(s, z, pointwise), in_place), first),
         Target{layout, &before, first});
+  if (layout == Layout::channels_last) {
+    const Tensor product = group_pointwise(s, z, pointwise);
+    Shortcut shortcut(type, s.outputs, product.sizes, draw);
+    unit.epilogue.residual = nullptr;
+    unit.shortcut = shortcut.given();
+    unit.out_pixel = s.outputs;
+    in_place.residual = shortcut.added();
+    check("pyramid_pointwise, shortcut", s, kernels.pyramid_pointwise, unit, &espk::PyramidPointwise::out,
+          epilogue(product, in_place));
+  }
 
   Steps no_scale = steps;
   no_scale.scale = Tensor{};
