@@ -14,6 +14,9 @@ COMMANDS = {
     "bench": "verify and time the kernels on the real layer shapes",
     "explain": "where the time of a network goes, layer by layer",
     "segment": "segment images with a trained ESPNetv2",
+    "train": "train a network of the paper; the same command goes on after an interruption",
+    "evaluate": "score a run's best weights, or a checkpoint, on validation data",
+    "classify": "name what is on images, with a trained network",
     "paper": "the tables of the paper beside what the networks here measure",
 }
 

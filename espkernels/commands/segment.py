@@ -18,7 +18,7 @@ from espkernels.models import segment as segmenting
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CLASS_SETS = {"cityscapes": classes.CITYSCAPES, "voc": classes.VOC}
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "jobs_of", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def _scale(text: str) -> float | None:
 def run(args: argparse.Namespace) -> int:
     """0 when every image was segmented, 1 when one was not, 2 when nothing could begin."""
     try:
-        jobs = _jobs(args.images, args.output)
+        jobs = jobs_of(args.images, args.output)
         if args.threads is not None:
             if args.threads < 1:
                 raise ValueError(f"--threads: got {args.threads}, expected at least 1")
@@ -101,7 +101,7 @@ def _size(given: list[int] | None, weights: Path, count: int) -> tuple[int, int]
     return (512, 1024) if count in (19, 20) else (384, 384)
 
 
-def _jobs(source: Path, output: Path) -> list[tuple[Path, Path]]:
+def jobs_of(source: Path, output: Path) -> list[tuple[Path, Path]]:
     """Every image with the file its overlay goes to."""
     if not source.exists():
         raise ValueError(f"IMAGE: there is no {source}")

@@ -1,0 +1,44 @@
+"""One process or many: what torchrun's environment says, and the process group of the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed
+
+from espkernels.models.recipes.task import Share
+
+__all__ = ["from_first", "process_group"]
+
+
+@contextmanager
+def process_group() -> Iterator[tuple[Share, torch.device]]:
+    """This process's share of the work and its device: a GPU of its own where there is one, with nccl, else gloo.
+
+    Without torchrun there is one process and no group.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if ranks == 1:
+        yield Share(), device
+        return
+    torch.distributed.init_process_group("nccl" if gpu else "gloo")
+    try:
+        yield Share(torch.distributed.get_rank(), ranks), device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def from_first(value: object, share: Share) -> object:
+    """What the first rank has, on every rank; the others wait for it."""
+    if share.ranks == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]

@@ -1,0 +1,170 @@
+"""The training loop: interruptions, processes, precisions, and a network that really learns."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from espkernels.__main__ import main
+from espkernels.models.recipes import engine
+from espkernels.models.recipes.classification import Classification
+from espkernels.models.recipes.run_folder import RunFolder, write_atomically
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+SMALL: dict[str, Any] = dict(data="digits", scale=0.5, size=32, batch=128, workers=0, schedule="steps", rate=0.05)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def small(**options: Any) -> Classification:
+    """Two steps an epoch."""
+    task = Classification(**SMALL | options)
+    for part in (task.training, task.validation):
+        part.labels = part.labels[:256]  # type: ignore[union-attr]
+    return task
+
+
+def without_time(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "best.safetensors")
+
+
+@pytest.mark.parametrize("average, precision", [(None, "float32"), (0.9, "bfloat16")])
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: float | None, precision: str
+) -> None:
+    settings = engine.Settings(3, seed=5, average=average, precision=precision)
+    whole = engine.train(small(seed=5), tmp_path / "whole", settings)
+
+    task, steps = small(seed=5), 0
+    loss = task.loss
+
+    def interrupted(*arguments: Any) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 4:  # in the middle of the second epoch
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(task, "loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.train(task, tmp_path / "cut", settings)
+    kept = RunFolder(tmp_path / "cut").load()
+    assert kept is not None and kept["epoch"] == 1
+    rows = engine.train(small(seed=5), tmp_path / "cut", settings)
+    assert without_time(rows) == without_time(whole)
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with open(tmp_path / "cut" / "metrics.csv") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
+    # A run that has ended has nothing left to do, and another one does not overwrite it.
+    assert without_time(engine.train(small(seed=5), tmp_path / "cut", settings)) == without_time(whole)
+    with pytest.raises(ValueError, match=r"was begun with options .* name another folder"):
+        engine.train(small(seed=6), tmp_path / "cut", settings)
+
+
+def test_a_killed_process_loses_no_whole_epoch(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "espkernels", "train", "classification", "--data", "digits", "--scale", "0.5"]
+    command += ["--batch", "256", "--workers", "0", "--epochs", "40", "--folder", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    folder, deadline = RunFolder(tmp_path / "run"), time.monotonic() + 120
+    while not folder.last.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    state = folder.load()
+    assert state is not None and 1 <= state["epoch"] < 40
+    again = folder.config()["again"]["command"]
+    assert again.split()[1:] == command[1:]
+    task, network = engine.trained(folder.path)
+    assert isinstance(task, Classification)
+    assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+
+
+def test_files_are_whole_or_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def half(beside: Path) -> None:
+        beside.write_text("ne")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_atomically(path, half)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_damaged_runs_say_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no .*config\.json"):
+        engine.trained(tmp_path)
+    settings = engine.Settings(1)
+    engine.train(small(), tmp_path, settings)
+    whole = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"last\.pt is damaged"):
+        engine.train(small(), tmp_path, settings)
+    assert (tmp_path / "last.pt").read_bytes() == whole[: len(whole) // 2]
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="lacks task, options or settings"):
+        engine.trained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has a checkpoint and no config\.json"):
+        engine.train(small(), tmp_path, settings)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"loss: (nan|inf) in step"):
+        engine.train(small(rate=1e30, schedule="fixed"), tmp_path, engine.Settings(3))
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_two_processes_end_with_one_network(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "espkernels", "train", "classification", "--data", "digits", "--scale", "0.5", "--batch", "512"]
+    command += ["--workers", "0", "--epochs", "2", "--threads", "1", "--folder", str(tmp_path / "run")]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    state = RunFolder(tmp_path / "run").load()
+    assert state is not None and state["epoch"] == 2
+    # Two steps of 256 images a process: twice the batches of one process's 1437 // 512.
+    steps = state["network"]["level1.bn.num_batches_tracked"]
+    assert int(steps) == 2 * (1437 // 512)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plain", [False, True], ids=["ours", "plain"])
+def test_digits_are_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: bool) -> None:
+    run = str(tmp_path / "run")
+    command = ["train", "classification", "--data", "digits", "--scale", "0.5", "--batch", "64", "--workers", "0"]
+    command += ["--schedule", "steps", "--rate", "0.05", "--epochs", "12", "--seed", "1", "--folder", run]
+    assert main([*command, *(["--plain"] if plain else [])]) == 0
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    # Chance is 10 %; a linear classifier gets 90 % of these digits, the nearest neighbour 97 %.
+    assert max(float(row["top1"]) for row in rows) > 93
+    assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["options"]["plain"] is plain
+
+    capsys.readouterr()
+    assert main(["evaluate", "classification", "--folder", run]) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    best = max(float(row["top1"]) for row in rows)
+    # Frozen: an image whose two likeliest digits are a rounding apart may change sides.
+    assert abs(float(printed["top1"]) - best) < 0.6
