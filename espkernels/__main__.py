@@ -17,6 +17,9 @@ COMMANDS = {
     "train": "train a network of the paper; the same command goes on after an interruption",
     "evaluate": "score a run's best weights, or a checkpoint, on validation data",
     "classify": "name what is on images, with a trained network",
+    "detect": "boxes around the objects on images, with a trained network",
+    "generate": "write text with a trained language model",
+    "perplexity": "how well a trained language model foresees a text",
     "paper": "the tables of the paper beside what the networks here measure",
 }
 

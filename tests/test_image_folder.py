@@ -110,4 +110,4 @@ def test_train_and_val_have_the_same_classes(root: Path, tmp_path: Path) -> None
         (tmp_path / part / name).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / part / name / "0.png")
     with pytest.raises(ValueError, match="train and val have other classes, such as teal"):
-        Classification(str(tmp_path))
+        Classification(str(tmp_path)).check()

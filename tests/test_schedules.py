@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from espkernels.__main__ import main
 from espkernels.models.recipes.schedules import cyclic, fixed, hybrid, steps
 
 
@@ -47,6 +50,11 @@ def test_hybrid_of_segmentation() -> None:
 def test_table_6() -> None:
     assert rates(steps(0.1), range(0, 90, 15)) == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
     assert {fixed(0.1)(epoch) for epoch in range(90)} == {0.1}
+
+
+def test_figure_4_is_drawn(tmp_path: Path) -> None:
+    assert main(["paper", "--figure4", str(tmp_path / "figure4.png")]) == 0
+    assert (tmp_path / "figure4.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_what_cannot_be() -> None:

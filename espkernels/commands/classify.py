@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         if task.name != Classification.name:
             raise ValueError(f"run: {args.folder} is of {task.name}, not of {Classification.name}")
         task = cast(Classification, task)
-        frozen, labels = freeze(network), task.labels()
+        frozen = freeze(network)
         failed = 0
         for source, target in tqdm(jobs, desc="classify", unit="image", disable=len(jobs) == 1):
             try:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
                 tqdm.write(f"classify: {error}", file=sys.stderr)
                 failed += 1
                 continue
-            guesses = classify.classify(frozen, task.validation.of_image(image), labels)
+            guesses = classify.classify(frozen, task.prepared(image), task.labels)
             classify.draw_guesses(image, guesses, target)
             lines = [f"  {guess.label:<20}{100 * guess.probability:6.1f} %" for guess in guesses]
             tqdm.write("\n".join([f"{source} -> {target}", *lines]))

@@ -22,11 +22,14 @@ COLUMNS = ("", "quantity", "paper", "ours", "ours - paper", "agrees")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", action="append", choices=list(TABLES), help="one table; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the same as JSON")
+    parser.add_argument("--figure4", type=Path, metavar="FILE", help="no table: the schedules of Fig. 4, drawn as PNG")
 
 
 def run(args: argparse.Namespace) -> int:
     """0 when the tables were printed, 2 when they could not be."""
     try:
+        if args.figure4 is not None:
+            return _draw_figure4(args.figure4)
         tables = _printed([build for name, build in TABLES.items() if name in (args.only or TABLES)])
         if args.json is not None:
             content = [
@@ -37,6 +40,20 @@ def run(args: argparse.Namespace) -> int:
     except (ImportError, OSError) as error:
         print(f"paper: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _draw_figure4(path: Path) -> int:
+    from espkernels.models.recipes import curves, schedules
+
+    shown = {
+        "equation 1": schedules.cyclic(),
+        "as the released code runs it": schedules.cyclic(released=True),
+        "steps of 30 epochs": schedules.steps(0.1),
+        "fixed": schedules.fixed(0.1),
+    }
+    curves.draw_schedules(shown, 300, path)
+    print(path)
     return 0
 
 

@@ -14,7 +14,7 @@ from espkernels.models.data.crops import centre_crop
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Digits"]
+__all__ = ["Digits", "of_image"]
 
 # scikit-learn's own examples test on the last fifth, which other people wrote.
 TRAINING_SHARE = 0.8
@@ -53,7 +53,8 @@ class Digits:
             image = padded[:, reach - down :, reach - right :][:, : self.size, : self.size]
         return image.expand(3, -1, -1).contiguous(), self.labels[index]
 
-    def of_image(self, image: Image) -> Tensor:
-        """Any image of a digit, light on dark, as the network takes it: [3, size, size]."""
-        grey = centre_crop(image, self.size).convert("L")
-        return torch.from_numpy(np.asarray(grey, dtype=np.float32) / 127.5 - 1).expand(3, -1, -1).contiguous()
+
+def of_image(image: Image, size: int) -> Tensor:
+    """Any image of a digit, light on dark, as the network takes it: [3, size, size]."""
+    grey = centre_crop(image, size).convert("L")
+    return torch.from_numpy(np.asarray(grey, dtype=np.float32) / 127.5 - 1).expand(3, -1, -1).contiguous()

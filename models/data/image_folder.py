@@ -14,7 +14,7 @@ from espkernels.models.segment import read_image
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ENDINGS", "ImageFolder"]
+__all__ = ["ENDINGS", "ImageFolder", "of_image"]
 
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -54,9 +54,10 @@ class ImageFolder:
         path, label = self.files[index]
         image = read_image(path)
         if generator is None:
-            return self.of_image(image), label
+            return of_image(image, self.size), label
         return normalised(random_crop(image, self.size, self.share, generator)), label
 
-    def of_image(self, image: Image) -> Tensor:
-        """Any image as the network takes it, [3, size, size]."""
-        return normalised(centre_crop(image, self.size))
+
+def of_image(image: Image, size: int) -> Tensor:
+    """Any image as the network takes it, [3, size, size]."""
+    return normalised(centre_crop(image, size))

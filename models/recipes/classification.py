@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espkernels.models.count import count
+from espkernels.models.data import digits, image_folder
 from espkernels.models.data.digits import Digits
 from espkernels.models.data.image_folder import ImageFolder
 from espkernels.models.data.loading import evaluation_batches, training_batches
@@ -19,6 +21,9 @@ from espkernels.models.espnetv2 import espnetv2
 from espkernels.models.recipes import schedules
 from espkernels.models.recipes.schedules import Schedule
 from espkernels.models.recipes.task import Share, Task
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["Classification"]
 
@@ -40,6 +45,7 @@ class Classification(Task):
         rate: the highest rate; None for the paper's 0.5, or 0.1 of "steps" and "fixed".
         workers: processes that read images.
         plain: the layers of plain PyTorch in place of this library's.
+        labels: the names of the classes; None for those of the data, which then has to be there.
     """
 
     name = "classification"
@@ -56,29 +62,44 @@ class Classification(Task):
         workers: int = 2,
         seed: int = 0,
         plain: bool = False,
+        labels: Sequence[str] | None = None,
     ) -> None:
         if schedule not in ("cyclic", "released", "steps", "fixed"):
             raise ValueError(f"schedule: got {schedule!r}, expected cyclic, released, steps or fixed")
-        self.given = dict(
+        self.given: dict[str, Any] = dict(
             data=data, scale=scale, size=size, batch=batch, schedule=schedule, rate=rate, workers=workers, seed=seed,
             plain=plain,
         )  # fmt: skip
-        self.scale, self.batch, self.workers, self.seed, self.plain = scale, batch, workers, seed, plain
-        self.kind, self.rate = schedule, rate
-        self.training: Digits | ImageFolder
-        self.validation: Digits | ImageFolder
-        if data == "digits":
-            self.size = size or 64
-            self.training, self.validation = Digits("train", self.size), Digits("val", self.size)
-        else:
-            self.size = size or 224
-            self.validation = ImageFolder(Path(data), "val", self.size)
-            macs = count(espnetv2(scale, num_classes=len(self.validation.classes)), (self.size, self.size)).macs
-            share = (0.2 if macs < SMALL_NETWORK else 0.08, 1.0)
-            self.training = ImageFolder(Path(data), "train", self.size, share)
-            if self.training.classes != self.validation.classes:
-                differing = sorted(set(self.training.classes) ^ set(self.validation.classes))
-                raise ValueError(f"data: train and val have other classes, such as {differing[0]}")
+        self.data, self.scale, self.batch, self.workers = data, scale, batch, workers
+        self.kind, self.rate, self.seed, self.plain = schedule, rate, seed, plain
+        self.size = size or (64 if data == "digits" else 224)
+        self.labels = list(self.validation.classes if labels is None else labels)
+
+    @functools.cached_property
+    def training(self) -> Digits | ImageFolder:
+        """The training images. Raises FileNotFoundError or ValueError where they are not as they should be."""
+        if self.data == "digits":
+            return Digits("train", self.size)
+        macs = count(self.network(), (self.size, self.size)).macs
+        samples = ImageFolder(Path(self.data), "train", self.size, (0.2 if macs < SMALL_NETWORK else 0.08, 1.0))
+        if samples.classes != self.validation.classes:
+            differing = sorted(set(samples.classes) ^ set(self.validation.classes))
+            raise ValueError(f"data: train and val have other classes, such as {differing[0]}")
+        return samples
+
+    @functools.cached_property
+    def validation(self) -> Digits | ImageFolder:
+        """The images that are scored; as :attr:`training`."""
+        if self.data == "digits":
+            return Digits("val", self.size)
+        return ImageFolder(Path(self.data), "val", self.size)
+
+    def prepared(self, image: Image) -> Tensor:
+        """Any image as the network takes it, [3, size, size]; of digits, light ones on dark."""
+        return (digits if self.data == "digits" else image_folder).of_image(image, self.size)
+
+    def check(self) -> None:
+        _ = self.training, self.validation
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -91,14 +112,10 @@ class Classification(Task):
         parser.add_argument("--workers", type=int, default=2, help="processes that read images; default 2")
 
     def options(self) -> dict[str, Any]:
-        return dict(self.given)
-
-    def labels(self) -> list[str]:
-        """The names of the classes, in the order of the network's outputs."""
-        return list(self.validation.classes)
+        return self.given | {"labels": self.labels}
 
     def network(self) -> nn.Module:
-        return espnetv2(self.scale, num_classes=len(self.validation.classes), plain=self.plain)
+        return espnetv2(self.scale, num_classes=len(self.labels), plain=self.plain)
 
     def schedule(self, epochs: int) -> Schedule:
         if self.kind == "fixed":
@@ -120,7 +137,7 @@ class Classification(Task):
     def evaluate(self, network: nn.Module, device: torch.device) -> dict[str, float]:
         first = fifth = 0
         for images, labels in evaluation_batches(self.validation, min(self.batch, 64), self.workers):
-            best = network(images.to(device)).topk(min(5, len(self.validation.classes)), dim=1).indices.cpu()
+            best = network(images.to(device)).topk(min(5, len(self.labels)), dim=1).indices.cpu()
             hits = best == labels[:, None]
             first += int(hits[:, 0].sum())
             fifth += int(hits.sum())

@@ -62,15 +62,19 @@ class _Run:
         self.schedule = task.schedule(settings.epochs)
         self.optimizer = task.optimizer(self.network, self.schedule(0))
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
-        self.average = None
+        self.average: AveragedModel | None = None
         if settings.average is not None:
-            decay = get_ema_multi_avg_fn(settings.average)
-            self.average = AveragedModel(self.network, multi_avg_fn=decay, use_buffers=True)
+            self.begin_average(settings.average)
         self.replica: nn.Module = self.network
         if share.ranks > 1:
             # The networks have the released code's parameters, some of which no forward pass uses, always the same.
             self.replica = DistributedDataParallel(self.network, static_graph=True)
         self.rows: list[dict[str, float]] = []
+
+    def begin_average(self, decay: float | None = None) -> None:
+        """From now on a mean of the weights is kept: an exponential one, or of all steps alike."""
+        how = None if decay is None else get_ema_multi_avg_fn(decay)
+        self.average = AveragedModel(self.network, multi_avg_fn=how, use_buffers=True)
 
     @property
     def judged(self) -> nn.Module:
@@ -92,8 +96,10 @@ class _Run:
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
+            if state["average"] is not None:
+                if self.average is None:
+                    self.begin_average()
+                self.average.load_state_dict(state["average"])  # type: ignore[union-attr]
             self.rows = list(state["rows"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"run: {folder.last} does not fit this task: {error}") from error
@@ -115,6 +121,7 @@ def train(
         ValueError: the folder holds another run, or a damaged one; it is left as it was.
         FloatingPointError: the loss is no number any more; the last whole epoch is kept.
     """
+    task.check()
     folder = RunFolder(path)
     config = {"task": task.name, "options": task.options(), "settings": asdict(settings)}
     with process_group() as (share, device):
@@ -169,6 +176,8 @@ def _epoch(
     rate = run.schedule(epoch)
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group.get("factor", 1.0)
+    if run.average is None and task.averages(run.rows):
+        run.begin_average()
     run.replica.train()
     batches = task.batches(epoch, share)
     total, count = 0.0, 0
@@ -178,6 +187,9 @@ def _epoch(
             loss = task.loss(run.replica, batch, device)
         run.optimizer.zero_grad()
         run.scaler.scale(loss).backward()
+        if task.longest_gradient is not None:
+            run.scaler.unscale_(run.optimizer)
+            nn.utils.clip_grad_norm_(run.network.parameters(), task.longest_gradient)
         run.scaler.step(run.optimizer)
         run.scaler.update()
         if run.average is not None:

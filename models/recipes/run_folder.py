@@ -110,7 +110,8 @@ class RunFolder:
         """Keeps the best weights so far, their scores beside them in the file."""
         from safetensors.torch import save_file
 
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        # Copies: the format has no place for tensors that share their memory, as tied weights do.
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
         facts = {name: repr(value) for name, value in scores.items()}
         write_atomically(self.best, lambda path: save_file(tensors, path, facts))
 

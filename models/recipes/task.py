@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,10 @@ __all__ = ["TASKS", "Share", "Task", "task_class"]
 # Each is imported when it is asked for; the sentence is its line in the help.
 TASKS = {
     "classification": ("espkernels.models.recipes.classification:Classification", "one label an image"),
+    "multilabel": ("espkernels.models.recipes.multilabel:MultiLabel", "several labels an image"),
+    "detection": ("espkernels.models.recipes.detection:Detection", "boxes around objects"),
+    "segmentation": ("espkernels.models.recipes.segmentation:Segmentation", "a class for every pixel"),
+    "language": ("espkernels.models.recipes.language:Language", "the next word, or character, of a text"),
 }
 
 
@@ -44,11 +48,17 @@ class Task(ABC):
     # The key of what evaluate() returns that says which weights are best, and which way.
     score: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
+    # What the gradient of all parameters together is cut down to, or None.
+    longest_gradient: ClassVar[float | None] = None
 
     @classmethod
     @abstractmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """The task's own options; their names are those of the constructor's arguments."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises what is wrong with the data, so that it is said before a folder is written."""
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
@@ -73,6 +83,10 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, network: nn.Module, device: torch.device) -> dict[str, float]:
         """The scores of a network in evaluation mode."""
+
+    def averages(self, rows: Sequence[Mapping[str, float]]) -> bool:
+        """Whether, after epochs with these ``rows``, the mean of all later steps' weights is kept and judged."""
+        return False
 
     def optimizer(self, network: nn.Module, rate: float) -> torch.optim.Optimizer:
         """Stochastic gradient descent as in the released code: momentum 0.9, weight decay 4e-5 on everything.
