@@ -54,6 +54,16 @@ ESPK_LIBRARY(ESPK_NAMESPACE, m) {
       "int groups, Tensor norm_weight, Tensor norm_bias, Tensor slope, float[] eps, bool[] batch_statistics, int "
       "stride, bool hff, bool residual, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // A recurrent layer: gates [T, B, 4 H], weight [4 H, H], bias [4 H], hidden and cell [B, H] -> outputs [T, B, H] and the
+  // last cell [B, H]; with `save` also the gates behind their functions [T, B, 4 H] and all cells [T, B, H], else [0]
+  m.def(
+      "recurrence(Tensor gates, Tensor weight, Tensor? bias, Tensor hidden, Tensor cell, bool save) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  // grad [T, B, H], grad_cell [B, H] and what the forward pass took and saved -> the gradients of gates, hidden, cell
+  m.def(
+      "recurrence_backward(Tensor grad, Tensor? grad_cell, Tensor activated, Tensor cells, Tensor cell, Tensor weight) "
+      "-> (Tensor, Tensor, Tensor)");
+
   // Inference only. One EESP unit with its batch norms folded: reduce x [B, M, H, W] to d channels, shift and PReLU, then
   // pyramid_pointwise -> [B, N, H', W'].
   m.def(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["check_dilations", "check_group_pointwise", "check_pyramid", "check_pyramid_pointwise"]
+__all__ = ["check_dilations", "check_group_pointwise", "check_pyramid", "check_pyramid_pointwise", "check_recurrence"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_BRANCHES = 8
@@ -17,25 +17,29 @@ def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
-def _check_map(name: str, x: Tensor, expected: str) -> None:
+def _check_numbers(name: str, x: Tensor, expected: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor {expected}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected float32, float64, bfloat16 or float16")
+
+
+def _check_map(name: str, x: Tensor, expected: str) -> None:
+    _check_numbers(name, x, expected)
     if x.dim() != 4:
         raise ValueError(f"{name}: got shape {_shape(x)}, expected four dimensions {expected}")
     if x.shape[1] < 1 or x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"{name}: got shape {_shape(x)}, expected at least one channel, row and column")
 
 
-def _check_alike(name: str, tensor: Tensor, x: Tensor) -> None:
+def _check_alike(name: str, tensor: Tensor, x: Tensor, x_name: str = "x") -> None:
     """Same device and dtype as the map x. Under autocast the operator casts, and dtypes may differ."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
     if tensor.device != x.device:
-        raise ValueError(f"{name}: is on {tensor.device}, expected {x.device}, where x is")
+        raise ValueError(f"{name}: is on {tensor.device}, expected {x.device}, where {x_name} is")
     if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {x.dtype}, that of x")
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {x.dtype}, that of {x_name}")
 
 
 def check_dilations(dilations: Sequence[int], stride: int) -> None:
@@ -151,3 +155,19 @@ def check_pyramid_pointwise(
         _check_channel_vector(name, vector, x, concatenated)
     height, width = (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1
     _check_epilogue(x, (x.shape[0], pointwise_weight.shape[0], height, width), scale, shift, residual, slope)
+
+
+def check_recurrence(gates: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, cell: Tensor) -> None:
+    _check_numbers("gates", gates, "[T, B, 4 H]")
+    if gates.dim() != 3 or gates.shape[2] < 4 or gates.shape[2] % 4:
+        raise ValueError(f"gates: got shape {_shape(gates)}, expected [T, B, 4 H]")
+    batch, size = gates.shape[1], gates.shape[2] // 4
+    for name, tensor, shape in (
+        ("weight", weight, (4 * size, size)),
+        ("hidden", hidden, (batch, size)),
+        ("cell", cell, (batch, size)),
+    ):
+        _check_alike(name, tensor, gates, "gates")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: got shape {_shape(tensor)}, expected {list(shape)} beside gates {_shape(gates)}")
+    _check_channel_vector("bias", bias, gates, 4 * size)

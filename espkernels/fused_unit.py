@@ -7,7 +7,8 @@ batch norm, runs only when the modules are called, so such a unit stays with its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,36 @@ from espkernels import backends
 from espkernels.layout import layout_of, out_size
 from espkernels.training import eesp_training
 
-if TYPE_CHECKING:
-    from espkernels.nn import EESP, CDilated
+__all__ = ["Unit", "UnitLayers", "fits", "hooked", "laid_out", "run", "wanted"]
 
-__all__ = ["fits", "hooked", "laid_out", "run"]
+Norm = nn.BatchNorm1d | nn.BatchNorm2d
+CONVOLUTIONS, NORMS = (nn.Conv1d, nn.Conv2d), (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+@dataclass(frozen=True)
+class UnitLayers:
+    """The modules of a unit in the order in which data meets them, and what its code does between them."""
+
+    reduce: nn.Conv1d | nn.Conv2d
+    branches: Sequence[nn.Module]
+    expand: nn.Conv1d | nn.Conv2d
+    norms: tuple[Norm, Norm, Norm]
+    activations: Sequence[nn.PReLU]  # behind the first two norms, and behind the last where one ends the unit
+    containers: Sequence[nn.Module]  # of the modules above, called with them
+    dilations: Sequence[int]
+    stride: int = 1
+    hff: bool = True
+    adds_input: bool = False  # where shapes are equal
+    memory: str = "save"
+
+
+class Unit(Protocol):
+    """A module that can say what it is made of."""
+
+    def layers(self) -> UnitLayers: ...
+
+    def pyramid_weight(self) -> Tensor:
+        """The weights of the branches, [K, d, 3, 3]."""
 
 
 def hooked(*modules: nn.Module) -> bool:
@@ -36,58 +63,48 @@ def laid_out(weight: Tensor) -> Tensor:
     The gradient then comes back in the weight's own strides, also those of dimensions of size 1: distributed training
     compares strides one by one.
     """
-    return weight.permute(0, 2, 3, 1) if weight.stride(1) == 1 and weight.stride(3) == weight.shape[1] else weight
+    if weight.dim() == 4 and weight.stride(1) == 1 and weight.stride(3) == weight.shape[1]:
+        return weight.permute(0, 2, 3, 1)
+    return weight
 
 
-def _ends_with_prelu(unit: EESP) -> bool:
-    return not (unit.stride == 2 and unit.down_method == "avg")
-
-
-def _norms(unit: EESP) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm2d]:
-    return unit.proj_1x1.bn, unit.br_after_cat.bn, unit.conv_1x1_exp.bn
-
-
-def _activations(unit: EESP) -> list[nn.PReLU]:
-    inner = [unit.proj_1x1.act, unit.br_after_cat.act]
-    return [*inner, unit.module_act] if _ends_with_prelu(unit) else inner
-
-
-def _takes_batch(norm: nn.BatchNorm2d) -> bool:
+def _takes_batch(norm: Norm) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def fits(unit: EESP, x: Tensor) -> bool:
-    """Whether :func:`run` does for ``x`` what the unit's layers would do.
+def wanted(unit: nn.Module, x: Tensor) -> bool:
+    """Whether the unit is in training: a norm takes the statistics of the batch, or a gradient is wanted."""
+    return any(type(part) in NORMS and part.training for part in unit.modules()) or (
+        torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in unit.parameters()))
+    )
 
-    That is where a gradient is wanted or a norm takes the statistics of the batch, on the CPU's kernels, and where
-    every layer is just what its class says.
+
+def fits(unit: Unit, x: Tensor) -> bool:
+    """Whether :func:`run` does for the map ``x`` what the unit's layers would do.
+
+    That is on the CPU's kernels, and where every layer is just what its class says.
     """
-    norms, activations = _norms(unit), _activations(unit)
     if x.device.type != "cpu" or backends.library is None or backends.current() not in (None, "cpu"):
         return False
-    if not any(norm.training for norm in norms) and not (
-        torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in unit.parameters()))
-    ):
-        return False
-    if x.dim() != 4 or x.numel() == 0 or x.shape[1] != unit.proj_1x1.conv.in_channels:
+    layers = unit.layers()
+    norms, activations = layers.norms, layers.activations
+    if x.dim() != 4 or x.numel() == 0 or x.shape[1] != layers.reduce.in_channels:
         return False
     # A channel of one value has no variance: torch's batch norm says so.
-    values = x.shape[0] * out_size(x.shape[2], unit.stride) * out_size(x.shape[3], unit.stride)
+    values = x.shape[0] * out_size(x.shape[2], layers.stride) * out_size(x.shape[3], layers.stride)
     if values == 1 and any(_takes_batch(norm) for norm in norms):
         return False
-    branches = [cast("CDilated", branch) for branch in unit.spp_dw]
-    convolutions = [unit.proj_1x1.conv, *(branch.conv for branch in branches), unit.conv_1x1_exp.conv]
+    convolutions = [layers.reduce, *layers.branches, layers.expand]
     plain = all(
-        type(module) is kind
-        for modules, kind in ((norms, nn.BatchNorm2d), (activations, nn.PReLU), (convolutions, nn.Conv2d))
+        type(module) in kinds
+        for modules, kinds in ((norms, NORMS), (activations, (nn.PReLU,)), (convolutions, CONVOLUTIONS))
         for module in modules
     )
     if not plain or any(convolution.bias is not None for convolution in convolutions):
         return False
     if any(act.num_parameters != norm.num_features for act, norm in zip(activations, norms, strict=False)):
         return False
-    containers = (unit.proj_1x1, unit.br_after_cat, unit.conv_1x1_exp, *branches)
-    if hooked(*containers, *norms, *activations, *convolutions):
+    if hooked(*layers.containers, *norms, *activations, *convolutions):
         return False
     weights = [convolution.weight for convolution in convolutions]
     if torch.is_autocast_enabled("cpu"):
@@ -95,50 +112,50 @@ def fits(unit: EESP, x: Tensor) -> bool:
     return all(weight.dtype == x.dtype for weight in weights)
 
 
-def run(unit: EESP, x: Tensor) -> Tensor:
+def run(unit: Unit, x: Tensor) -> Tensor:
     """The unit's result for ``x`` in the format of ``x``; updates the norms' running statistics as they would.
 
     The kernels read channels_last. A contiguous ``x`` and its result are copied once each; gradients stay in
     channels_last.
     """
-    norms, activations = _norms(unit), _activations(unit)
+    layers = unit.layers()
+    norms, reduce, expand, stride = layers.norms, layers.reduce, layers.expand, layers.stride
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     statistics = [_takes_batch(norm) for norm in norms]
     means, variances = (None, None) if all(statistics) else _running(norms, statistics)
-    reduce, expand = unit.proj_1x1.conv, unit.conv_1x1_exp.conv
-    out_shape = (expand.out_channels, *(out_size(size, unit.stride) for size in x.shape[2:]))
+    out_shape = (expand.out_channels, *(out_size(size, stride) for size in x.shape[2:]))
     y, moments = eesp_training(
         x.contiguous(memory_format=torch.channels_last),
         laid_out(reduce.weight).flatten(1),
         reduce.groups,
         unit.pyramid_weight(),
-        unit.dilations,
+        layers.dilations,
         laid_out(expand.weight).flatten(1),
         expand.groups,
         torch.cat([_parameter(norm.weight, norm, 1.0, compute) for norm in norms]),
         torch.cat([_parameter(norm.bias, norm, 0.0, compute) for norm in norms]),
-        torch.cat([activation.weight.to(compute) for activation in activations]),
+        torch.cat([activation.weight.to(compute) for activation in layers.activations]),
         means,
         variances,
         [norm.eps for norm in norms],
         statistics,
-        unit.stride,
-        unit.hff,
-        _ends_with_prelu(unit) and x.shape[1:] == out_shape,
-        unit.memory == "save",
+        stride,
+        layers.hff,
+        layers.adds_input and x.shape[1:] == out_shape,
+        layers.memory == "save",
     )
     pixels = x.shape[0] * x.shape[2] * x.shape[3], y.shape[0] * y.shape[2] * y.shape[3]
     _track(norms, moments, (pixels[0], pixels[1], pixels[1]))
     return y.contiguous(memory_format=layout_of(x))
 
 
-def _parameter(parameter: Tensor | None, norm: nn.BatchNorm2d, otherwise: float, dtype: torch.dtype) -> Tensor:
+def _parameter(parameter: Tensor | None, norm: Norm, otherwise: float, dtype: torch.dtype) -> Tensor:
     if parameter is None:
         return torch.full((norm.num_features,), otherwise, dtype=dtype)
     return parameter.to(dtype)
 
 
-def _running(norms: Sequence[nn.BatchNorm2d], batch_statistics: Sequence[bool]) -> tuple[Tensor, Tensor]:
+def _running(norms: Sequence[Norm], batch_statistics: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """The running means and variances of all norms; zeros where the batch's will take their place."""
     parts: tuple[list[Tensor], list[Tensor]] = [], []
     for norm, batch in zip(norms, batch_statistics, strict=True):
@@ -151,7 +168,7 @@ def _running(norms: Sequence[nn.BatchNorm2d], batch_statistics: Sequence[bool]) 
 
 
 @torch.no_grad()
-def _track(norms: Sequence[nn.BatchNorm2d], moments: Tensor, counts: Sequence[int]) -> None:
+def _track(norms: Sequence[Norm], moments: Tensor, counts: Sequence[int]) -> None:
     """What the forward of each batch norm does to its buffers."""
     means, variances = moments.unbind()
     sizes = [norm.num_features for norm in norms]

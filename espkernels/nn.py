@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espkernels import fused_unit, ops
-from espkernels.fused_unit import hooked, laid_out
+from espkernels.fused_unit import UnitLayers, hooked, laid_out
 
 __all__ = [
     "BR",
@@ -221,8 +221,27 @@ class EESP(nn.Module):
         weight = torch.cat([laid_out(cast(CDilated, branch).conv.weight) for branch in self.spp_dw])
         return weight.reshape(len(self.dilations), -1, 3, 3)
 
+    def layers(self) -> UnitLayers:
+        """What :mod:`espkernels.fused_unit` asks of a unit."""
+        branches = [cast(CDilated, branch) for branch in self.spp_dw]
+        ends_with_prelu = not (self.stride == 2 and self.down_method == "avg")
+        inner = [self.proj_1x1.act, self.br_after_cat.act]
+        return UnitLayers(
+            reduce=self.proj_1x1.conv,
+            branches=[branch.conv for branch in branches],
+            expand=self.conv_1x1_exp.conv,
+            norms=(self.proj_1x1.bn, self.br_after_cat.bn, self.conv_1x1_exp.bn),
+            activations=[*inner, self.module_act] if ends_with_prelu else inner,
+            containers=(self.proj_1x1, self.br_after_cat, self.conv_1x1_exp, *branches),
+            dilations=self.dilations,
+            stride=self.stride,
+            hff=self.hff,
+            adds_input=ends_with_prelu,
+            memory=self.memory,
+        )
+
     def forward(self, x: Tensor) -> Tensor:
-        if fused_unit.fits(self, x):
+        if fused_unit.wanted(self, x) and fused_unit.fits(self, x):
             return fused_unit.run(self, x)
         reduced = self._reduce(x)
         expanded = self._expand(self.br_after_cat(self._pyramid(reduced)))

@@ -198,6 +198,24 @@ def global_average(x: Tensor) -> Tensor:
     return x.mean((2, 3), keepdim=True)
 
 
+def recurrence(
+    gates: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, cell: Tensor
+) -> tuple[Tensor, Tensor]:
+    """An LSTM's cell step by step.
+
+    ``gates`` [T, B, 4 H], ``weight`` [4 H, H], ``bias`` [4 H], ``hidden`` and ``cell`` [B, H] -> outputs [T, B, H] and
+    the last cell.
+    """
+    bias = None if bias is None else bias.to(gates.dtype)
+    outputs = []
+    for step in gates:
+        entry, forget, candidate, exit_ = (step + F.linear(hidden, weight, bias)).chunk(4, dim=1)
+        cell = torch.sigmoid(forget) * cell + torch.sigmoid(entry) * torch.tanh(candidate)
+        hidden = torch.sigmoid(exit_) * torch.tanh(cell)
+        outputs.append(hidden)
+    return torch.stack(outputs) if len(gates) else gates.new_empty((0, *hidden.shape)), cell
+
+
 def resize(
     x: Tensor,
     height: int,

@@ -6,12 +6,16 @@ of Table 4; where it leaves a choice, the choice is an argument.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espkernels import fused_unit, reference
+from espkernels.fused_unit import UnitLayers
 from espkernels.nn import init_parameters
+from espkernels.recurrence import recurrence
 
 __all__ = ["AXES", "ERU", "EESP1d", "State"]
 
@@ -51,17 +55,18 @@ class EESP1d(nn.Module):
     * "features": each branch has three weights in all and slides over the H numbers of a step;
     * "time": over the steps before, padded with zeros before the first, never over those after; 9 steps are in reach.
 
-    It runs as plain torch operations.
+    On the CPU's kernels "step" is one operator forward and one backward (:mod:`espkernels.training`); the other axes,
+    and every axis elsewhere, run as plain torch operations.
     """
 
-    def __init__(self, in_channels: int, hidden: int, axis: str = "step") -> None:
+    def __init__(self, in_channels: int, hidden: int, axis: str = "step", plain: bool = False) -> None:
         super().__init__()
         for name, value in (("in_channels", in_channels), ("hidden", hidden)):
             if value < 1 or value % GATES:
                 raise ValueError(f"{name}: got {value}, expected a positive multiple of {GATES}, the number of groups")
         if axis not in AXES:
             raise ValueError(f"axis: got {axis!r}, expected one of {', '.join(map(repr, AXES))}")
-        self.hidden, self.axis = hidden, axis
+        self.hidden, self.axis, self.plain = hidden, axis, plain
         gates = GATES * hidden
         self.reduce = nn.Sequential(
             nn.Conv1d(in_channels, hidden, 1, groups=GATES, bias=False), nn.BatchNorm1d(hidden), nn.PReLU(hidden)
@@ -78,6 +83,26 @@ class EESP1d(nn.Module):
         padding = 0 if self.axis == "time" else dilation
         return nn.Conv1d(channels, channels, TAPS, 1, padding, dilation, groups=channels, bias=False)
 
+    def layers(self) -> UnitLayers:
+        """What :mod:`espkernels.fused_unit` asks of a unit."""
+        reduce, after_fusion, expand = self.reduce, self.after_fusion, self.expand
+        return UnitLayers(
+            reduce=cast(nn.Conv1d, reduce[0]),
+            branches=list(self.branches),
+            expand=cast(nn.Conv1d, expand[0]),
+            norms=(
+                cast(nn.BatchNorm1d, reduce[1]), cast(nn.BatchNorm1d, after_fusion[0]), cast(nn.BatchNorm1d, expand[1]),
+            ),
+            activations=[cast(nn.PReLU, part) for part in (reduce[2], after_fusion[1], expand[2])],
+            containers=(reduce, after_fusion, expand),
+            dilations=DILATIONS,
+        )  # fmt: skip
+
+    def pyramid_weight(self) -> Tensor:
+        """The branches as 3x3 filters over a map whose pixels are steps: no step sees another, so the middle alone."""
+        middle = torch.stack([cast(nn.Conv1d, branch).weight[:, 0, TAPS // 2] for branch in self.branches])
+        return F.pad(middle[:, :, None, None], (1, 1, 1, 1))
+
     def no_context(self, x: Tensor) -> Tensor:
         """What stands before the first step of sequences x [T, B, M]: zeros [B, H, 8], or nothing to stand there."""
         return x.new_zeros(x.shape[1], self.hidden, CONTEXT if self.axis == "time" else 0)
@@ -85,6 +110,12 @@ class EESP1d(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Steps x [T, B, M] and the context before them -> gates [T, B, 4 H], those of a gate together; new context."""
         steps, batch, _ = x.shape
+        if self.axis == "step" and not self.plain:
+            # A row of pixels in channels_last, which x is already.
+            pixels = x.reshape(1, 1, steps * batch, -1).permute(0, 3, 1, 2)
+            if fused_unit.fits(self, pixels):
+                gates = fused_unit.run(self, pixels)
+                return gates.permute(0, 2, 3, 1).reshape(steps, batch, -1), context
         # Signals [N, channels, length]: whole sequences over time, else single steps, which batch norm sees alike.
         signals = x.permute(1, 2, 0) if self.axis == "time" else x.reshape(steps * batch, -1, 1)
         reduced = self.reduce(signals)
@@ -109,6 +140,26 @@ class EESP1d(nn.Module):
         return maps
 
 
+class Recurrence(nn.Module):
+    """What the last output adds to the gates, weight [4 H, H] and bias [4 H], and the LSTM's cell.
+
+    ``forward``: gates [T, B, 4 H], hidden and cell [B, H] -> outputs [T, B, H] and the last cell, by
+    :func:`espkernels.recurrence.recurrence`.
+    """
+
+    def __init__(self, hidden: int, plain: bool = False) -> None:
+        super().__init__()
+        self.plain = plain
+        self.weight = nn.Parameter(torch.empty(GATES * hidden, hidden))
+        self.bias = nn.Parameter(torch.empty(GATES * hidden))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(hidden**-0.5), hidden**-0.5)
+
+    def forward(self, gates: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        steps = reference.recurrence if self.plain else recurrence
+        return steps(gates, self.weight, self.bias, hidden, cell)
+
+
 class ERU(nn.Module):
     """One recurrent layer: gates = :class:`EESP1d` of the input plus a linear map of the last output; an LSTM's cell.
 
@@ -116,15 +167,15 @@ class ERU(nn.Module):
     after the last step. Gates are in the order input, forget, candidate, output. M H / 4 + 8 H^2 + 43 H parameters,
     of which the linear map has 4 H^2 + 4 H.
 
-    The unit runs once for a chunk of steps, the recurrence step by step, both as plain torch operations. Raises
+    Unit and recurrence run once each for a chunk of steps; ``plain`` makes both of plain torch operations. Raises
     ValueError for a channel count that 4 does not divide and for an unknown ``axis``.
     """
 
-    def __init__(self, in_channels: int, hidden: int, axis: str = "step") -> None:
+    def __init__(self, in_channels: int, hidden: int, axis: str = "step", plain: bool = False) -> None:
         super().__init__()
         self.hidden = hidden
-        self.input = EESP1d(in_channels, hidden, axis)
-        self.recurrent = nn.Linear(hidden, GATES * hidden)
+        self.input = EESP1d(in_channels, hidden, axis, plain)
+        self.recurrent = Recurrence(hidden, plain)
 
     def initial_state(self, x: Tensor) -> State:
         """Zeros for sequences like x [T, B, M]."""
@@ -134,10 +185,5 @@ class ERU(nn.Module):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         hidden, cell, context = self.initial_state(x) if state is None else state
         gates, context = self.input(x, context)
-        outputs = []
-        for step in gates:
-            entry, forget, candidate, exit_ = (step + self.recurrent(hidden)).chunk(GATES, dim=1)
-            cell = torch.sigmoid(forget) * cell + torch.sigmoid(entry) * torch.tanh(candidate)
-            hidden = torch.sigmoid(exit_) * torch.tanh(cell)
-            outputs.append(hidden)
-        return torch.stack(outputs), State(hidden, cell, context)
+        outputs, cell = self.recurrent(gates, hidden, cell)
+        return outputs, State(outputs[-1], cell, context)

@@ -21,7 +21,14 @@ class ERULanguageModel(nn.Module):
     """
 
     def __init__(
-        self, vocabulary: int, embedding: int, hidden: int, layers: int, axis: str = "step", dropout: float = 0.5
+        self,
+        vocabulary: int,
+        embedding: int,
+        hidden: int,
+        layers: int,
+        axis: str = "step",
+        dropout: float = 0.5,
+        plain: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("vocabulary", vocabulary), ("layers", layers)):
@@ -31,7 +38,7 @@ class ERULanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocabulary, embedding)
         # The last layer is as wide as the embedding, whose weights the decoder shares.
         widths = [embedding, *[hidden] * (layers - 1), embedding]
-        self.layers = nn.ModuleList(ERU(m, n, axis) for m, n in itertools.pairwise(widths))
+        self.layers = nn.ModuleList(ERU(m, n, axis, plain) for m, n in itertools.pairwise(widths))
         self.decoder = nn.Linear(embedding, vocabulary)
         self.decoder.weight = self.embedding.weight
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
@@ -62,6 +69,7 @@ def eru_language_model(
     *,
     axis: str = "step",
     dropout: float = 0.5,
+    plain: bool = False,
 ) -> ERULanguageModel:
     """A language model of Efficient Recurrent Units over ``vocabulary`` words.
 
@@ -70,9 +78,10 @@ def eru_language_model(
     15,111,488: the 7 M and 15 M of Table 4. ``axis`` is that of :class:`espkernels.models.eru.EESP1d`: "features"
     saves 0.2 % of them, "time" changes none. ``dropout`` comes after the embedding, between layers and after the last.
 
-    It runs as plain torch operations: one call of the unit for a layer and chunk, one Python step a token for the
-    recurrence. Cut the states off between the chunks of a training with :meth:`State.detach`.
+    A layer takes a chunk of T steps in one call of its unit and one of its recurrence; ``plain`` makes both of plain
+    torch operations, with one Python step a token. Cut the states off between the chunks of a training with
+    :meth:`State.detach`.
 
     Raises ValueError for widths that 4 does not divide, an unknown axis, and a count below 1.
     """
-    return ERULanguageModel(vocabulary, embedding, hidden, layers, axis, dropout)
+    return ERULanguageModel(vocabulary, embedding, hidden, layers, axis, dropout, plain)

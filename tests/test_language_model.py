@@ -194,6 +194,30 @@ def test_the_model_learns_what_only_memory_can_tell(axis: str):
     assert loss.item() < 0.2
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("axis", AXES)
+def test_kernels_beside_plain_torch(axis: str, training: bool, fused_calls: list[str]):
+    layer, plain = trained(ERU(20, 12, axis)), trained(ERU(20, 12, axis, plain=True))
+    plain.load_state_dict(layer.state_dict())
+    found = []
+    for module in (layer.train(training), plain.train(training)):
+        x = torch.randn(7, 3, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        state = module.initial_state(x)._replace(hidden=torch.full((3, 12), 0.5, dtype=torch.float64))
+        outputs, last = module(x, state)
+        (outputs.square().sum() + last.cell.sum()).backward()
+        gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+        found.append([outputs, *last, x.grad, gradients, dict(module.named_buffers())])
+    assert fused_calls == (["eesp_training"] if axis == "step" else [])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-11)
+
+
+def test_one_value_a_channel_has_no_variance():
+    layer = ERU(8, 8)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        layer(torch.randn(1, 1, 8))
+    assert layer.eval()(torch.randn(1, 1, 8))[0].shape == (1, 1, 8)
+
+
 def test_a_frozen_model_gives_the_same():
     model = trained(models.eru_language_model(11, 8, 12, 2))
     tokens = torch.randint(0, 11, (5, 3))

@@ -160,11 +160,12 @@ def test_generation() -> None:
 
 
 @pytest.mark.slow
-def test_a_text_is_learnt(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("plain", [False, True], ids=["ours", "plain"])
+def test_a_text_is_learnt(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: bool) -> None:
     run = str(tmp_path / "run")
     command = ["train", "language", "--data", str(corpus), "--characters", "--embedding", "64", "--hidden", "64"]
     command += ["--layers", "2", "--dropout", "0.1", "--batch", "32", "--steps", "25", "--rate", "4"]
-    assert main([*command, "--epochs", "14", "--folder", run]) == 0
+    assert main([*command, "--epochs", "14", "--folder", run, *(["--plain"] if plain else [])]) == 0
     parts = parts_of(corpus, characters=True)
     # What counting characters would reach: e to the cross-entropy of the valid text under their shares in training.
     counts = Counter(parts["train"])

@@ -27,6 +27,8 @@ extern const Kernel<SpatialPyramid> normalised_pyramid;
 extern const Kernel<NormalisedPyramidBackward> normalised_pyramid_backward;
 extern const Kernel<NormalisedOutput> normalised_output;
 extern const Kernel<NormalisedOutputBackward> normalised_output_backward;
+extern const Kernel<Recurrence> recurrence;
+extern const Kernel<RecurrenceBackward> recurrence_backward;
 
 extern const Kernels kernels = {
     spatial_pyramid,
@@ -51,6 +53,8 @@ extern const Kernels kernels = {
     normalised_pyramid_backward,
     normalised_output,
     normalised_output_backward,
+    recurrence,
+    recurrence_backward,
 };
 
 }  // namespace espk::ESPK_ISA

@@ -1,6 +1,7 @@
 // What the torch door sees of the CPU kernels: one table of functions for each instruction set in the binary.
 #pragma once
 
+#include "../recurrence.h"
 #include "../training.h"
 
 namespace espk {
@@ -39,6 +40,8 @@ struct Kernels {
   const Kernel<NormalisedPyramidBackward>& normalised_pyramid_backward;
   const Kernel<NormalisedOutput>& normalised_output;
   const Kernel<NormalisedOutputBackward>& normalised_output_backward;
+  const Kernel<Recurrence>& recurrence;
+  const Kernel<RecurrenceBackward>& recurrence_backward;
 };
 
 // The kernels compiled for each instruction set; only those that the build lists exist.

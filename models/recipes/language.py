@@ -57,7 +57,7 @@ class Language(Task):
         rate: of learning, the same in every epoch, over gradients cut to a length of 0.25.
         patience: epochs after which a perplexity that is no longer falling begins the averaging of weights.
         decay: weight decay.
-        plain: does nothing: the model is plain torch operations.
+        plain: the model is plain torch operations.
         words: the vocabulary; None for that of the training text, which then has to be there.
     """
 
@@ -127,7 +127,13 @@ class Language(Task):
     def network(self) -> nn.Module:
         o = self.given
         return eru_language_model(
-            len(self.vocabulary), o["embedding"], o["hidden"], o["layers"], axis=o["axis"], dropout=o["dropout"]
+            len(self.vocabulary),
+            o["embedding"],
+            o["hidden"],
+            o["layers"],
+            axis=o["axis"],
+            dropout=o["dropout"],
+            plain=o["plain"],
         )
 
     def schedule(self, epochs: int) -> Schedule:

@@ -6,6 +6,7 @@
 #include "decoder.h"
 #include "inference.h"
 #include "pixels.h"
+#include "recurrence.h"
 #include "training.h"
 
 namespace espk {
@@ -197,6 +198,9 @@ int main(int, char** argv) {
       }
     }
     if (huge) check_huge(layout);
+  }
+  for (Type type : {Type::float32, Type::float64, Type::bfloat16, Type::float16}) {
+    for (const RecurrentCase& s : kRecurrentCases) check_recurrence(type, s);
   }
   std::printf("%d checks, %d failures\n", checks, failures);
   return failures ? 1 : 0;
