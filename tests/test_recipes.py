@@ -20,6 +20,7 @@ from torch import Tensor
 from espkernels.__main__ import main
 from espkernels.models.recipes import engine
 from espkernels.models.recipes.classification import Classification
+from espkernels.models.recipes.events import Events
 from espkernels.models.recipes.run_folder import RunFolder, write_atomically
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -76,6 +77,25 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert without_time(engine.train(small(seed=5), tmp_path / "cut", settings)) == without_time(whole)
     with pytest.raises(ValueError, match=r"was begun with options .* name another folder"):
         engine.train(small(seed=6), tmp_path / "cut", settings)
+
+
+def test_tensorboard_has_each_epoch_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = engine.train(small(), tmp_path / "run", engine.Settings(2))
+    folder = tmp_path / "events"
+    for again in (rows, rows[1:]):  # as if the second epoch had been cut off after its events were written
+        events = Events(folder)
+        for row in again:
+            events.write(row)
+        events.close()
+    read = EventAccumulator(str(folder))
+    read.Reload()
+    assert set(read.Tags()["scalars"]) == rows[0].keys() - {"epoch"}
+    for name in ("loss", "top1"):
+        found = [(event.step, event.value) for event in read.Scalars(name)]
+        assert found == [(row["epoch"], pytest.approx(row[name])) for row in rows]
 
 
 def test_a_killed_process_loses_no_whole_epoch(tmp_path: Path) -> None:

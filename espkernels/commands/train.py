@@ -37,21 +37,30 @@ def task_parser(name: str) -> argparse.ArgumentParser:
         "--average", type=float, metavar="DECAY", help="evaluate and keep a moving average of the weights"
     )
     parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--tensorboard", action="store_true", help="write events into FOLDER/tensorboard too")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """0 when all epochs ended, 1 when the loss was no number, 2 when nothing could begin."""
     from espkernels.models.recipes import curves, engine
+    from espkernels.models.recipes.events import Events
 
     given = vars(task_parser(args.task).parse_args(args.options))
-    folder, threads = given.pop("folder"), given.pop("threads")
+    folder, threads, tensorboard = (given.pop(name) for name in ("folder", "threads", "tensorboard"))
     settings = {name: given.pop(name) for name in ("epochs", "precision", "average")} | {"seed": given["seed"]}
     try:
         if threads is not None:
             torch.set_num_threads(threads)
         task = task_class(args.task)(**given)
-        rows = engine.train(task, folder, engine.Settings(**settings), engine.progress_bar, engine.said)
+        events = Events(folder / "tensorboard") if tensorboard else None
+
+        def tell(row: dict[str, float]) -> None:
+            engine.said(row, settings["epochs"])
+            if events is not None:
+                events.write(row)
+
+        rows = engine.train(task, folder, engine.Settings(**settings), engine.progress_bar, tell)
         if rows:
             curves.draw_curves(rows, folder / "curves.png")
     except FloatingPointError as error:

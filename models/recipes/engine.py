@@ -110,12 +110,12 @@ def train(
     path: Path,
     settings: Settings,
     progress: Progress | None = None,
-    tell: Callable[[str], None] | None = None,
+    tell: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
     """Trains ``task`` in the folder ``path``, from where its last checkpoint ends, and returns a row an epoch.
 
     Under torchrun every process calls it; the first one alone writes. ``progress`` wraps the batches of each epoch,
-    ``tell`` is given a line after each.
+    ``tell`` is given its row after each.
 
     Raises:
         ValueError: the folder holds another run, or a damaged one; it is left as it was.
@@ -141,7 +141,7 @@ def train(
                 folder.save(run.state())
                 folder.write_metrics(run.rows)
                 if tell is not None:
-                    tell(_line(row, settings))
+                    tell(row)
             from_first(None, share)
         return run.rows
 
@@ -211,11 +211,6 @@ def scores(task: Task, network: nn.Module, device: torch.device) -> dict[str, fl
         return task.evaluate(network, device)
 
 
-def _line(row: dict[str, float], settings: Settings) -> str:
-    values = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
-    return f"epoch {row['epoch']}/{settings.epochs}  {values}"
-
-
 def _keep(task: Task, run: _Run, row: dict[str, float], folder: RunFolder) -> None:
     """Keeps the weights where no epoch before scored better."""
     sign = 1 if task.higher_is_better else -1
@@ -253,8 +248,9 @@ def progress_bar(batches: Iterable[Any], description: str) -> Iterable[Any]:
     return bar
 
 
-def said(line: str) -> None:
-    """Prints a line above tqdm's bar."""
+def said(row: dict[str, float], epochs: int) -> None:
+    """Prints the row of one of so many epochs above tqdm's bar."""
     from tqdm import tqdm
 
-    tqdm.write(line)
+    values = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
+    tqdm.write(f"epoch {row['epoch']}/{epochs}  {values}")
