@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CXX_FILES = $(shell find csrc tests bench \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build test bench peers training lint format clean
+.PHONY: help install build test bench peers training language lint format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -21,8 +21,9 @@ help: ## this list
 
 install: build ## .venv with the pinned dependencies and an editable build
 
+# Two processes of one thread each: most of what a test does is not what torch's threads share.
 test: build ## all tests; make test ARGS="-k pyramid" for some
-	$(IN_VENV) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(IN_VENV) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 bench: build ## verify and time the kernels; table, chart and JSON in bench/results/
 	$(IN_VENV) -m espkernels bench $(ARGS)
@@ -32,6 +33,9 @@ peers: $(VENV)/peers ## beside onnxruntime, OpenVINO, ncnn and torch.compile; in
 
 training: build ## training steps beside eager, torch.compile and checkpointing; bench/results/training.*; ARGS="--full"
 	$(IN_VENV) -m bench.training $(ARGS)
+
+language: build ## recurrent layers and language models beside torch's LSTM; bench/results/language.*
+	$(IN_VENV) -m bench.language $(ARGS)
 
 lint: build ## ruff, mypy and clang-format, all read-only
 	$(VENV)/bin/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,25 @@ from espkernels import backends
 # The same examples each run: a failure is then a change in the code. Slow builds and shared machines have no deadline.
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=60, print_blob=True)
 hypothesis.settings.load_profile("fixed")
+
+
+# Files that take minutes, the longest first.
+LONG = [
+    "test_sanitizers.py", "test_triton.py", "test_text.py", "test_cuda_emulation.py", "test_recipes.py",
+    "test_objects.py", "test_frozen_files.py", "test_cuda_compile.py", "test_label_maps.py", "test_bench_training.py",
+    "test_paper.py", "test_triton_compiles.py", "test_training.py", "test_peers.py", "test_coco.py",
+]  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where two processes share the tests: long files begin first, and a file stays with what it builds once."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    for item in items:
+        alone = item.path.name == LONG[0]  # each builds a programme of its own
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.name))
 
 
 def instruction_sets() -> list[str]:

@@ -431,11 +431,14 @@ def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys
 
 @pytest.mark.skipif(command._why_not() is not None, reason=str(command._why_not()))
 def test_one_case_from_command_to_picture(tmp_path: Path) -> None:
+    # pytest-benchmark measures nothing within a worker of pytest-xdist.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment["OMP_NUM_THREADS"] = "1"
     chosen = ["--only=spatial_pyramid", "--cases=s1-224x224-level5", "--modes=full", "--threads=1", "--no-compile"]
     done = subprocess.run(
         [sys.executable, "-m", "espkernels", "bench", *chosen, "--output", str(tmp_path)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment,
         capture_output=True,
         text=True,
         check=False,

@@ -42,10 +42,10 @@ def test_memory_and_undefined_behaviour(name: str, tmp_path: Path) -> None:
     if backends.library is None or name not in backends.library.available_isas():
         pytest.skip(f"this machine does not run {name}")
     gxx = sanitizing_compiler(MEMORY, tmp_path)
-    run([str(build(f"memory-{name}", gxx, name, [*flags, *MEMORY])), "--huge"])
+    run([str(build(f"memory-{name}", gxx, name, [*flags, *MEMORY])), "--huge"], splits=2)
 
 
 def test_races(tmp_path: Path) -> None:
     # The units of work and how they share memory do not depend on the instruction set.
     gxx = sanitizing_compiler(RACES, tmp_path)
-    run([str(build("races", gxx, "baseline", [*kernel_flags(MACHINE)["baseline"], *RACES]))])
+    run([str(build("races", gxx, "baseline", [*kernel_flags(MACHINE)["baseline"], *RACES]))], splits=1)

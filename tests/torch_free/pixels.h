@@ -41,7 +41,7 @@ void check_resized_argmax(const Case& s, Type type, const Tensor& x) {
   const Buffer x_buffer(type, Layout::channels_last, x);
   p.x = x_buffer.data();
   const std::vector<int64_t> expected = largest_channels(x, p.out_height, p.out_width);
-  for (auto split : {whole, one_by_one_backwards, on_three_threads}) {
+  for (auto split : kSplits) {
     const std::unique_ptr<Number, void (*)(void*)> out(
         static_cast<Number*>(std::malloc(static_cast<size_t>(std::max<int64_t>(p.out_bytes(), 1)))), std::free);
     std::memset(out.get(), 0xff, static_cast<size_t>(p.out_bytes()));

@@ -21,7 +21,7 @@ void check_recurrent(const char* what, const espk::Kernel<Problem>& kernel, Prob
                       : problem.type == Type::bfloat16 ? 0.1
                                                        : 0.01;
   std::vector<std::vector<unsigned char>> first;
-  for (auto split : {whole, one_by_one_backwards, on_three_threads}) {
+  for (auto split : kSplits) {
     std::vector<std::unique_ptr<Buffer>> buffers;
     for (const auto& [expected, pointer] : results) {
       buffers.push_back(std::make_unique<Buffer>(problem.type, Layout::contiguous, expected.sizes));
