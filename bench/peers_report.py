@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.bounds import sentence
 from bench.engines import ENGINES, OURS
 from bench.report import headline
 from bench.tables import markdown_table
@@ -126,6 +127,16 @@ def markdown(run: dict[str, Any], picture_name: str) -> str:
         "",
         *markdown_table(columns, [_cells(row, engines) for row in run["rows"]]),
     ]
+    short = [row for row in run["rows"] if row.get("bounds")]
+    if short:
+        lines += ["", "## What bounds the rows that fall short", ""]
+        lines += [
+            "The kernels that take at least 8 % of our time, nothing else running; the roof is what this",
+            "machine's measured ceilings of copying and multiply-adds allow. `python -m espkernels explain` has every",
+            "layer, and [bench/tried.md](/bench/tried.md) what was tried.",
+            "",
+        ]
+        lines += [f"* {row['row']} x{row['threads']}: {sentence(row['bounds'])}" for row in short]
     reasons: dict[str, list[str]] = {}
     for row in run["rows"]:
         for name, reason in row["refused"].items():

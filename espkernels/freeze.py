@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from espkernels import blocks, frozen, frozen_decoder, graphs, replay, tuning
 from espkernels import nn as layers
 from espkernels.checks import MAX_BRANCHES
-from espkernels.models.eru import EESP1d
+from espkernels.models.eru import EESP1d, FrozenEESP1d
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join
 from espkernels.replace import replace
 
@@ -71,7 +71,7 @@ def _frozen(module: nn.Module) -> nn.Module | None:
     if not all(_foldable(part) for part in module.modules()):
         return module if isinstance(module, layers.EESP) else None  # it reaches for the parts of its parts
     if isinstance(module, EESP1d):
-        return module  # one operator already
+        return FrozenEESP1d(module) if module.axis == "step" else None
     if isinstance(module, layers.EESP):
         return frozen.FrozenEESP(module)
     if isinstance(module, layers.DownSampler) and isinstance(module.eesp, layers.EESP):

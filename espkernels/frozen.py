@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from espkernels import backends, inference, ops, replay
 from espkernels import nn as layers
+from espkernels.fused_unit import Norm, Unit
 
 __all__ = [
     "Frozen",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 
-def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def affine_of(norm: Norm) -> tuple[Tensor, Tensor]:
     """Scale and shift a channel of a batch norm with its running statistics, in float64."""
     assert norm.running_mean is not None and norm.running_var is not None
     scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
@@ -201,30 +202,36 @@ class FrozenEESP(Frozen):
     shift: Tensor
     slope: Tensor | None
 
-    def __init__(self, unit: layers.EESP) -> None:
+    def __init__(self, unit: Unit) -> None:
         super().__init__()
-        self.dilations, self.stride, self.hff = tuple(unit.dilations), unit.stride, unit.hff
-        self.reduce_groups, self.groups = unit.proj_1x1.conv.groups, unit.conv_1x1_exp.conv.groups
-        reduce_scale, reduce_shift = affine_of(unit.proj_1x1.bn)
-        pyramid_scale, pyramid_shift = affine_of(unit.br_after_cat.bn)
-        expand_scale, shift = affine_of(unit.conv_1x1_exp.bn)
-        reduce_weight = unit.proj_1x1.conv.weight.detach()
+        parts = unit.layers()
+        self.dilations, self.stride, self.hff = tuple(parts.dilations), parts.stride, parts.hff
+        self.reduce_groups, self.groups, self.adds_input = parts.reduce.groups, parts.expand.groups, parts.adds_input
+        (reduce_scale, reduce_shift), (pyramid_scale, pyramid_shift), (expand_scale, shift) = map(
+            affine_of, parts.norms
+        )
+        # PReLU behind the first norm, behind the second, and behind the unit where one ends it.
+        slopes = [
+            slope_of(activation, norm.num_features)
+            for activation, norm in zip(parts.activations, parts.norms, strict=False)
+        ]
+        reduce_weight = parts.reduce.weight.detach()
         vectors = {
             "reduce_shift": reduce_shift,
-            "reduce_slope": slope_of(unit.proj_1x1.act, reduce_weight.shape[0]),
+            "reduce_slope": slopes[0],
             "pyramid_scale": pyramid_scale,
             "pyramid_shift": pyramid_shift,
-            "pyramid_slope": slope_of(unit.br_after_cat.act, pyramid_scale.shape[0]),
+            "pyramid_slope": slopes[1],
             "shift": shift,
         }
-        if unit.stride == 2 and unit.down_method == "avg":
+        if len(slopes) == 2:
             self.slope = None
         else:
-            vectors["slope"] = slope_of(unit.module_act, shift.shape[0])
+            vectors["slope"] = slopes[2]
         weights = {
             "reduce_weight": reduce_weight.flatten(1).double() * reduce_scale.view(-1, 1),
             "weight": unit.pyramid_weight().detach().double(),
-            "expand_weight": unit.conv_1x1_exp.conv.weight.detach().flatten(1).double() * expand_scale.view(-1, 1),
+            "expand_weight": parts.expand.weight.detach().flatten(1).double() * expand_scale.view(-1, 1),
         }
         self._register(weights, vectors, reduce_weight.dtype)
 
@@ -257,7 +264,7 @@ class FrozenEESP(Frozen):
     def forward(self, x: Tensor) -> Tensor:
         x = inference.channels_last(x)
         same_shape = self.stride == 1 and x.shape[1] == self.expand_weight.shape[0]
-        residual = x if same_shape and self.slope is not None else None
+        residual = x if same_shape and self.adds_input else None
         return inference.eesp(x, **self.unit, residual=residual, slope=self.slope, stride=self.stride)
 
 

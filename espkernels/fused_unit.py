@@ -17,7 +17,7 @@ from espkernels import backends
 from espkernels.layout import layout_of, out_size
 from espkernels.training import eesp_training
 
-__all__ = ["Unit", "UnitLayers", "fits", "hooked", "laid_out", "run", "wanted"]
+__all__ = ["Norm", "Unit", "UnitLayers", "fits", "hooked", "laid_out", "run", "wanted"]
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
 CONVOLUTIONS, NORMS = (nn.Conv1d, nn.Conv2d), (nn.BatchNorm1d, nn.BatchNorm2d)

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espkernels import fused_unit, reference
+from espkernels.frozen import FrozenEESP
 from espkernels.fused_unit import UnitLayers
 from espkernels.nn import init_parameters
 from espkernels.recurrence import recurrence
 
-__all__ = ["AXES", "ERU", "EESP1d", "State"]
+__all__ = ["AXES", "ERU", "EESP1d", "FrozenEESP1d", "State"]
 
 # Branches, groups and gates: branch k feeds the group of the last convolution that gives gate k.
 GATES = 4
@@ -41,6 +42,16 @@ class State(NamedTuple):
     def detach(self) -> State:
         """The same numbers, cut off from what computed them."""
         return State(*(tensor.detach() for tensor in self))
+
+
+def as_pixels(x: Tensor) -> Tensor:
+    """Steps [T, B, M] as maps [T, M, 1, B]: the same memory, read as channels_last."""
+    return x.unsqueeze(1).permute(0, 3, 1, 2)
+
+
+def as_steps(pixels: Tensor) -> Tensor:
+    """:func:`as_pixels` undone."""
+    return pixels.permute(0, 2, 3, 1).squeeze(1)
 
 
 class EESP1d(nn.Module):
@@ -99,7 +110,7 @@ class EESP1d(nn.Module):
         )  # fmt: skip
 
     def pyramid_weight(self) -> Tensor:
-        """The branches as 3x3 filters over a map whose pixels are steps: no step sees another, so the middle alone."""
+        """The branches as 3x3 filters over :func:`as_pixels`, where none may see another: the middle tap alone."""
         middle = torch.stack([cast(nn.Conv1d, branch).weight[:, 0, TAPS // 2] for branch in self.branches])
         return F.pad(middle[:, :, None, None], (1, 1, 1, 1))
 
@@ -111,11 +122,9 @@ class EESP1d(nn.Module):
         """Steps x [T, B, M] and the context before them -> gates [T, B, 4 H], those of a gate together; new context."""
         steps, batch, _ = x.shape
         if self.axis == "step" and not self.plain:
-            # A row of pixels in channels_last, which x is already.
-            pixels = x.reshape(1, 1, steps * batch, -1).permute(0, 3, 1, 2)
+            pixels = as_pixels(x)
             if fused_unit.fits(self, pixels):
-                gates = fused_unit.run(self, pixels)
-                return gates.permute(0, 2, 3, 1).reshape(steps, batch, -1), context
+                return as_steps(fused_unit.run(self, pixels)), context
         # Signals [N, channels, length]: whole sequences over time, else single steps, which batch norm sees alike.
         signals = x.permute(1, 2, 0) if self.axis == "time" else x.reshape(steps * batch, -1, 1)
         reduced = self.reduce(signals)
@@ -138,6 +147,21 @@ class EESP1d(nn.Module):
                 map_ = branch(reduced)
             maps.append(maps[-1] + map_ if maps else map_)
         return maps
+
+
+class FrozenEESP1d(nn.Module):
+    """:class:`EESP1d` over single steps for inference: one call with packed weights, batch norms folded."""
+
+    def __init__(self, unit: EESP1d) -> None:
+        super().__init__()
+        self.hidden = unit.hidden
+        self.eesp = FrozenEESP(unit)
+
+    def no_context(self, x: Tensor) -> Tensor:
+        return x.new_zeros(x.shape[1], self.hidden, 0)
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        return as_steps(self.eesp(as_pixels(x))), context
 
 
 class Recurrence(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from espkernels import freeze, models
-from espkernels.models.eru import AXES, ERU, EESP1d
+from espkernels.models.eru import AXES, ERU, EESP1d, FrozenEESP1d
 
 # Hidden width, axis, parameters with 10,000 words, embedding 400 and 3 layers.
 SIZES = [
@@ -218,11 +218,20 @@ def test_one_value_a_channel_has_no_variance():
     assert layer.eval()(torch.randn(1, 1, 8))[0].shape == (1, 1, 8)
 
 
-def test_a_frozen_model_gives_the_same():
-    model = trained(models.eru_language_model(11, 8, 12, 2))
-    tokens = torch.randint(0, 11, (5, 3))
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("sizes", [(5, 3), (1, 1)])
+def test_a_frozen_model_gives_the_same(axis: str, sizes: tuple[int, int]):
+    model = trained(models.eru_language_model(11, 8, 12, 2, axis=axis))
+    frozen = freeze(model)
+    assert isinstance(frozen.layers[0].input, FrozenEESP1d) == (axis == "step")
+    tokens = torch.randint(0, 11, sizes)
     with torch.no_grad():
-        torch.testing.assert_close(freeze(model)(tokens)[0], model(tokens)[0], rtol=1e-12, atol=1e-12)
+        expected, states = model(tokens)
+        logits, frozen_states = frozen(tokens)
+        torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+        # States of either go on in the other.
+        again, _ = frozen(tokens, states)
+        torch.testing.assert_close(again, model(tokens, frozen_states)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,14 @@ from torch import nn
 
 import espkernels.info
 from bench import engines, fma_peak, layers, onnx_export, peers, peers_report
+from bench.bounds import bounds
 from bench.cases import Case
 from bench.comparison import Provider, WrongResult
 from bench.engines import ENGINES, OURS
 from bench.fma_peak import Peak
 from bench.peers_report import Goal, judge
 from bench.worker import Lost, Refused, Worker
+from espkernels import backends, models
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Case("small", 16, 16, (1, 1, 2, 3), 1, 6, 5)
@@ -260,6 +262,11 @@ def _row(kind: str, ours: float, others: dict[str, float], floor: float) -> dict
     }
 
 
+def _bounds() -> list[dict[str, Any]]:
+    first = dict(kernel="convolution", calls=2, seconds=3e-5, multiply_adds=1.5e6, bytes=6e4, share=0.75, roof=0.5)
+    return [first, first | {"kernel": "few", "share": 0.05}]
+
+
 @pytest.fixture
 def run() -> dict[str, Any]:
     return {
@@ -269,7 +276,7 @@ def run() -> dict[str, Any]:
         "peaks": [vars(Peak(2, 2e11, "a loop", 1e11))],
         "rows": [
             _row("classification", 1e-3, {"ncnn": 2e-3, "eager": 4e-3}, 2.5e-4),
-            _row("unit", 2e-4, {"ncnn": 1e-4}, 1e-5),
+            _row("unit", 2e-4, {"ncnn": 1e-4}, 1e-5) | {"bounds": _bounds()},
             _row("segmentation", 3e-2, {"ncnn": 6e-2}, 1e-2),
         ],
     }
@@ -290,11 +297,25 @@ def test_rows_are_judged(run: dict[str, Any]) -> None:
     }
 
 
+@pytest.mark.skipif(backends.library is None, reason="the compiled library is not built")
+def test_bounds_add_up_to_the_replayed_kernels() -> None:
+    model = models.espnetv2(0.5).eval()
+    found = bounds(model, torch.randn(2, 3, 64, 64), 1)
+    assert sum(one["share"] for one in found) == pytest.approx(1)
+    assert [one["seconds"] for one in found] == sorted((one["seconds"] for one in found), reverse=True)
+    by_kernel = {one["kernel"]: one for one in found}
+    # No convolution is left out.
+    assert by_kernel["average_pool"]["calls"] == 4
+    assert sum(one["multiply_adds"] for one in found) >= models.count(model, (64, 64)).macs
+
+
 def test_report_shows_losses_and_what_was_not_timed(run: dict[str, Any], tmp_path: Path) -> None:
     text = peers_report.markdown(run, "peers.png")
     assert "200 GFLOP/s by a loop (torch.mm does 100)" in text
     assert "SLOWER than ncnn" in text
     assert "* onnxruntime-relu: off by 3 (s1-224x224-network x1)" in text
+    assert "* s1-224x224-network x2: convolution 75% (2 calls, 30.0 us, 100 GFLOP/s, 2 GB/s, 50% of the roof)" in text
+    assert "few" not in text
     lines = [line for line in text.splitlines() if line.startswith("| s1-")]
     assert len(lines) == 3
     assert "| 1.00 ms contiguous | 4.00 ms way | NOT TIMED |" in lines[0]

@@ -170,7 +170,7 @@ def test_some_gradients_and_none() -> None:
 
 
 @requires_library
-def test_a_row_has_the_same_bits_in_any_batch_and_on_any_threads(isa: str, threads: None) -> None:
+def test_a_row_has_the_same_bits_in_any_larger_batch_and_on_any_threads(isa: str, threads: None) -> None:
     gates, weight, bias, hidden, cell = arguments(9, 60, 40, torch.float32)
     results = []
     for count in (1, 2, 5):

@@ -1,6 +1,8 @@
 // All steps of a recurrent layer, for some rows of the batch at a time: the state of a row stays in the cache from its
 // first step to its last. Multiply-adds: 4 H^2 a row and step; numbers: 4 H read and H written, and 4 H^2 of weights that
 // all rows of a call share. With few rows the weights are what takes the time.
+#include <type_traits>
+
 #include "exponential.h"
 #include "recurrent_rows.h"
 
@@ -9,9 +11,13 @@ namespace {
 
 using Problem = Recurrence;
 
-int64_t shared_bytes(const Problem& p) { return packed_recurrent_bytes(p, p.hidden, kGates * p.hidden); }
+// So few rows and steps that reading the weights as they lie costs less than to pack them first, as in generation.
+bool few(const Problem& p) { return p.steps * p.batch <= 4 && (p.type == Type::float32 || p.type == Type::float64); }
+
+int64_t shared_bytes(const Problem& p) { return few(p) ? 0 : packed_recurrent_bytes(p, p.hidden, kGates * p.hidden); }
 
 void before(const Problem& p, void* shared) {
+  if (few(p)) return;
   with_type(p.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     pack_columns(static_cast<Compute<T>*>(shared), Matrix<T>{static_cast<const T*>(p.weight), 1, p.hidden}, p.hidden,
@@ -66,8 +72,23 @@ void run_rows(const Problem& p, const void* weight, int64_t first, int64_t rows)
   }
   MatrixProduct<C> product = recurrent_product(rows, size, kGates * size, state.hidden, weight, state.sums);
   product.shift = static_cast<const C*>(p.bias);
-  for (int64_t t = 0; t < p.steps; ++t) {
+  // bias + weight h of every row.
+  auto add_up = [&] {
+    if constexpr (std::is_same_v<T, C>) {
+      if (few(p)) {
+        for (int64_t i = 0; i < rows; ++i) {
+          C* sums = state.sums + i * kGates * size;
+          for (int64_t j = 0; j < kGates * size; ++j) sums[j] = product.shift ? product.shift[j] : C(0);
+          add_dots(DotProducts<C>{kGates * size, 1, size, 1, static_cast<const T*>(p.weight), size, 0,
+                                  state.hidden + i * size, 0, 0, sums, 1});
+        }
+        return;
+      }
+    }
     multiply(product);
+  };
+  for (int64_t t = 0; t < p.steps; ++t) {
+    add_up();
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = (t * p.batch + first + i) * size;
       Row<T>{size,
