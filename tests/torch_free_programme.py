@@ -18,13 +18,21 @@ __all__ = ["build", "build_emulation", "compiler", "kernel_flags", "run", "run_e
 ROOT = Path(__file__).resolve().parents[1]
 
 NINJA = """\
+flags = {flags}
+
 rule cxx
-  command = {compiler} {flags} -MD -MF $out.d -x c++ -c $in -o $out
+  command = {compiler} $flags -MD -MF $out.d -x c++ -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
   command = {compiler} {flags} $in -o $out
 """
+
+# Compiled without sanitizers: what it does to know the right results would take longer than the kernels.
+MAIN = "tests/torch_free/main.cpp"
+
+# What tells the tests what the kernels are compiled with.
+SANITIZERS = {"-fsanitize=address,undefined": "-DSANITIZES_MEMORY", "-fsanitize=thread": "-DSANITIZES_THREADS"}
 
 
 @cache
@@ -47,7 +55,7 @@ def build(name: str, compiler: str, isa: str, flags: list[str]) -> Path:
     """The programme for instruction set ``isa``, in build/torch_free/``name``; only what changed is compiled again."""
     table = setup_table()
     all_flags = [*common_flags(), "-Wno-psabi", "-pthread", f"-DESPK_ISA={isa}", *flags]
-    return compile_programme(name, compiler, all_flags, [*table["KERNEL_SOURCES"], "tests/torch_free/main.cpp"])
+    return compile_programme(name, compiler, all_flags, [*table["KERNEL_SOURCES"], MAIN])
 
 
 def build_emulation(compiler: str, flags: list[str]) -> Path:
@@ -66,11 +74,15 @@ def common_flags() -> list[str]:
 def compile_programme(name: str, compiler: str, flags: list[str], sources: list[str]) -> Path:
     folder = ROOT / "build" / "torch_free" / name
     folder.mkdir(parents=True, exist_ok=True)
+    flags = [*flags, *(SANITIZERS[flag] for flag in flags if flag in SANITIZERS)]
+    own_flags = " ".join([*(flag for flag in flags if "sanitize" not in flag and not flag.startswith("-O")), "-O2"])
     text = NINJA.format(compiler=compiler, flags=" ".join(flags))
     objects = []
     for source in sources:
         objects.append(str((folder / Path(source).stem).relative_to(ROOT)) + ".o")
         text += f"build {objects[-1]}: cxx {source}\n"
+        if source == MAIN:
+            text += f"  flags = {own_flags}\n"
     programme = folder / "main"
     text += f"build {programme.relative_to(ROOT)}: link {' '.join(objects)}\n"
     ninja_file = folder / "build.ninja"

@@ -135,7 +135,7 @@ class Buffer {
   }
 
  private:
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SANITIZES_MEMORY)
   static constexpr size_t kGuard = 0;
 #else
   static constexpr size_t kGuard = 256;

@@ -39,9 +39,9 @@ inline void on_three_threads(int64_t units, const Run& run) {
 }
 
 // Each where it can find something: races need threads, and no byte out of bounds needs them.
-#if defined(__SANITIZE_THREAD__)
+#if defined(SANITIZES_THREADS)
 inline constexpr auto kSplits = {on_three_threads};
-#elif defined(__SANITIZE_ADDRESS__)
+#elif defined(SANITIZES_MEMORY)
 inline constexpr auto kSplits = {whole, one_by_one_backwards};
 #else
 inline constexpr auto kSplits = {whole, one_by_one_backwards, on_three_threads};
