@@ -21,9 +21,10 @@ help: ## this list
 
 install: build ## .venv with the pinned dependencies and an editable build
 
-# Two processes of one thread each: most of what a test does is not what torch's threads share.
+# Two processes of one thread each: most of what a test does is not what torch's threads share. A file's tests stay in
+# one of them, with what it builds once.
 test: build ## all tests; make test ARGS="-k pyramid" for some
-	OMP_NUM_THREADS=1 $(IN_VENV) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: build ## verify and time the kernels; table, chart and JSON in bench/results/
 	$(IN_VENV) -m espkernels bench $(ARGS)

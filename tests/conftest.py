@@ -25,15 +25,10 @@ LONG = [
 ]  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes share the tests: long files begin first, and a file stays with what it builds once."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
-    for item in items:
-        alone = item.path.name == LONG[0]  # each builds a programme of its own
-        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.name))
+    """Long files begin first where two processes share them, so that neither waits at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 def instruction_sets() -> list[str]:
