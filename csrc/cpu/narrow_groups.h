@@ -77,7 +77,7 @@ inline void multiply_narrow(const NarrowGroups<C>& n, const MatrixProduct<C>& p,
 // All groups of the product's rows; a, out and the epilogue are those of the first group, b the packed weights.
 template <class C>
 inline void multiply_narrow_groups(const NarrowGroups<C>& n, const MatrixProduct<C>& whole) {
-  constexpr int N = kLanes<C>, P = 8;
+  constexpr int N = kLanes<C>, P = kRegisters == 32 ? 8 : 4;
   const Index<C>* places = reinterpret_cast<const Index<C>*>(whole.b + n.sets() * n.in * N);
   for (int64_t set = 0; set < n.sets(); ++set) {
     const int64_t groups = least(n.together, n.groups - set * n.together), channel = set * n.together * n.out;

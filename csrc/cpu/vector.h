@@ -270,7 +270,7 @@ inline V in_turn(V a, V b, std::index_sequence<I...>) {
 template <class C>
 using Index = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
 
-// Lane i of the result is lane places[i] of `low` followed by `high`: one instruction where kHasPick says so.
+// Lane i of the result is lane places[i] of `low` followed by `high`: a few instructions where kHasPick says so.
 #if defined(__AVX512F__)
 template <class C>
 constexpr bool kHasPick = true;
@@ -285,12 +285,26 @@ inline Vector<C, kLanes<C>> pick(Vector<C, kLanes<C>> low, Vector<C, kLanes<C>> 
   }
 }
 #else
+#if defined(__AVX2__)
+template <class C>
+constexpr bool kHasPick = sizeof(C) == 4;
+#else
 template <class C>
 constexpr bool kHasPick = false;
+#endif
 
 template <class C>
 inline Vector<C, kLanes<C>> pick(Vector<C, kLanes<C>> low, Vector<C, kLanes<C>> high, const Index<C>* places) {
   constexpr int N = kLanes<C>;
+#if defined(__AVX2__)
+  if constexpr (sizeof(C) == 4) {
+    // Each takes the lane that the lowest three bits name; the fourth, moved to the sign, says of which vector.
+    const __m256i at = _mm256_loadu_si256((const __m256i*)places);
+    const __m256 of_low = _mm256_permutevar8x32_ps((__m256)low, at);
+    const __m256 of_high = _mm256_permutevar8x32_ps((__m256)high, at);
+    return (Vector<C, N>)_mm256_blendv_ps(of_low, of_high, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
+  }
+#endif
   C both[2 * N];
   store<N>(both, low);
   store<N>(both + N, high);
