@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import cast
 
 from espkernels import freeze
-from espkernels.commands.segment import jobs_of
+from espkernels.commands.photographs import Photographs
 
 __all__ = ["add_arguments", "run"]
 
@@ -28,30 +27,17 @@ def run(args: argparse.Namespace) -> int:
     from espkernels.models import classify
     from espkernels.models.recipes import engine
     from espkernels.models.recipes.classification import Classification
-    from espkernels.models.segment import read_image
 
     try:
-        from tqdm import tqdm
-
-        jobs = jobs_of(args.images, args.output)
-        task, network = engine.trained(args.folder)
-        if task.name != Classification.name:
-            raise ValueError(f"run: {args.folder} is of {task.name}, not of {Classification.name}")
-        task = cast(Classification, task)
+        photographs = Photographs("classify", args.images, args.output)
+        task, network = engine.trained_as(Classification, args.folder)
         frozen = freeze(network)
-        failed = 0
-        for source, target in tqdm(jobs, desc="classify", unit="image", disable=len(jobs) == 1):
-            try:
-                image = read_image(source)
-            except ValueError as error:
-                tqdm.write(f"classify: {error}", file=sys.stderr)
-                failed += 1
-                continue
+        for source, target, image in photographs:
             guesses = classify.classify(frozen, task.prepared(image), task.labels)
             classify.draw_guesses(image, guesses, target)
             lines = [f"  {guess.label:<20}{100 * guess.probability:6.1f} %" for guess in guesses]
-            tqdm.write("\n".join([f"{source} -> {target}", *lines]))
+            photographs.say("\n".join([f"{source} -> {target}", *lines]))
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"classify: {error}", file=sys.stderr)
         return 2
-    return 1 if failed else 0
+    return 1 if photographs.failed else 0

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 
 from espkernels import freeze
-from espkernels.commands.segment import jobs_of
+from espkernels.commands.photographs import Photographs
 
 __all__ = ["add_arguments", "run"]
 
@@ -30,25 +30,14 @@ def run(args: argparse.Namespace) -> int:
     from espkernels.models.draw_detections import draw_detections
     from espkernels.models.recipes import engine
     from espkernels.models.recipes.detection import Detection
-    from espkernels.models.segment import preprocess, read_image, save
+    from espkernels.models.segment import preprocess, save
 
     try:
-        from tqdm import tqdm
-
-        jobs = jobs_of(args.images, args.output)
-        task, network = engine.trained(args.folder)
-        if task.name != Detection.name:
-            raise ValueError(f"run: {args.folder} is of {task.name}, not of {Detection.name}")
-        task = cast(Detection, task)
+        photographs = Photographs("detect", args.images, args.output)
+        task, network = engine.trained_as(Detection, args.folder)
         detector = cast(ESPNetv2Detection, freeze(network))
-        size, failed = (task.image_size, task.image_size), 0
-        for source, target in tqdm(jobs, desc="detect", unit="image", disable=len(jobs) == 1):
-            try:
-                image = read_image(source)
-            except ValueError as error:
-                tqdm.write(f"detect: {error}", file=sys.stderr)
-                failed += 1
-                continue
+        size = (task.image_size, task.image_size)
+        for source, target, image in photographs:
             with torch.no_grad():
                 (found,) = detector.detect(
                     preprocess(image, size), [(image.height, image.width)], least_score=args.least_score
@@ -58,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
             for i in found.scores.argsort(descending=True).tolist():
                 sides = " ".join(f"{side:.0f}" for side in found.boxes[i].tolist())
                 lines.append(f"  {task.labels[int(found.labels[i]) - 1]:<14}{100 * found.scores[i]:5.1f} %  {sides}")
-            tqdm.write("\n".join(lines))
+            photographs.say("\n".join(lines))
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"detect: {error}", file=sys.stderr)
         return 2
-    return 1 if failed else 0
+    return 1 if photographs.failed else 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import cast
 
 __all__ = ["add_arguments", "run"]
 
@@ -27,10 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from espkernels.models.recipes.language import Language
 
     try:
-        task, network = engine.trained(args.folder)
-        if task.name != Language.name:
-            raise ValueError(f"run: {args.folder} is of {task.name}, not of {Language.name}")
-        task = cast(Language, task)
+        task, network = engine.trained_as(Language, args.folder)
         tokens = tokens_of(args.prompt, task.characters)
         if not task.characters:
             tokens = tokens[:-1] or [END_OF_LINE]  # the prompt's line goes on

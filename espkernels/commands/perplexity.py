@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -24,10 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from espkernels.models.recipes.language import Language, perplexity
 
     try:
-        task, network = engine.trained(args.folder)
-        if task.name != Language.name:
-            raise ValueError(f"run: {args.folder} is of {task.name}, not of {Language.name}")
-        task = cast(Language, task)
+        task, network = engine.trained_as(Language, args.folder)
         tokens = task.vocabulary.encode(tokens_of(args.text.read_text(encoding="utf-8"), task.characters))
         value = perplexity(network, columns(tokens, 1), task.steps, torch.device("cpu"))
     except (ImportError, OSError, RuntimeError, ValueError) as error:

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from espkernels import backends, freeze
+from espkernels.commands.photographs import Photographs
 from espkernels.models import ESPNetv2Segmentation, classes, load
 from espkernels.models import segment as segmenting
 
-ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CLASS_SETS = {"cityscapes": classes.CITYSCAPES, "voc": classes.VOC}
 
-__all__ = ["add_arguments", "jobs_of", "run"]
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def _scale(text: str) -> float | None:
 def run(args: argparse.Namespace) -> int:
     """0 when every image was segmented, 1 when one was not, 2 when nothing could begin."""
     try:
-        jobs = jobs_of(args.images, args.output)
+        photographs = Photographs("segment", args.images, args.output)
         if args.threads is not None:
             if args.threads < 1:
                 raise ValueError(f"--threads: got {args.threads}, expected at least 1")
@@ -67,11 +67,11 @@ def run(args: argparse.Namespace) -> int:
         class_set = _class_set(args.classes, count)
         size = _size(args.size, args.weights, count)
         with backends.use_backend(args.backend) if args.backend else nullcontext():
-            failed = _segment_all(freeze(model), jobs, size, class_set)
+            _segment_all(freeze(model), photographs, size, class_set)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"segment: {error}", file=sys.stderr)
         return 2
-    return 1 if failed else 0
+    return 1 if photographs.failed else 0
 
 
 def _outputs(model: nn.Module, weights: Path) -> int:
@@ -101,49 +101,14 @@ def _size(given: list[int] | None, weights: Path, count: int) -> tuple[int, int]
     return (512, 1024) if count in (19, 20) else (384, 384)
 
 
-def jobs_of(source: Path, output: Path) -> list[tuple[Path, Path]]:
-    """Every image with the file its overlay goes to."""
-    if not source.exists():
-        raise ValueError(f"IMAGE: there is no {source}")
-    if not source.is_dir():
-        if output.is_dir():
-            output = output / f"{source.stem}.png"
-        if output.suffix.lower() not in ENDINGS:
-            raise ValueError(f"--output: {output} has no ending of an image format, such as .png")
-        if output.resolve() == source.resolve():
-            raise ValueError(f"--output: {output} is the photograph itself")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return [(source, output)]
-    if output.resolve() == source.resolve():
-        raise ValueError("--output: it is the folder of the photographs; name another")
-    images = sorted(path for path in source.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
-    if not images:
-        raise ValueError(f"IMAGE: the folder {source} holds no images ({', '.join(ENDINGS)})")
-    output.mkdir(parents=True, exist_ok=True)
-    stems = [path.stem for path in images]
-    return [(path, output / f"{path.stem if stems.count(path.stem) == 1 else path.name}.png") for path in images]
-
-
 def _segment_all(
-    model: nn.Module, jobs: list[tuple[Path, Path]], size: tuple[int, int], class_set: classes.ClassSet
-) -> int:
-    """Segment each image and say what is in it; returns the number of those that failed."""
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("the progress bar needs tqdm: pip install 'espkernels[images]'") from error
-    failed = 0
-    for source, target in tqdm(jobs, desc="segment", unit="image", disable=len(jobs) == 1):
-        try:
-            photo = segmenting.read_image(source)
-        except ValueError as error:
-            tqdm.write(f"segment: {error}", file=sys.stderr)
-            failed += 1
-            continue
+    model: nn.Module, photographs: Photographs, size: tuple[int, int], class_set: classes.ClassSet
+) -> None:
+    """Segments each image and says what is in it."""
+    for source, target, photo in photographs:
         result = segmenting.segment(model, photo, size, class_set)
         segmenting.save(segmenting.overlay(photo, result), target)
-        tqdm.write(_summary(source, target, size, result))
-    return failed
+        photographs.say(_summary(source, target, size, result))
 
 
 def _summary(source: Path, target: Path, size: tuple[int, int], result: segmenting.Segmentation) -> str:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -24,9 +24,11 @@ from espkernels.models.recipes.run_folder import RunFolder
 from espkernels.models.recipes.seeds import seed_everything
 from espkernels.models.recipes.task import Share, Task, task_class
 
-__all__ = ["Settings", "progress_bar", "said", "scores", "train", "trained"]
+__all__ = ["Settings", "progress_bar", "said", "scores", "train", "trained", "trained_as"]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+T = TypeVar("T", bound=Task)
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -237,6 +239,14 @@ def trained(path: Path) -> tuple[Task, nn.Module]:
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"run: {folder.best} does not fit the task: {str(error).splitlines()[0]}") from error
     return task, network.eval()
+
+
+def trained_as(kind: type[T], path: Path) -> tuple[T, nn.Module]:
+    """:func:`trained` for a run of the task ``kind``; ValueError for one of another task."""
+    task, network = trained(path)
+    if not isinstance(task, kind):
+        raise ValueError(f"run: {path} is of {task.name}, not of {kind.name}")
+    return task, network
 
 
 def progress_bar(batches: Iterable[Any], description: str) -> Iterable[Any]:
