@@ -29,15 +29,7 @@ def voc_segmentation(root: Path, part: str, size: tuple[int, int], zoom: tuple[f
     extra = root / "SegmentationClassAug"
     is_extra = part == "train" and extra.is_dir() and (lists / "train_aug.txt").is_file()
     maps, names = (extra, lists / "train_aug.txt") if is_extra else (root / "SegmentationClass", lists / f"{part}.txt")
-    if not names.is_file():
-        raise FileNotFoundError(f"data: there is no {names}. {HOW_TO_GET}")
-    files = []
-    for name in names.read_text().split():
-        pair = root / "JPEGImages" / f"{name}.jpg", maps / f"{name}.png"
-        for path in pair:
-            if not path.is_file():
-                raise FileNotFoundError(f"data: there is no {path}, which {names} lists. {HOW_TO_GET}")
-        files.append(pair)
+    files = _pairs(root, names, maps, ".png")
     if not files:
         raise ValueError(f"data: {names} lists no image")
     return LabelMaps(files, size, zoom, _as_they_are)
@@ -47,22 +39,26 @@ def _as_they_are(numbers: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return numbers
 
 
+def _pairs(root: Path, names: Path, folder: Path, ending: str) -> list[tuple[Path, Path]]:
+    """Each image of the list ``names`` and the file in ``folder`` that belongs to it, all of which are there."""
+    if not names.is_file():
+        raise FileNotFoundError(f"data: there is no {names}. {HOW_TO_GET}")
+    pairs = [(root / "JPEGImages" / f"{name}.jpg", folder / f"{name}{ending}") for name in names.read_text().split()]
+    for path in (path for pair in pairs for path in pair):
+        if not path.is_file():
+            raise FileNotFoundError(f"data: there is no {path}, which {names} lists. {HOW_TO_GET}")
+    return pairs
+
+
 def voc_detection(root: Path, lists: Sequence[str]) -> list[Scene]:
     """The images of ``lists``, such as "trainval", with their objects, from the folder with Annotations in it.
 
     Raises FileNotFoundError for a missing file and ValueError for an annotation that is damaged.
     """
-    scenes = []
+    scenes: list[Scene] = []
     for part in lists:
         names = root / "ImageSets" / "Main" / f"{part}.txt"
-        if not names.is_file():
-            raise FileNotFoundError(f"data: there is no {names}. {HOW_TO_GET}")
-        for name in names.read_text().split():
-            image, annotation = root / "JPEGImages" / f"{name}.jpg", root / "Annotations" / f"{name}.xml"
-            for path in (image, annotation):
-                if not path.is_file():
-                    raise FileNotFoundError(f"data: there is no {path}, which {names} lists. {HOW_TO_GET}")
-            scenes.append(_scene(image, annotation))
+        scenes += [_scene(*pair) for pair in _pairs(root, names, root / "Annotations", ".xml")]
     if not scenes:
         raise ValueError(f"data: the lists {', '.join(lists)} of {root} name no image")
     return scenes

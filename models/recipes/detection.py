@@ -76,7 +76,7 @@ class Detection(Task):
         self.dataset, self.data, self.year, self.scale = dataset, Path(data), year, scale
         self.image_size, self.batch, self.rate, self.configuration = image_size, batch, rate, configuration
         self.start, self.workers, self.seed, self.plain = start, workers, seed, plain
-        self.labels = list(self._scenes("val")[1] if labels is None else labels)
+        self.labels = list(self._scored[1] if labels is None else labels)
 
     def _scenes(self, part: str) -> tuple[list[Scene], list[str]]:
         """The scenes of "train" or "val" and the names of the classes from 1 on."""
@@ -87,6 +87,10 @@ class Detection(Task):
             return voc_detection(self.data / "VOC2007", ["test"]), names
         there = [year for year in YEARS if year == YEARS[0] or (self.data / f"VOC{year}").is_dir()]
         return [scene for year in there for scene in voc_detection(self.data / f"VOC{year}", ["trainval"])], names
+
+    @functools.cached_property
+    def _scored(self) -> tuple[list[Scene], list[str]]:
+        return self._scenes("val")
 
     @functools.cached_property
     def priors(self) -> Tensor:
@@ -101,7 +105,7 @@ class Detection(Task):
     @functools.cached_property
     def validation(self) -> Objects:
         """The images that are scored."""
-        return Objects(self._scenes("val")[0], self.image_size, self.priors)
+        return Objects(self._scored[0], self.image_size, self.priors)
 
     def check(self) -> None:
         _ = self.training, self.validation
