@@ -11,7 +11,7 @@ from torch.library import register_autograd, register_fake
 from espkernels import backends, checks, reference
 
 if backends.library is not None:
-    from espkernels.registration import register_autocast
+    from espkernels.registration import register_autocast, without_second_derivative
 
 __all__ = ["recurrence"]
 
@@ -96,16 +96,9 @@ def _backward(ctx: Any, grad: Tensor | None, grad_cell: Tensor | None, *_: Any) 
     return grad_gates, grad_weight, grad_bias, grad_hidden, grad_first_cell, None
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
-    raise RuntimeError(
-        "espkernels::recurrence has no second derivative: a gradient of its gradient was asked for. Without its "
-        "kernels (espkernels.use_backend('reference')) it has one"
-    )
-
-
 if backends.library is not None:
     register_fake("espkernels::recurrence", _fake)
     register_fake("espkernels::recurrence_backward", _fake_backward)
     register_autograd("espkernels::recurrence", _backward, setup_context=_save)
-    register_autograd("espkernels::recurrence_backward", _no_second_derivative)
+    register_autograd("espkernels::recurrence_backward", without_second_derivative("recurrence", "it has one"))
     register_autocast("recurrence", "cpu", (0, 1, 3, 4))

@@ -198,6 +198,18 @@ for _name, _backward, _save in (
     register_autograd(f"espkernels::{_name}", _backward, setup_context=_save)
 
 
+def without_second_derivative(operator: str, instead: str) -> Callable[..., Any]:
+    """The gradient of an operator's gradient where there is none: an error that says what to do ``instead``."""
+
+    def refuse(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"espkernels::{operator} has no second derivative: a gradient of its gradient was asked for. Without its "
+            f"kernels (espkernels.use_backend('reference')) {instead}"
+        )
+
+    return refuse
+
+
 # --- autocast: like torch's own convolutions, in the lower precision --------------------------------------------------
 
 _autocast = Library("espkernels", "IMPL")

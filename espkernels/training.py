@@ -16,7 +16,7 @@ from espkernels import backends
 from espkernels.layout import out_size
 
 if backends.library is not None:
-    from espkernels.registration import register_autocast
+    from espkernels.registration import register_autocast, without_second_derivative
 
 __all__ = ["eesp_training"]
 
@@ -140,16 +140,12 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return tuple(gradients)
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
-    raise RuntimeError(
-        "espkernels::eesp_training has no second derivative: a gradient of its gradient was asked for. Without its "
-        "kernels (espkernels.use_backend('reference')) the unit runs layer by layer and has one"
-    )
-
-
 if backends.library is not None:
     register_fake("espkernels::eesp_training", _fake_training)
     register_fake("espkernels::eesp_training_backward", _fake_training_backward)
     register_autograd("espkernels::eesp_training", _backward, setup_context=_save)
-    register_autograd("espkernels::eesp_training_backward", _no_second_derivative)
+    register_autograd(
+        "espkernels::eesp_training_backward",
+        without_second_derivative("eesp_training", "the unit runs layer by layer and has one"),
+    )
     register_autocast("eesp_training", "cpu", (0, 1, 3, 5))

@@ -48,6 +48,16 @@ void check_recurrent(const char* what, const espk::Kernel<Problem>& kernel, Prob
   }
 }
 
+template <class Problem>
+Problem described(const RecurrentCase& s, Type type) {
+  Problem p{};
+  p.type = type;
+  p.steps = s.steps;
+  p.batch = s.batch;
+  p.hidden = s.hidden;
+  return p;
+}
+
 inline double squashed(double x) { return 1 / (1 + std::exp(-x)); }
 
 inline void check_recurrence(Type type, const RecurrentCase& s) {
@@ -106,11 +116,7 @@ inline void check_recurrence(Type type, const RecurrentCase& s) {
   const Buffer gates_buffer(type, plain, gates), weight_buffer(type, plain, weight),
       shift_buffer(compute, plain, shift);
   const Buffer hidden_buffer(type, plain, hidden), cell_buffer(type, plain, cell);
-  espk::Recurrence forward{};
-  forward.type = type;
-  forward.steps = T;
-  forward.batch = B;
-  forward.hidden = H;
+  auto forward = described<espk::Recurrence>(s, type);
   forward.gates = gates_buffer.data();
   forward.weight = weight_buffer.data();
   forward.bias = shift_buffer.data();
@@ -122,11 +128,7 @@ inline void check_recurrence(Type type, const RecurrentCase& s) {
 
   const Buffer grad_buffer(type, plain, grad), last_buffer(type, plain, grad_last);
   const Buffer activated_buffer(type, plain, activated), cells_buffer(type, plain, cells);
-  espk::RecurrenceBackward backward{};
-  backward.type = type;
-  backward.steps = T;
-  backward.batch = B;
-  backward.hidden = H;
+  auto backward = described<espk::RecurrenceBackward>(s, type);
   backward.grad = grad_buffer.data();
   backward.grad_last_cell = last_buffer.data();
   backward.activated = activated_buffer.data();
