@@ -6,7 +6,7 @@ batch norm, runs only when the modules are called, so such a unit stays with its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +45,8 @@ class Unit(Protocol):
 
     def layers(self) -> UnitLayers: ...
 
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
     def pyramid_weight(self) -> Tensor:
         """The weights of the branches, [K, d, 3, 3]."""
 
@@ -72,9 +74,9 @@ def _takes_batch(norm: Norm) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def wanted(unit: nn.Module, x: Tensor) -> bool:
+def wanted(unit: Unit, x: Tensor) -> bool:
     """Whether the unit is in training: a norm takes the statistics of the batch, or a gradient is wanted."""
-    return any(type(part) in NORMS and part.training for part in unit.modules()) or (
+    return any(norm.training for norm in unit.layers().norms) or (
         torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in unit.parameters()))
     )
 
