@@ -64,6 +64,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/resized_argmax.cpp",
     "csrc/cpu/affine.cpp",
     "csrc/cpu/change_layout.cpp",
+    "csrc/cpu/concatenate.cpp",
     "csrc/cpu/normalised_pointwise.cpp",
     "csrc/cpu/normalised_pointwise_backward.cpp",
     "csrc/cpu/normalised_pyramid_backward.cpp",

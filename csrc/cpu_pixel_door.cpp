@@ -1,4 +1,5 @@
-// Where torch ends on the CPU for what inference does to the pixels of a map: affine and PReLU, layout, the largest channel.
+// Where torch ends on the CPU for what inference does to the pixels of a map: affine and PReLU, layout, concatenation, the
+// largest channel.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu_launch.h"
@@ -42,6 +43,46 @@ Tensor change_layout(const Tensor& x, bool channels_last) {
   return out;
 }
 
+Tensor concatenate(const std::vector<Tensor>& maps, int64_t dim) {
+  STD_TORCH_CHECK(!maps.empty(), "maps: expected at least one");
+  const Tensor& first = maps[0];
+  const int64_t dims = first.dim();
+  STD_TORCH_CHECK(dim >= 0 && dim < dims, "dim: expected one of the maps' ", dims);
+  const bool pixels = dims == 4 && dim == 1;
+  std::vector<int64_t> sizes(first.sizes().begin(), first.sizes().end());
+  sizes[dim] = 0;
+  for (const Tensor& map : maps) {
+    check_same_type(first, map);
+    STD_TORCH_CHECK(map.dim() == dims, "maps: expected one number of dimensions");
+    for (int64_t i = 0; i < dims; ++i) {
+      STD_TORCH_CHECK(i == dim || map.size(i) == sizes[i], "maps: expected equal sizes but in dimension ", dim);
+    }
+    sizes[dim] += map.size(dim);
+  }
+  // A row is what lies together of one map: the channels of a pixel, or all dimensions from `dim` on.
+  int64_t rows = 1, inner = 1;
+  for (int64_t i = 0; i < dims; ++i) {
+    if (i != dim) (pixels || i < dim ? rows : inner) *= sizes[i];
+  }
+  const MemoryFormat format = format_of(pixels ? Layout::channels_last : Layout::contiguous);
+  Tensor out = torch::stable::empty(sizes, first.scalar_type(), std::nullopt, first.device(), std::nullopt, format);
+  Concatenate p{};
+  p.type = type_of(first);
+  p.rows = rows;
+  p.out_row = sizes[dim] * inner;
+  record_output(out, out.numel() * bytes_of(p.type));
+  char* begin = static_cast<char*>(out.mutable_data_ptr());
+  for (const Tensor& map : maps) {
+    const Tensor dense = pixels ? dense_map(map, Layout::channels_last) : dense_weight(map);
+    p.row = map.size(dim) * inner;
+    p.x = dense.const_data_ptr();
+    p.out = begin;
+    launch("concatenate", kernels().concatenate, p);
+    begin += p.row * bytes_of(p.type);
+  }
+  return out;
+}
+
 Tensor resized_argmax(const Tensor& x, int64_t height, int64_t width, bool wide) {
   check_map(x, "x");
   STD_TORCH_CHECK(height >= 1 && width >= 1, "height, width: expected at least 1");
@@ -73,5 +114,6 @@ STABLE_TORCH_LIBRARY_IMPL(espkernels, CPU, m) {
   using namespace espk;
   m.impl("affine", TORCH_BOX(&affine));
   m.impl("change_layout", TORCH_BOX(&change_layout));
+  m.impl("concatenate", TORCH_BOX(&concatenate));
   m.impl("resized_argmax", TORCH_BOX(&resized_argmax));
 }

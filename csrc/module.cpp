@@ -38,14 +38,25 @@ void drop_recording() {
   espk::recording() = nullptr;
 }
 
-std::unique_ptr<espk::Plan> end_recording(uintptr_t result, int64_t bytes) {
+using Addresses = std::vector<uintptr_t>;
+
+std::unique_ptr<espk::Plan> end_recording(const std::vector<std::pair<uintptr_t, int64_t>>& results) {
   const std::unique_ptr<espk::Recording> record(espk::recording());
   espk::recording() = nullptr;
   if (!record) throw std::runtime_error("this thread is not recording");
   std::string refusal;
-  std::unique_ptr<espk::Plan> plan = record->finish(reinterpret_cast<const void*>(result), bytes, refusal);
+  std::vector<espk::Recording::Range> ranges;
+  for (const auto& [address, bytes] : results) ranges.push_back({reinterpret_cast<const void*>(address), bytes});
+  std::unique_ptr<espk::Plan> plan = record->finish(ranges, refusal);
   if (!plan) throw py::value_error(refusal);
   return plan;
+}
+
+std::vector<char*> memory_of(const espk::Plan& plan, const Addresses& outputs) {
+  if (outputs.size() != plan.output_bytes.size()) throw py::value_error("outputs: expected one address a result");
+  std::vector<char*> memory;
+  for (uintptr_t address : outputs) memory.push_back(reinterpret_cast<char*>(address));
+  return memory;
 }
 
 py::dict build_info() {
@@ -73,7 +84,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "recorded_steps", [] { return espk::recording() ? espk::recording()->steps() : 0; },
       "How many kernel calls this thread has recorded so far.");
-  m.def("end_recording", end_recording, "The plan; address and bytes of the result. ValueError where there is none.");
+  m.def("end_recording", end_recording, "The plan; address and bytes of each result. ValueError where there is none.");
   m.def("drop_recording", drop_recording, "Ends a recording, if there is one, and forgets it.");
   py::class_<espk::Plan>(m, "Plan", "The kernel calls of a recorded forward pass.")
       .def_readonly("input_bytes", &espk::Plan::input_bytes)
@@ -83,16 +94,18 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("buffer_bytes", &espk::Plan::buffer_bytes)
       .def(
           "run",
-          [](const espk::Plan& plan, uintptr_t input, uintptr_t output, int64_t images) {
-            plan.run(reinterpret_cast<const char*>(input), reinterpret_cast<char*>(output), images);
+          [](const espk::Plan& plan, uintptr_t input, const Addresses& outputs, int64_t images) {
+            const std::vector<char*> memory = memory_of(plan, outputs);
+            const py::gil_scoped_release release;
+            plan.run(reinterpret_cast<const char*>(input), memory, images);
           },
-          py::call_guard<py::gil_scoped_release>(), "Replays on `images` inputs at an address, into an address.")
+          "Replays on `images` inputs at an address, into the addresses of the outputs.")
       .def_property("cuts", &espk::Plan::cuts, &espk::Plan::set_cuts,
                     "For how many times the threads each step is cut; 0 where there is no choice.")
       .def(
           "profile",
-          [](const espk::Plan& plan, uintptr_t input, uintptr_t output, int64_t rounds) {
-            return plan.profile(reinterpret_cast<const char*>(input), reinterpret_cast<char*>(output), rounds);
+          [](const espk::Plan& plan, uintptr_t input, const Addresses& outputs, int64_t rounds) {
+            return plan.profile(reinterpret_cast<const char*>(input), memory_of(plan, outputs), rounds);
           },
           "Median seconds of each step on one input.")
       .def(

@@ -104,6 +104,8 @@ ESPK_LIBRARY(ESPK_NAMESPACE, m) {
   m.def("affine(Tensor x, Tensor? scale, Tensor? shift, Tensor? residual, Tensor? slope) -> Tensor");
   // x [B, C, H, W] copied to channels_last, or to contiguous
   m.def("change_layout(Tensor x, bool channels_last) -> Tensor");
+  // torch.cat; maps with 4 dimensions along the channels to channels_last, all others to contiguous
+  m.def("concatenate(Tensor[] maps, int dim) -> Tensor");
   // Bilinear, corners aligned: x [B, C, H, W] -> the channel of the largest number of each pixel [B, height, width]; int64
   // where `wide` or C is above 256, else uint8
   m.def("resized_argmax(Tensor x, SymInt height, SymInt width, bool wide=False) -> Tensor");

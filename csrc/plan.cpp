@@ -74,48 +74,56 @@ Place Recording::find(const void* pointer, MapBytes bytes, Step& step) {
   return {-1, 0};
 }
 
-// A step counts where its result is the plan's or is read by a step that counts. A merge of several of torch's operations
+// A step counts where what it writes is a result of the plan or is read by a step that counts. A merge of several of torch's operations
 // into one kernel leaves behind the kernel that had run for the first of them.
-void Recording::drop_unread(int64_t result, std::vector<int64_t>& kept) {
+void Recording::drop_unread(Plan& plan) {
   std::vector<bool> read(ranges_.size(), false);
-  read[static_cast<std::size_t>(result)] = true;
-  std::vector<std::unique_ptr<Step>> steps;
+  for (std::size_t result : plan.results_) read[result] = true;
+  std::vector<std::unique_ptr<Step>>& steps = plan.steps;
   for (std::size_t s = steps_.size(); s-- > 0;) {
     const std::vector<int64_t>& touches = steps_[s]->touches;
     if (!read[static_cast<std::size_t>(touches.back())]) continue;
     for (int64_t buffer : touches) read[static_cast<std::size_t>(buffer)] = true;
     steps.push_back(std::move(steps_[s]));
-    kept.push_back(static_cast<int64_t>(s));
+    plan.recorded_as.push_back(static_cast<int64_t>(s));
   }
   std::reverse(steps.begin(), steps.end());
-  std::reverse(kept.begin(), kept.end());
-  steps_ = std::move(steps);
+  std::reverse(plan.recorded_as.begin(), plan.recorded_as.end());
 }
 
-std::unique_ptr<Plan> Recording::finish(const void* result, int64_t bytes, std::string& refusal) {
+std::unique_ptr<Plan> Recording::finish(const std::vector<Range>& results, std::string& refusal) {
   auto plan = std::make_unique<Plan>();
-  for (std::size_t i = 1; i < ranges_.size(); ++i) {
-    if (ranges_[i].data == result && ranges_[i].bytes == bytes) plan->result_ = static_cast<int64_t>(i);
+  for (const Range& result : results) {
+    std::size_t found = 0;
+    for (std::size_t i = 1; i < ranges_.size(); ++i) {
+      if (ranges_[i].data == result.data && ranges_[i].bytes == result.bytes) found = i;
+    }
+    if (found == 0) refuse("the result is not a map that a kernel of this library wrote");
+    if (std::count(plan->results_.begin(), plan->results_.end(), found)) refuse("two results are one map");
+    plan->results_.push_back(found);
+    plan->output_bytes.push_back(result.bytes);
   }
-  if (plan->result_ == 0) refuse("the result is not a map that a kernel of this library wrote");
   if (!refusal_.empty()) {
     refusal = refusal_;
     return nullptr;
   }
-  drop_unread(plan->result_, plan->recorded_as);
+  drop_unread(*plan);
+  const std::vector<std::unique_ptr<Step>>& steps = plan->steps;
   // First and last step that touches each buffer. A buffer is written before it is read: each belongs to one call.
   std::vector<int64_t> last(ranges_.size(), -1);
-  for (std::size_t s = 0; s < steps_.size(); ++s) {
-    for (int64_t buffer : steps_[s]->touches) last[static_cast<std::size_t>(buffer)] = static_cast<int64_t>(s);
+  for (std::size_t s = 0; s < steps.size(); ++s) {
+    for (int64_t buffer : steps[s]->touches) last[static_cast<std::size_t>(buffer)] = static_cast<int64_t>(s);
   }
   plan->offsets_.assign(ranges_.size(), -1);
+  std::vector<bool> given(ranges_.size(), false);  // the input and the outputs have memory of the caller's
+  given[0] = true;
+  for (std::size_t result : plan->results_) given[result] = true;
   Floorplan floorplan;
-  for (std::size_t s = 0; s < steps_.size(); ++s) {
-    for (int64_t buffer : steps_[s]->touches) {
-      int64_t& offset = plan->offsets_[static_cast<std::size_t>(buffer)];
-      if (buffer != 0 && buffer != plan->result_ && offset < 0) {
-        offset = floorplan.take(aligned(ranges_[static_cast<std::size_t>(buffer)].bytes));
-      }
+  for (std::size_t s = 0; s < steps.size(); ++s) {
+    for (int64_t touched : steps[s]->touches) {
+      const auto buffer = static_cast<std::size_t>(touched);
+      int64_t& offset = plan->offsets_[buffer];
+      if (!given[buffer] && offset < 0) offset = floorplan.take(aligned(ranges_[buffer].bytes));
     }
     for (std::size_t buffer = 1; buffer < ranges_.size(); ++buffer) {
       if (last[buffer] == static_cast<int64_t>(s) && plan->offsets_[buffer] >= 0) {
@@ -125,30 +133,28 @@ std::unique_ptr<Plan> Recording::finish(const void* result, int64_t bytes, std::
   }
   for (const Range& range : ranges_) plan->buffer_bytes.push_back(range.bytes);
   plan->input_bytes = input_bytes_;
-  plan->output_bytes = bytes;
   plan->arena_bytes = floorplan.size();
-  plan->steps = std::move(steps_);
   return plan;
 }
 
-std::vector<char*> Plan::buffers(const char* input, char* output, char* arena) const {
+std::vector<char*> Plan::buffers(const char* input, const std::vector<char*>& outputs, int64_t image,
+                                 char* arena) const {
   std::vector<char*> begins(offsets_.size());
   for (std::size_t i = 0; i < offsets_.size(); ++i) begins[i] = arena + std::max<int64_t>(offsets_[i], 0);
-  begins[0] = const_cast<char*>(input);  // steps only read it
-  begins[static_cast<std::size_t>(result_)] = output;
+  begins[0] = const_cast<char*>(input) + image * input_bytes;  // steps only read it
+  for (std::size_t r = 0; r < results_.size(); ++r) begins[results_[r]] = outputs[r] + image * output_bytes[r];
   return begins;
 }
 
-void Plan::run_alone(const char* input, char* output, char* arena) const {
-  const std::vector<char*> begins = buffers(input, output, arena);
-  for (const auto& step : steps) step->run(begins.data(), 1, 0, step->units(1));
+void Plan::run_alone(const std::vector<char*>& buffers) const {
+  for (const auto& step : steps) step->run(buffers.data(), 1, 0, step->units(1));
 }
 
 // All threads go through the steps side by side. Each takes the units of its own share first, so that what it wrote in one
 // step is in its cache for the next, then what is left of the others'; a step ends when all its units are done, not when
 // all threads have come: one that the pool starts late, or never, is not waited for. A step costs two waits on a cache
 // line, where going back to the pool after each costs several microseconds.
-void Plan::run_together(const char* input, char* output, char* arena, int64_t threads, double* seconds) const {
+void Plan::run_together(const std::vector<char*>& buffers, int64_t threads, double* seconds) const {
   struct alignas(kAlign) Share {
     std::atomic<int64_t> next{0};
   };
@@ -157,7 +163,6 @@ void Plan::run_together(const char* input, char* output, char* arena, int64_t th
     std::atomic<int64_t> done{0};
     int64_t units = 0;
   };
-  const std::vector<char*> begins = buffers(input, output, arena);
   std::vector<Progress> progress(steps.size());
   for (std::size_t s = 0; s < steps.size(); ++s) {
     progress[s].units = steps[s]->units(threads);
@@ -176,7 +181,7 @@ void Plan::run_together(const char* input, char* output, char* arena, int64_t th
           const int64_t from = first + next.fetch_add(few, std::memory_order_relaxed);
           if (from >= end) break;
           const int64_t to = std::min(from + few, end);
-          steps[s]->run(begins.data(), threads, from, to);
+          steps[s]->run(buffers.data(), threads, from, to);
           // Ahead of the last unit's count, and by whichever thread did it: thread 0 may come when all is done.
           const auto time = seconds ? std::chrono::steady_clock::now() : start;
           const int64_t before = now.done.fetch_add(to - from, std::memory_order_release);
@@ -215,12 +220,12 @@ void Plan::give_back(Bytes arena) const {
 
 // With as many images as threads each thread takes its images through all steps, one after the other, so that the maps of
 // an image stay in its thread's cache; the images left over share all threads.
-void Plan::run(const char* input, char* output, int64_t images) const {
+void Plan::run(const char* input, const std::vector<char*>& outputs, int64_t images) const {
   struct Context {
     const Plan& plan;
     const char* input;
-    char* output;
-  } context{*this, input, output};
+    const std::vector<char*>& outputs;
+  } context{*this, input, outputs};
   const int64_t threads = thread_count(), alone = threads > 1 ? images / threads * threads : 0;
   if (alone > 0) {
     parallel_for(
@@ -229,7 +234,7 @@ void Plan::run(const char* input, char* output, int64_t images) const {
           const Context& c = *static_cast<Context*>(given);
           Bytes arena = c.plan.take_arena();
           for (int64_t i = begin; i < end; ++i) {
-            c.plan.run_alone(c.input + i * c.plan.input_bytes, c.output + i * c.plan.output_bytes, arena.get());
+            c.plan.run_alone(c.plan.buffers(c.input, c.outputs, i, arena.get()));
           }
           c.plan.give_back(std::move(arena));
         },
@@ -238,10 +243,11 @@ void Plan::run(const char* input, char* output, int64_t images) const {
   if (alone == images) return;
   Bytes arena = take_arena();
   for (int64_t i = alone; i < images; ++i) {
+    const std::vector<char*> image = buffers(input, outputs, i, arena.get());
     if (threads > 1) {
-      run_together(input + i * input_bytes, output + i * output_bytes, arena.get(), threads, nullptr);
+      run_together(image, threads, nullptr);
     } else {
-      run_alone(input + i * input_bytes, output + i * output_bytes, arena.get());
+      run_alone(image);
     }
   }
   give_back(std::move(arena));
@@ -265,12 +271,12 @@ void Plan::set_cuts(const std::vector<int64_t>& cuts) {
   }
 }
 
-std::vector<double> Plan::profile(const char* input, char* output, int64_t rounds) const {
+std::vector<double> Plan::profile(const char* input, const std::vector<char*>& outputs, int64_t rounds) const {
   Bytes arena = take_arena();
   std::vector<std::vector<double>> seconds(steps.size());
   std::vector<double> one(steps.size());
   for (int64_t round = 0; round < rounds; ++round) {
-    run_together(input, output, arena.get(), thread_count(), one.data());
+    run_together(buffers(input, outputs, 0, arena.get()), thread_count(), one.data());
     double ended = 0;
     for (std::size_t s = 0; s < steps.size(); ++s) {
       seconds[s].push_back(std::max(one[s] - ended, 0.0));

@@ -108,30 +108,32 @@ class StepOf final : public Step {
 
 class Plan {
  public:
-  // Runs every step for each of `images` inputs that lie one behind the other, and so do the outputs.
-  void run(const char* input, char* output, int64_t images) const;
+  // Runs every step for each of `images` inputs that lie one behind the other, and so do those of each output.
+  void run(const char* input, const std::vector<char*>& outputs, int64_t images) const;
   // Seconds of each step on all threads, the median over `rounds`.
-  std::vector<double> profile(const char* input, char* output, int64_t rounds) const;
+  std::vector<double> profile(const char* input, const std::vector<char*>& outputs, int64_t rounds) const;
   // How finely each step is cut, 0 where there is no choice. Not while another thread replays.
   std::vector<int64_t> cuts() const;
   void set_cuts(const std::vector<int64_t>& cuts);
 
-  int64_t input_bytes = 0, output_bytes = 0, arena_bytes = 0;
+  int64_t input_bytes = 0, arena_bytes = 0;
+  std::vector<int64_t> output_bytes;
   std::vector<std::unique_ptr<Step>> steps;
   std::vector<int64_t> recorded_as;  // which of the recorded kernel calls each step is
   std::vector<int64_t> buffer_bytes;
 
  private:
   friend class Recording;
-  void run_alone(const char* input, char* output, char* arena) const;
+  // buffers: where each begins for one image; see buffers().
+  void run_alone(const std::vector<char*>& buffers) const;
   // seconds: when each step ended, from the start on; may be null.
-  void run_together(const char* input, char* output, char* arena, int64_t threads, double* seconds) const;
-  std::vector<char*> buffers(const char* input, char* output, char* arena) const;
+  void run_together(const std::vector<char*>& buffers, int64_t threads, double* seconds) const;
+  std::vector<char*> buffers(const char* input, const std::vector<char*>& outputs, int64_t image, char* arena) const;
   Bytes take_arena() const;
   void give_back(Bytes arena) const;
 
   std::vector<int64_t> offsets_;  // of each buffer in the arena
-  int64_t result_ = 0;  // the buffer that is the output
+  std::vector<std::size_t> results_;  // the buffers that are the outputs
   mutable std::mutex mutex_;
   mutable std::vector<Bytes> arenas_;
 };
@@ -169,15 +171,15 @@ class Recording {
     if (refusal_.empty()) refusal_ = std::move(reason);
   }
 
-  // The plan, or null with the reason: also where `result` is not a whole map that a step wrote.
-  std::unique_ptr<Plan> finish(const void* result, int64_t bytes, std::string& refusal);
-
- private:
   struct Range {
     const void* data;
     int64_t bytes;
   };
 
+  // The plan, or null with the reason: also where one of `results` is not a whole map that a step wrote, or twice there.
+  std::unique_ptr<Plan> finish(const std::vector<Range>& results, std::string& refusal);
+
+ private:
   struct Finder {
     Recording& recording;
     Step& step;
@@ -198,7 +200,7 @@ class Recording {
   };
 
   Place find(const void* pointer, MapBytes bytes, Step& step);
-  void drop_unread(int64_t result, std::vector<int64_t>& kept);
+  void drop_unread(Plan& plan);
 
   int64_t input_bytes_;
   std::vector<Range> ranges_;

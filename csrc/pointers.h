@@ -131,6 +131,12 @@ void visit_pointers(Visitor& v, ChangeLayout& p) {
 }
 
 template <class Visitor>
+void visit_pointers(Visitor& v, Concatenate& p) {
+  v.map(p.x, map_bytes(p.type, 1, p.row, p.rows, p.row));
+  v.out(p.out, map_bytes(p.type, 1, p.row, p.rows, p.out_row));
+}
+
+template <class Visitor>
 void visit_pointers(Visitor& v, EnlargedBranch& p) {
   v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
   v.weight(p.weight);

@@ -271,6 +271,17 @@ struct ChangeLayout {
   int64_t multiply_adds() const { return 0; }
 };
 
+// One map of a concatenation: `rows` rows of `row` numbers, each into a row of out that begins `out_row` numbers after the
+// one before it. The maps of one result differ in x, in `row` and in where out begins.
+struct Concatenate {
+  Type type;
+  int64_t rows, row, out_row;
+  const void* x;
+  void* out;
+
+  int64_t multiply_adds() const { return 0; }
+};
+
 // x [B, C, H, W] resized bilinearly to inner_height x inner_width, convolved depthwise 3x3 with weight [C, 3, 3], averaged
 // back over windows that share the larger map out evenly, all of 2x2 (averages_pairs): prelu(that * scale + shift)
 // -> [B, C, H, W], channels_last.

@@ -127,15 +127,9 @@ def _planned(
     model: nn.Module, x: Tensor, recorded: replay.Recorded, owners: list[str], ceilings: Ceilings | None
 ) -> list[Row]:
     plan = recorded.plan
-    output = torch.empty((1, *recorded.shape), dtype=recorded.dtype)
-
-    def profile(rounds: int) -> list[float]:
-        found: list[float] = plan.profile(x.data_ptr(), output.data_ptr(), rounds)
-        return found
-
-    profile(3)  # pages and caches
-    rounds = int(SECONDS / max(sum(profile(3)), 1e-9))
-    seconds = profile(max(ROUNDS[0], min(ROUNDS[1], rounds)))
+    recorded.profile(x, 3)  # pages and caches
+    rounds = int(SECONDS / max(sum(recorded.profile(x, 3)), 1e-9))
+    seconds = recorded.profile(x, max(ROUNDS[0], min(ROUNDS[1], rounds)))
     steps = plan.steps()
     isa = _instructions()
     names = [f"{step[0]} (cut {cut}x)" if cut > 1 else step[0] for step, cut in zip(steps, plan.cuts, strict=True)]

@@ -132,6 +132,14 @@ def _(x: Tensor, channels_last: bool) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
+@register_fake("espkernels::concatenate")
+def _(maps: list[Tensor], dim: int) -> Tensor:
+    first, size = maps[0], [*maps[0].shape]
+    size[dim] = sum(map_.shape[dim] for map_ in maps)
+    memory_format = torch.channels_last if first.dim() == 4 and dim == 1 else torch.contiguous_format
+    return torch.empty(size, dtype=first.dtype, device=first.device, memory_format=memory_format)
+
+
 @register_fake("espkernels::adaptive_average")
 def _(x: Tensor, height: int, width: int) -> Tensor:
     return _empty_pixels(x, x.shape[1], height, width)

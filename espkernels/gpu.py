@@ -38,6 +38,7 @@ REFERENCE_ONLY = (
     "affine",
     "average_pool",
     "change_layout",
+    "concatenate",
     "convolution",
     "global_average",
     "pyramid_pooling",

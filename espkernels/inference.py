@@ -20,6 +20,7 @@ __all__ = [
     "average_pool",
     "change_layout",
     "channels_last",
+    "concatenate",
     "convolution",
     "down_sampler",
     "eesp",
@@ -261,6 +262,13 @@ def change_layout(x: Tensor, channels_last: bool) -> Tensor:
 def channels_last(x: Tensor) -> Tensor:
     """``x`` [B, C, H, W] itself where it is in channels_last, else a copy that is."""
     return x if x.is_contiguous(memory_format=torch.channels_last) else change_layout(x, True)
+
+
+def concatenate(maps: Sequence[Tensor], dim: int) -> Tensor:
+    """``torch.cat`` of maps of one dtype: along the channels of [B, C, H, W] to channels_last, else to contiguous."""
+    if _runs_kernel(*maps):
+        return torch.ops.espkernels.concatenate.default(list(maps), dim)
+    return reference.concatenate(maps, dim)
 
 
 def adaptive_average(x: Tensor, height: int, width: int) -> Tensor:

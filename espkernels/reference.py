@@ -17,6 +17,7 @@ __all__ = [
     "affine",
     "average_pool",
     "change_layout",
+    "concatenate",
     "convolution",
     "down_sampler",
     "eesp",
@@ -257,6 +258,13 @@ def affine(
 def change_layout(x: Tensor, channels_last: bool) -> Tensor:
     """A copy of ``x`` [B, C, H, W] in channels_last, or contiguous."""
     return x.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def concatenate(maps: Sequence[Tensor], dim: int) -> Tensor:
+    """The maps one behind the other along ``dim``; with 4 dimensions and ``dim`` 1 in channels_last."""
+    result = torch.cat(list(maps), dim)
+    pixels = result.dim() == 4 and dim == 1
+    return result.contiguous(memory_format=torch.channels_last if pixels else torch.contiguous_format)
 
 
 def adaptive_average(x: Tensor, height: int, width: int) -> Tensor:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from espkernels import backends
 from espkernels.translation import Translation
 
-__all__ = ["Recorded", "Replayed", "forget", "generation", "record", "replayed"]
+__all__ = ["Recorded", "Replayed", "Result", "forget", "generation", "record", "replayed"]
 
 _aten = torch.ops.aten
 
@@ -61,6 +61,7 @@ _HARMLESS = {
     _aten.squeeze.dim,
     _aten.squeeze.dims,
     _aten.flatten.using_ints,
+    _aten.permute.default,
     _aten.alias.default,
     _aten.detach.default,
     _aten.slice.Tensor,
@@ -138,18 +139,47 @@ def _storage(x: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """What is known of one input shape: a plan and the shape and dtype of one image's result, or why there is none.
+class Result:
+    """A tensor that a forward pass gives: its shape for one image, its dtype and its memory format."""
 
-    ``hooks`` are the dictionaries of all layers' hooks. A replay calls none: while one is not empty the layers run.
-    """
-
-    plan: Any
     shape: tuple[int, ...]
     dtype: torch.dtype
     channels_last: bool
+
+    def empty(self, images: int) -> Tensor:
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        return torch.empty((images, *self.shape), dtype=self.dtype, memory_format=memory_format)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What is known of one input shape: a plan, or why there is none.
+
+    ``structure`` is how the ``results`` lie in what forward returns: alone, or in tuples, lists and dictionaries.
+    ``hooks`` are the dictionaries of all layers' hooks. A replay calls none: while one is not empty the layers run.
+    """
+
+    plan: Any = None
+    results: tuple[Result, ...] = ()
+    structure: TreeSpec | None = None
     refusal: str = ""
     hooks: tuple[dict[int, Any], ...] = ()
+
+    def run(self, x: Tensor) -> Any:
+        """What forward returns for images ``x`` [B, C, H, W]."""
+        outputs = self.outputs(x.shape[0])
+        self.plan.run(x.data_ptr(), [output.data_ptr() for output in outputs], x.shape[0])
+        assert self.structure is not None
+        return tree_unflatten(outputs, self.structure)
+
+    def profile(self, x: Tensor, rounds: int) -> list[float]:
+        """Seconds of each step of the plan on the first image of ``x``, the median over ``rounds``."""
+        outputs = self.outputs(1)
+        found: list[float] = self.plan.profile(x.data_ptr(), [output.data_ptr() for output in outputs], rounds)
+        return found
+
+    def outputs(self, images: int) -> list[Tensor]:
+        return [result.empty(images) for result in self.results]
 
 
 def record(forward: Callable[[Tensor], Any], x: Tensor, parameters: Iterable[Tensor]) -> Recorded:
@@ -164,29 +194,36 @@ def record(forward: Callable[[Tensor], Any], x: Tensor, parameters: Iterable[Ten
     library.begin_recording(image.data_ptr(), image.numel() * image.element_size())
     try:
         with _WatchReads(watch), watch:
-            result = forward(image)
+            returned = forward(image)
         if watch.refusal:
             raise _Refused(watch.refusal)
-        if not isinstance(result, Tensor):
-            raise _Refused(f"the result is a {type(result).__name__}, not one tensor")
-        if result.dim() < 1 or result.shape[0] != 1:
-            raise _Refused(f"the result has shape {list(result.shape)}, not one row an image")
-        if unwritten := watch.translation.unwritten(result):
-            raise _Refused(f"{unwritten} has no kernel in this library")
-        last = result.dim() == 4 and not result.is_contiguous()
-        if not result.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format):
-            raise _Refused(f"the result has strides {list(result.stride())}, neither contiguous nor channels_last")
+        tensors, structure = tree_flatten(returned)
+        results = tuple(_result(tensor, watch) for tensor in tensors)
         try:
-            plan = library.end_recording(result.data_ptr(), result.numel() * result.element_size())
+            plan = library.end_recording([(t.data_ptr(), t.numel() * t.element_size()) for t in tensors])
         except ValueError as reason:
             raise _Refused(str(reason)) from None
-        return Recorded(plan, tuple(result.shape[1:]), result.dtype, last)
+        return Recorded(plan, results, structure)
     except Exception as reason:
         if not watch.refusal and not isinstance(reason, _Refused):
             raise  # the model's own
-        return Recorded(None, (), x.dtype, False, watch.refusal or str(reason))
+        return Recorded(refusal=watch.refusal or str(reason))
     finally:
         library.drop_recording()
+
+
+def _result(result: Any, watch: _Watch) -> Result:
+    """What is to be known of one of the results for one image."""
+    if not isinstance(result, Tensor):
+        raise _Refused(f"a result is a {type(result).__name__}, not a tensor")
+    if result.dim() < 1 or result.shape[0] != 1:
+        raise _Refused(f"the result has shape {list(result.shape)}, not one row an image")
+    if unwritten := watch.translation.unwritten(result):
+        raise _Refused(f"{unwritten} has no kernel in this library")
+    last = result.dim() == 4 and not result.is_contiguous()
+    if not result.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format):
+        raise _Refused(f"the result has strides {list(result.stride())}, neither contiguous nor channels_last")
+    return Result(tuple(result.shape[1:]), result.dtype, last)
 
 
 class Replayed(nn.Module):
@@ -241,12 +278,7 @@ class Replayed(nn.Module):
             if recorded.plan is not None:
                 self._prepare(recorded.plan, x)
             self.plans[key] = recorded
-        if recorded.plan is None:
-            return forward(x)
-        memory_format = torch.channels_last if recorded.channels_last else torch.contiguous_format
-        result = torch.empty((x.shape[0], *recorded.shape), dtype=recorded.dtype, memory_format=memory_format)
-        recorded.plan.run(x.data_ptr(), result.data_ptr(), x.shape[0])
-        return result
+        return forward(x) if recorded.plan is None else recorded.run(x)
 
     def _prepare(self, plan: Any, x: Tensor) -> None:
         """What is to be done to a plan for inputs like ``x`` before its first replay."""

@@ -174,6 +174,25 @@ class Translation:
             return self._resize(before, scale, shift, slope)
         return inference.affine(x, scale, shift, residual, slope)
 
+    def relu(self, x: Tensor) -> Tensor | None:
+        """As a PReLU of slope 0, of which minus infinity, the sign of an overflow, is NaN and not 0."""
+        if x.dim() != 4:
+            return None
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return inference.affine(x, slope=torch.zeros(x.shape[1], dtype=dtype))
+
+    def concatenate(self, maps: Any, dim: int = 0) -> Tensor | None:
+        """Along the channels of maps in channels_last, or of contiguous tensors along any dimension."""
+        first = maps[0]
+        dim = dim % first.dim() if first.dim() else 0
+        pixels = first.dim() == 4 and dim == 1
+        memory_format = torch.channels_last if pixels else torch.contiguous_format
+        for map_ in maps:
+            alike = map_.dim() == first.dim() and map_.dtype == first.dtype
+            if not alike or self.unwritten(map_) or not map_.is_contiguous(memory_format=memory_format):
+                return None
+        return inference.concatenate(maps, dim)
+
     def argmax(self, x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor | None:
         if x.dim() != 4 or dim not in (1, -3) or keepdim:
             return None
@@ -211,6 +230,8 @@ _RULES: dict[Any, Callable[..., Tensor | None]] = {
     _aten.upsample_bilinear2d.default: Translation.bilinear,
     _aten.dropout.default: Translation.dropout,
     _aten.sigmoid.default: Translation.sigmoid,
+    _aten.relu.default: Translation.relu,
+    _aten.cat.default: Translation.concatenate,
     _aten.mul.Tensor: Translation.multiply,
     _aten.add.Tensor: Translation.add,
     _aten.argmax.default: Translation.argmax,

@@ -24,12 +24,6 @@ ROUNDS = 15
 WORTH = 0.97
 
 
-def profile(plan: Any, x: Tensor, output: Tensor) -> list[float]:
-    """Seconds of each step on the first image of ``x``."""
-    found: list[float] = plan.profile(x.data_ptr(), output.data_ptr(), 1)
-    return found
-
-
 class Tuned(replay.Replayed):
     """Beside the class of a frozen model whose plans are cut as was measured.
 
@@ -79,20 +73,20 @@ def tuned(model: nn.Module, sample: Tensor) -> nn.Module:
     (recorded,) = joined.plans.values()
     if recorded.plan is None:
         raise ValueError(f"tune: the model cannot be replayed on this input: {recorded.refusal}")
-    output = torch.empty((1, *recorded.shape), dtype=recorded.dtype)
-    joined.choices[_key(sample)] = _fastest(recorded.plan, sample, output)
+    joined.choices[_key(sample)] = _fastest(recorded, sample)
     joined._prepare(recorded.plan, sample)
     return model
 
 
-def _fastest(plan: Any, x: Tensor, output: Tensor) -> list[int]:
+def _fastest(recorded: replay.Recorded, x: Tensor) -> list[int]:
     """The cut of each step that has a choice; all cuts by turns, so that what slows the machine meets them alike."""
+    plan = recorded.plan
     steps = [step for step, cut in enumerate(plan.cuts) if cut]
     seconds: dict[int, list[list[float]]] = {cut: [] for cut in CUTS}
     for _ in range(ROUNDS):
         for cut in CUTS:
             plan.cuts = [cut if before else 0 for before in plan.cuts]
-            seconds[cut].append(profile(plan, x, output))
+            seconds[cut].append(recorded.profile(x, 1))
     chosen = []
     for step in steps:
         medians = {cut: statistics.median(times[step] for times in seconds[cut]) for cut in CUTS}

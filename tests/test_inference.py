@@ -13,6 +13,7 @@ from closeness import assert_exact, assert_within_rounding, magnitude, terms
 from operator_tests import DTYPES, LAYOUTS, each_layout, each_view
 from samples import SAMPLES, SMALL, Sample, named
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import espkernels
 from espkernels import backends, inference, reference
@@ -215,6 +216,8 @@ def raw_calls(dtype: torch.dtype, layout: torch.memory_format) -> list[tuple[str
             ("affine", (x, None, None, x, None)),
             ("change_layout", (x, True)),
             ("change_layout", (x, False)),
+            ("concatenate", ([x, x.new_zeros((shape[0], 1, *shape[2:])), x], 1)),
+            ("concatenate", ([x, x], 2)),
             ("resized_argmax", (x, 5, 7)),
             ("resized_argmax", (x, 5, 7, True)),
             ("convolution", (x, weight, None, None, 2, 1, 1, 1)),
@@ -238,7 +241,7 @@ def test_fakes_promise_the_strides_of_the_kernels(layout: torch.memory_format) -
         for name, arguments in raw_calls(dtype, layout):
             operator = getattr(torch.ops.espkernels, name).default
             real = operator(*arguments)
-            meta = operator(*(a.to("meta") if isinstance(a, Tensor) else a for a in arguments))
+            meta = operator(*tree_map_only(Tensor, lambda a: a.to("meta"), arguments))
             assert (meta.shape, meta.stride(), meta.dtype) == (real.shape, real.stride(), real.dtype), name
 
 

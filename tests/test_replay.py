@@ -90,6 +90,49 @@ def test_a_map_as_result() -> None:
     assert [recorded.refusal for recorded in body.plans.values()] == ["", ""]
 
 
+class Several(nn.Module):
+    """A map of the stem, one made of it, and the classes of that, as somebody might return them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.unit = stem(2), plain.EESP(16, 16)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.stem(x)
+        z = self.unit(y)
+        return {"maps": [y, z], "classes": z.argmax(1)}
+
+
+@torch.no_grad()
+def test_several_results() -> None:
+    body: Any = espkernels.freeze(trained(Several()).eval())
+    for batch in (1, 2, 3, 5):
+        x = photograph(batch, 3, 17, 22)
+        actual, expected = body(x), own(body, x)
+        assert actual.keys() == expected.keys() and torch.equal(actual["classes"], expected["classes"])
+        for one, other in zip(actual["maps"], expected["maps"], strict=True):
+            assert torch.equal(one, other) and one.stride() == other.stride()
+    assert the_plan(body).refusal == ""
+
+
+@pytest.mark.parametrize("configuration", ["paper", "released"])
+@torch.no_grad()
+def test_a_detection_network(configuration: str) -> None:
+    """Its joins concatenate maps, its confidences and locations those of all six."""
+    network = models.espnetv2_detection(0.5, 5, 96, configuration=configuration)
+    frozen: Any = espkernels.freeze(trained(network).eval())
+    for batch in (1, 3):
+        x = photograph(batch, 3, 96, 96)
+        for actual, expected, plain_ in zip(frozen(x), layers(frozen, x), own(frozen, x), strict=True):
+            assert torch.equal(actual, expected) and actual.stride() == plain_.stride()
+            assert torch.allclose(actual, plain_, rtol=1e-5, atol=1e-5 * plain_.abs().max().item())
+        for actual, expected in zip(frozen.detect(x), network.detect(x), strict=True):
+            assert len(actual.scores) == len(expected.scores)
+    assert the_plan(frozen).refusal == ""
+    concatenations = [step[0] for step in the_plan(frozen).plan.steps()].count("concatenate")
+    assert concatenations == 4 * 2 + 2 * 6  # four joins of two maps, two results of six
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @torch.no_grad()
 def test_a_unit_alone_turns_a_contiguous_map_around(dtype: torch.dtype) -> None:
@@ -309,7 +352,7 @@ def test_maps_take_turns_in_a_small_arena(frozen: Any) -> None:
     frozen(x)
     plan = the_plan(frozen).plan
     maps = sum(sum(step_bytes) for *_, step_bytes in plan.steps())  # each at least once read or written
-    assert plan.input_bytes == x.numel() * 4 and plan.output_bytes == 40
+    assert plan.input_bytes == x.numel() * 4 and plan.output_bytes == [40]
     assert 0 < plan.arena_bytes < maps / 4
     # No step has more than its input, residual and result at once; the image pyramid lives beside them.
     assert plan.arena_bytes <= 4 * max(sum(step_bytes) for *_, step_bytes in plan.steps())

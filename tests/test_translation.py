@@ -62,6 +62,8 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[str]]] = {
     "norm twice": (lambda m, x: m.norm(m.norm(x)), ["affine", "affine"]),
     "classes": (lambda m, x: enlarged(m.small(x), x).argmax(1), ["resized_argmax"]),
     "classes of a merge": (lambda m, x: (enlarged(m.small(x), x) + x).argmax(1), ["resize", "resized_argmax"]),
+    "rectified": (lambda m, x: m.norm(x).relu(), ["affine", "affine"]),
+    "concatenated": (lambda m, x: torch.cat([m.norm(x), enlarged(m.small(x), x), x], 1), ["affine", "resize"]),
     "another layout": (lambda m, x: m.norm(x).contiguous(), ["affine", "change_layout"]),
 }
 

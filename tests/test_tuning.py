@@ -11,10 +11,11 @@ import pytest
 import torch
 from replaying import layers, photograph, the_plan
 from test_freeze import trained
-from torch import Tensor, nn
+from torch import nn
 
 import espkernels
 from espkernels import backends, models, tuning
+from espkernels.replay import Recorded
 
 pytestmark = [
     pytest.mark.skipif(backends.library is None, reason="the compiled library is not built"),
@@ -27,10 +28,10 @@ def network() -> nn.Module:
     return trained(models.espnetv2(0.5, num_classes=10)).eval()
 
 
-def clock(plan: Any, *_: Tensor) -> list[float]:
+def clock(recorded: Recorded, *_: Any) -> list[float]:
     """Times as if the best cut went 1, 2, 4, 1, 2, 4 ... through the steps that have a choice, by a tenth."""
     seconds, at = [], 0
-    for cut in plan.cuts:
+    for cut in recorded.plan.cuts:
         best = tuning.CUTS[at % len(tuning.CUTS)]
         seconds.append(0.9 if cut == best else 1.0)
         at += cut > 0
@@ -58,7 +59,7 @@ def test_every_cut_has_the_same_bits(isa: str, network: nn.Module) -> None:
 
 @torch.no_grad()
 def test_the_fastest_cut_is_kept(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "profile", clock)
+    monkeypatch.setattr(Recorded, "profile", clock)
     x = photograph(2, 3, 64, 96)
     frozen: Any = espkernels.freeze(network, tune=x)
     units = sum(isinstance(part, espkernels.nn.EESP) for part in network.modules())
@@ -72,7 +73,7 @@ def test_the_fastest_cut_is_kept(network: nn.Module, monkeypatch: pytest.MonkeyP
 
 @torch.no_grad()
 def test_a_difference_of_a_hundredth_is_noise(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "profile", lambda plan, *_: [1 - 0.01 * (cut == 4) for cut in plan.cuts])
+    monkeypatch.setattr(Recorded, "profile", lambda self, *_: [1 - 0.01 * (cut == 4) for cut in self.plan.cuts])
     assert set(chosen(espkernels.freeze(network, tune=photograph(1, 3, 32, 32)))) == {1}
 
 
@@ -81,7 +82,7 @@ def test_choices_travel(network: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     x = photograph(1, 3, 48, 64)
     untuned: Any = espkernels.freeze(network, tune=x)
-    monkeypatch.setattr(tuning, "profile", clock)
+    monkeypatch.setattr(Recorded, "profile", clock)
     frozen: Any = espkernels.freeze(network, tune=x)
     expected = frozen(x)
     safetensors.save_file(frozen.state_dict(), tmp_path / "tuned.safetensors")
@@ -105,7 +106,7 @@ def test_really_measured(network: nn.Module) -> None:
 
 @torch.no_grad()
 def test_explain_shows_the_choice(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "profile", clock)
+    monkeypatch.setattr(Recorded, "profile", clock)
     x = photograph(1, 3, 32, 32)
     found = espkernels.explain(espkernels.freeze(network, tune=x), x)
     assert "pyramid and expand (cut 4x)" in str(found) and "pyramid and expand (cut 2x)" in str(found)

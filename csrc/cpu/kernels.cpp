@@ -21,6 +21,7 @@ extern const Kernel<GroupedConvolution> grouped_convolution;
 extern const Kernel<ResizedArgmax> resized_argmax;
 extern const Kernel<Affine> affine;
 extern const Kernel<ChangeLayout> change_layout;
+extern const Kernel<Concatenate> concatenate;
 extern const Kernel<NormalisedPointwise> normalised_pointwise;
 extern const Kernel<NormalisedPointwiseBackward> normalised_pointwise_backward;
 extern const Kernel<SpatialPyramid> normalised_pyramid;
@@ -47,6 +48,7 @@ extern const Kernels kernels = {
     resized_argmax,
     affine,
     change_layout,
+    concatenate,
     normalised_pointwise,
     normalised_pointwise_backward,
     normalised_pyramid,

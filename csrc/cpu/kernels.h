@@ -34,6 +34,7 @@ struct Kernels {
   const Kernel<ResizedArgmax>& resized_argmax;
   const Kernel<Affine>& affine;
   const Kernel<ChangeLayout>& change_layout;
+  const Kernel<Concatenate>& concatenate;
   const Kernel<NormalisedPointwise>& normalised_pointwise;
   const Kernel<NormalisedPointwiseBackward>& normalised_pointwise_backward;
   const Kernel<SpatialPyramid>& normalised_pyramid;  // with its moments, which are a second stage

@@ -1,4 +1,4 @@
-// The kernels of inference that do something to each pixel: affine, change of layout, largest channel.
+// The kernels of inference that do something to each pixel: affine, change of layout, concatenation, largest channel.
 #pragma once
 
 #include <algorithm>
@@ -85,6 +85,21 @@ inline void check_pixels(const Case& s, Type type, Layout layout) {
   change.x = turned.data();
   check("change_layout", s, kernels.change_layout, change, &espk::ChangeLayout::out, x,
         Target{back ? Layout::contiguous : Layout::channels_last});
+
+  // Behind one channel that is there already, which the guards of the first pixel's memory cannot show.
+  Tensor wide = draw.integers({s.batch, s.channels + 1, s.height, s.width}), joined = wide;
+  for (int64_t b = 0; b < s.batch; ++b)
+    for (int64_t c = 0; c < s.channels; ++c)
+      for (int64_t y = 0; y < s.height; ++y)
+        for (int64_t z = 0; z < s.width; ++z) joined.at(b, c + 1, y, z) = x.at(b, c, y, z);
+  espk::Concatenate part{};
+  part.type = type;
+  part.rows = s.batch * affine.pixels;
+  part.row = s.channels;
+  part.out_row = s.channels + 1;
+  part.x = pixels.data();
+  check("concatenate", s, kernels.concatenate, part, &espk::Concatenate::out, joined,
+        Target{Layout::channels_last, &wide, 1});
 
   check_resized_argmax<uint8_t>(s, type, x);
   check_resized_argmax<int64_t>(s, type, x);
