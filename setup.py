@@ -40,6 +40,7 @@ TORCH_SOURCES = [
     "csrc/cpu_inference_door.cpp",
     "csrc/cpu_pixel_door.cpp",
     "csrc/cpu_training_door.cpp",
+    "csrc/cpu_norm_door.cpp",
     "csrc/cpu_recurrence_door.cpp",
 ]
 PYBIND_SOURCES = ["csrc/module.cpp"]
@@ -70,6 +71,10 @@ KERNEL_SOURCES = [
     "csrc/cpu/normalised_pyramid_backward.cpp",
     "csrc/cpu/normalised_output.cpp",
     "csrc/cpu/normalised_output_backward.cpp",
+    "csrc/cpu/map_moments.cpp",
+    "csrc/cpu/batch_norm_backward.cpp",
+    "csrc/cpu/long_range_shortcut.cpp",
+    "csrc/cpu/long_range_shortcut_backward.cpp",
     "csrc/cpu/recurrence.cpp",
     "csrc/cpu/recurrence_backward.cpp",
     "csrc/cpu/kernels.cpp",

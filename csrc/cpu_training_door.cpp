@@ -6,56 +6,11 @@
 #include <array>
 #include <tuple>
 
-#include "cpu_run.h"
-#include "door.h"
 #include "training_norms.h"
+#include "training_tensors.h"
 
 namespace espk {
 namespace {
-
-template <class Problem>
-void run_kernel(const Kernel<Problem>& kernel, const Problem& problem) {
-  void* shared = scratch(Slot::shared, kernel.shared_bytes(problem));
-  kernel.before(problem, shared);
-  run_units(kernel, problem, shared);
-}
-
-ScalarType compute_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// A vector of `count` numbers in float64.
-std::vector<double> numbers(const Tensor& t, int64_t count, ScalarType type, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.size(0) == count && t.scalar_type() == type, name,
-                  ": expected a CPU vector of the unit's channels, float64 for float64 maps and moments, else float32");
-  const Tensor dense = dense_weight(t);
-  if (type == ScalarType::Double) {
-    const double* from = static_cast<const double*>(dense.const_data_ptr());
-    return {from, from + count};
-  }
-  const float* from = static_cast<const float*>(dense.const_data_ptr());
-  return {from, from + count};
-}
-
-// A vector in the type of the norms' parameters from parts in float64.
-Tensor vector_of(const std::vector<const std::vector<double>*>& parts, const Tensor& like) {
-  int64_t count = 0;
-  for (const auto* part : parts) count += static_cast<int64_t>(part->size());
-  Tensor result = torch::stable::new_empty(like, std::vector<int64_t>{count});
-  int64_t at = 0;
-  for (const auto* part : parts) {
-    for (double value : *part) {
-      if (like.scalar_type() == ScalarType::Double) {
-        static_cast<double*>(result.mutable_data_ptr())[at++] = value;
-      } else {
-        static_cast<float*>(result.mutable_data_ptr())[at++] = static_cast<float>(value);
-      }
-    }
-  }
-  return result;
-}
-
-Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, std::vector<int64_t>{0}); }
 
 // What both operators take, checked, dense, and with the three norms in place.
 struct Unit {

@@ -54,6 +54,28 @@ ESPK_LIBRARY(ESPK_NAMESPACE, m) {
       "int groups, Tensor norm_weight, Tensor norm_bias, Tensor slope, float[] eps, bool[] batch_statistics, int "
       "stride, bool hff, bool residual, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // prelu(batch norm(x [B, C, H, W])), the norm's statistics as above: weight, bias, slope [C], running_* float64 [C]
+  // -> result in channels_last, and the mean and biased variance used, float64 [2, C]
+  m.def(
+      "batch_norm_prelu(Tensor x, Tensor weight, Tensor bias, Tensor slope, Tensor? running_mean, Tensor? "
+      "running_variance, float eps, bool batch_statistics) -> (Tensor, Tensor)");
+  // grad [B, C, H, W] and what the forward pass took and gave -> the gradients of x (channels_last, or [0] where it is not
+  // wanted), weight, bias and slope
+  m.def(
+      "batch_norm_prelu_backward(Tensor grad, Tensor x, Tensor statistics, Tensor weight, Tensor bias, Tensor slope, "
+      "float eps, bool batch_statistics, bool wants_x) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The end of a down-sampler: prelu(concat(pooled [B, M, H, W], expanded [B, N, H, W]) + image weight + shift, slope) with
+  // image [B, I, H, W], weight [M+N, I], shift and slope [M+N] -> [B, M+N, H, W] in channels_last; I at most 8
+  m.def(
+      "long_range_shortcut(Tensor pooled, Tensor expanded, Tensor? image, Tensor? weight, Tensor? shift, Tensor slope) "
+      "-> Tensor");
+  // grad [B, M+N, H, W] and what the forward pass took -> the gradients of its arguments; of the three maps in
+  // channels_last where they are wanted, and what is not, or not there, as [0]
+  m.def(
+      "long_range_shortcut_backward(Tensor grad, Tensor pooled, Tensor expanded, Tensor? image, Tensor? weight, "
+      "Tensor? "
+      "shift, Tensor slope, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   // A recurrent layer: gates [T, B, 4 H], weight [4 H, H], bias [4 H], hidden and cell [B, H] -> outputs [T, B, H] and the
   // last cell [B, H]; with `save` also the gates behind their functions [T, B, 4 H] and all cells [T, B, H], else [0]
   m.def(

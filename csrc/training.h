@@ -80,12 +80,61 @@ struct NormalisedOutputBackward {
   Type type;
   int64_t pixels, channels;
   const void *grad, *x;
-  Normalise normalise;
+  Normalise normalise;  // without a slope there is no PReLU
   const void* residual;
-  void* grad_x;  // null without a PReLU: it is grad
+  void* grad_x;  // null: only the sums are wanted
   NormSums sums;
 
   int64_t multiply_adds() const { return 6 * pixels * channels; }
+};
+
+// The moments of x [pixels, C].
+struct MapMoments {
+  Type type;
+  int64_t pixels, channels;
+  const void* x;
+  Moments moments;
+
+  int64_t multiply_adds() const { return 2 * pixels * channels; }
+};
+
+// The gradient of x [pixels, C] through a batch norm and the PReLU behind it, from the gradient behind both.
+struct BatchNormBackward {
+  Type type;
+  int64_t pixels, channels;
+  const void *grad, *x;
+  Normalise normalise;
+  NormGradient norm;
+  void* grad_x;
+
+  int64_t multiply_adds() const { return 4 * pixels * channels; }
+};
+
+constexpr int64_t kMostImageChannels = 8;
+
+// What the end of a down-sampler joins: [pooled, expanded] + image weight + shift, N = pooled + expanded channels a pixel.
+struct JoinedMaps {
+  Type type;
+  int64_t pixels, pooled_channels, expanded_channels, image_channels;
+  const void *pooled, *expanded, *image;  // [pixels, channels of each]; no image has no channels
+  const double *weight, *shift, *slope;  // [image_channels, N], [N], [N]; shift may be null
+
+  int64_t channels() const { return pooled_channels + expanded_channels; }
+  int64_t multiply_adds() const { return pixels * channels() * (image_channels + 2); }
+};
+
+// out [pixels, N] = prelu(joined maps, slope).
+struct LongRangeShortcut : JoinedMaps {
+  void* out;
+};
+
+// Its gradients from grad [pixels, N]; those of maps are null where they are not wanted.
+struct LongRangeShortcutBackward : JoinedMaps {
+  const void* grad;
+  void *grad_pooled, *grad_expanded, *grad_image;
+  double *grad_weight, *grad_shift, *grad_slope;  // [image_channels, N], [N], [N]
+
+  int64_t multiply_adds() const { return 3 * JoinedMaps::multiply_adds(); }
 };
 
 }  // namespace espk

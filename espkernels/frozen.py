@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from espkernels import backends, inference, ops, replay
 from espkernels import nn as layers
-from espkernels.fused_unit import Norm, Unit
+from espkernels.fused_unit import Unit
+from espkernels.norms import Norm
 
 __all__ = [
     "Frozen",

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from espkernels import backends
 from espkernels.layout import layout_of, out_size
+from espkernels.norms import NORMS, Norm, bias_of, running, takes_batch, track, weight_of
 from espkernels.training import eesp_training
 
-__all__ = ["Norm", "Unit", "UnitLayers", "fits", "hooked", "laid_out", "run", "wanted"]
+__all__ = ["Unit", "UnitLayers", "fits", "hooked", "laid_out", "run", "wanted"]
 
-Norm = nn.BatchNorm1d | nn.BatchNorm2d
-CONVOLUTIONS, NORMS = (nn.Conv1d, nn.Conv2d), (nn.BatchNorm1d, nn.BatchNorm2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,6 @@ def laid_out(weight: Tensor) -> Tensor:
     return weight
 
 
-def _takes_batch(norm: Norm) -> bool:
-    return norm.training or norm.running_mean is None
-
-
 def wanted(unit: Unit, x: Tensor) -> bool:
     """Whether the unit is in training: a norm takes the statistics of the batch, or a gradient is wanted."""
     return any(norm.training for norm in unit.layers().norms) or (
@@ -94,7 +90,7 @@ def fits(unit: Unit, x: Tensor) -> bool:
         return False
     # A channel of one value has no variance: torch's batch norm says so.
     values = x.shape[0] * out_size(x.shape[2], layers.stride) * out_size(x.shape[3], layers.stride)
-    if values == 1 and any(_takes_batch(norm) for norm in norms):
+    if values == 1 and any(takes_batch(norm) for norm in norms):
         return False
     convolutions = [layers.reduce, *layers.branches, layers.expand]
     plain = all(
@@ -123,8 +119,7 @@ def run(unit: Unit, x: Tensor) -> Tensor:
     layers = unit.layers()
     norms, reduce, expand, stride = layers.norms, layers.reduce, layers.expand, layers.stride
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    statistics = [_takes_batch(norm) for norm in norms]
-    means, variances = (None, None) if all(statistics) else _running(norms, statistics)
+    means, variances = running(norms)
     out_shape = (expand.out_channels, *(out_size(size, stride) for size in x.shape[2:]))
     y, moments = eesp_training(
         x.contiguous(memory_format=torch.channels_last),
@@ -134,54 +129,18 @@ def run(unit: Unit, x: Tensor) -> Tensor:
         layers.dilations,
         laid_out(expand.weight).flatten(1),
         expand.groups,
-        torch.cat([_parameter(norm.weight, norm, 1.0, compute) for norm in norms]),
-        torch.cat([_parameter(norm.bias, norm, 0.0, compute) for norm in norms]),
+        torch.cat([weight_of(norm, compute) for norm in norms]),
+        torch.cat([bias_of(norm, compute) for norm in norms]),
         torch.cat([activation.weight.to(compute) for activation in layers.activations]),
         means,
         variances,
         [norm.eps for norm in norms],
-        statistics,
+        [takes_batch(norm) for norm in norms],
         stride,
         layers.hff,
         layers.adds_input and x.shape[1:] == out_shape,
         layers.memory == "save",
     )
     pixels = x.shape[0] * x.shape[2] * x.shape[3], y.shape[0] * y.shape[2] * y.shape[3]
-    _track(norms, moments, (pixels[0], pixels[1], pixels[1]))
+    track(norms, moments, (pixels[0], pixels[1], pixels[1]))
     return y.contiguous(memory_format=layout_of(x))
-
-
-def _parameter(parameter: Tensor | None, norm: Norm, otherwise: float, dtype: torch.dtype) -> Tensor:
-    if parameter is None:
-        return torch.full((norm.num_features,), otherwise, dtype=dtype)
-    return parameter.to(dtype)
-
-
-def _running(norms: Sequence[Norm], batch_statistics: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """The running means and variances of all norms; zeros where the batch's will take their place."""
-    parts: tuple[list[Tensor], list[Tensor]] = [], []
-    for norm, batch in zip(norms, batch_statistics, strict=True):
-        for part, buffer in zip(parts, (norm.running_mean, norm.running_var), strict=True):
-            if batch or buffer is None:
-                part.append(torch.zeros(norm.num_features, dtype=torch.float64))
-            else:
-                part.append(buffer.double())
-    return torch.cat(parts[0]), torch.cat(parts[1])
-
-
-@torch.no_grad()
-def _track(norms: Sequence[Norm], moments: Tensor, counts: Sequence[int]) -> None:
-    """What the forward of each batch norm does to its buffers."""
-    means, variances = moments.unbind()
-    sizes = [norm.num_features for norm in norms]
-    for norm, mean, variance, count in zip(norms, means.split(sizes), variances.split(sizes), counts, strict=True):
-        if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
-            continue
-        assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
-        norm.num_batches_tracked.add_(1)
-        share: float | Tensor | None = norm.momentum
-        if share is None:  # the mean of all batches
-            share = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
-        norm.running_var.lerp_((variance * (count / max(count - 1, 1))).to(norm.running_var.dtype), share)

@@ -6,14 +6,16 @@ convolutions run through the operators of this library; batch norms and PReLUs a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espkernels import fused_unit, ops
+from espkernels import fused_shortcut, fused_unit, inference, ops
 from espkernels.fused_unit import UnitLayers, hooked, laid_out
+from espkernels.layout import layout_of, out_size
 
 __all__ = [
     "BR",
@@ -65,13 +67,15 @@ def init_parameters(module: nn.Module) -> None:
             nn.init.zeros_(bias)
 
 
-def pooled_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+def pooled_image(
+    image: Tensor, size: tuple[int, int], pool: Callable[[Tensor], Tensor] = inference.average_pool
+) -> Tensor:
     """``image`` [B, C, H, W] average-pooled to ``size`` (height, width) for the long-range shortcut (section 3.2).
 
     Repeats the official 3x3 pooling of stride 2 and padding 1 (padding counted) until the size matches, so pooling on
     from the image of the level before gives the very same values as pooling from the full one. Where halving steps
     over the size, the last step is an adaptive average pooling to exactly ``size``. An image of that size comes back
-    as it is.
+    as it is. ``pool`` does one of these poolings.
 
     Raises ValueError where the image is smaller than ``size``.
     """
@@ -84,7 +88,7 @@ def pooled_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     while image.shape[2] != height or image.shape[3] != width:
         if (image.shape[2] + 1) // 2 < height or (image.shape[3] + 1) // 2 < width:
             return F.adaptive_avg_pool2d(image, (height, width))
-        image = F.avg_pool2d(image, kernel_size=3, stride=2, padding=1)
+        image = pool(image)
     return image
 
 
@@ -329,9 +333,14 @@ class DownSampler(nn.Module):
         init_parameters(self)
 
     def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
-        output = torch.cat([self.avg(x), self.eesp(x)], dim=1)
         if image is not None:
             if not hasattr(self, "inp_reinf"):
                 raise ValueError(f"image: shape {tuple(image.shape)}, expected None in a unit built with reinf=False")
-            output = output + self.inp_reinf(pooled_image(image, (output.shape[2], output.shape[3])))
-        return self.act(output)
+            image = pooled_image(image, (out_size(x.shape[2], 2), out_size(x.shape[3], 2)))
+        if fused_shortcut.fits(self, x, image):
+            layout = layout_of(x)
+            if type(self.eesp).forward is EESP.forward:  # its kernels and those of the end read channels_last
+                x = x.contiguous(memory_format=torch.channels_last)
+            return fused_shortcut.run(self, x, image).contiguous(memory_format=layout)
+        output = torch.cat([self.avg(x), self.eesp(x)], dim=1)
+        return self.act(output if image is None else output + self.inp_reinf(image))

@@ -198,6 +198,18 @@ for _name, _backward, _save in (
     register_autograd(f"espkernels::{_name}", _backward, setup_context=_save)
 
 
+def _save_average_pool(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _average_pool_backward(ctx: Any, grad: Tensor) -> Tensor:
+    (x,) = ctx.saved_tensors
+    return torch.ops.aten.avg_pool2d_backward.default(grad, x, [3, 3], [2, 2], [1, 1], False, True, None)
+
+
+register_autograd("espkernels::average_pool", _average_pool_backward, setup_context=_save_average_pool)
+
+
 def without_second_derivative(operator: str, instead: str) -> Callable[..., Any]:
     """The gradient of an operator's gradient where there is none: an error that says what to do ``instead``."""
 

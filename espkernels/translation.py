@@ -128,6 +128,9 @@ class Translation:
         counted = list(others[:3]) in ([], [False], [False, True], [False, True, None])
         if not counted or usual != ([3, 3], [2, 2], [1, 1]):
             return None
+        return self.pooled(x)
+
+    def pooled(self, x: Tensor) -> Tensor:
         before = self._origin(x)
         if isinstance(before, _Pooled):
             return before.means
@@ -240,3 +243,4 @@ _RULES: dict[Any, Callable[..., Tensor | None]] = {
 }
 if backends.library is not None:
     _RULES[torch.ops.espkernels.affine.default] = Translation.affine
+    _RULES[torch.ops.espkernels.average_pool.default] = Translation.pooled

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espkernels import inference, reference
 from espkernels import nn as fused
 from espkernels.models import eesp_a, esp, plain
 
@@ -120,11 +121,13 @@ class Encoder(nn.Module):
         """The maps of level 1 and of the levels of :meth:`stages`."""
         maps = [self.level1(image)]
         shortcut = image if self.switches.long_range_shortcut else None
+        pool = reference.average_pool if self.switches.plain else inference.average_pool
         for down_sampler, units in self.stages():
             x = maps[-1]
             if shortcut is not None:
                 # Pooled on from the level before, so that every level of the image pyramid is computed once.
-                shortcut = fused.pooled_image(shortcut, ((x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2))
+                size = ((x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
+                shortcut = fused.pooled_image(shortcut, size, pool)
             x = down_sampler(x, shortcut)
             for unit in units:
                 x = unit(x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch import nn as torch_nn
 
-from espkernels import nn
+from espkernels import nn, reference
 
 __all__ = ["EESP", "DownSampler", "Steps"]
 
@@ -59,5 +59,6 @@ class DownSampler(nn.DownSampler):
     def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
         output = torch.cat([self.avg(x), self.eesp(x)], dim=1)
         if image is not None:
-            output = output + self.inp_reinf(nn.pooled_image(image, (output.shape[2], output.shape[3])))
+            pooled = nn.pooled_image(image, (output.shape[2], output.shape[3]), reference.average_pool)
+            output = output + self.inp_reinf(pooled)
         return self.act(output)

@@ -677,7 +677,8 @@ def raising(*arguments: Any, **named: Any) -> Tensor:
 @pytest.fixture
 def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """No unit runs as one operator."""
-    monkeypatch.setattr("espkernels.fused_unit.fits", lambda *_: False)
+    for module in ("fused_unit", "fused_shortcut"):
+        monkeypatch.setattr(f"espkernels.{module}.fits", lambda *_: False)
 
 
 @pytest.mark.usefixtures("layer_by_layer")
@@ -706,7 +707,7 @@ def test_a_broken_kernel_is_caught_and_put_back(
             with pytest.raises(AssertionError, match=reason):
                 raise AssertionError(layer.reason)
     assert type(model.level3[0]) is Unit
-    assert torch.equal(model(image(dtype=torch.float32)), expected)
+    close(model(image(dtype=torch.float32)), expected, 1e-5)  # images are pooled by another kernel
     restore(model)
     if not training:
         assert_same_state(state(model), before)

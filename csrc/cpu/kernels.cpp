@@ -28,6 +28,10 @@ extern const Kernel<SpatialPyramid> normalised_pyramid;
 extern const Kernel<NormalisedPyramidBackward> normalised_pyramid_backward;
 extern const Kernel<NormalisedOutput> normalised_output;
 extern const Kernel<NormalisedOutputBackward> normalised_output_backward;
+extern const Kernel<MapMoments> map_moments;
+extern const Kernel<BatchNormBackward> batch_norm_backward;
+extern const Kernel<LongRangeShortcut> long_range_shortcut;
+extern const Kernel<LongRangeShortcutBackward> long_range_shortcut_backward;
 extern const Kernel<Recurrence> recurrence;
 extern const Kernel<RecurrenceBackward> recurrence_backward;
 
@@ -55,6 +59,10 @@ extern const Kernels kernels = {
     normalised_pyramid_backward,
     normalised_output,
     normalised_output_backward,
+    map_moments,
+    batch_norm_backward,
+    long_range_shortcut,
+    long_range_shortcut_backward,
     recurrence,
     recurrence_backward,
 };

@@ -41,6 +41,10 @@ struct Kernels {
   const Kernel<NormalisedPyramidBackward>& normalised_pyramid_backward;
   const Kernel<NormalisedOutput>& normalised_output;
   const Kernel<NormalisedOutputBackward>& normalised_output_backward;
+  const Kernel<MapMoments>& map_moments;
+  const Kernel<BatchNormBackward>& batch_norm_backward;
+  const Kernel<LongRangeShortcut>& long_range_shortcut;
+  const Kernel<LongRangeShortcutBackward>& long_range_shortcut_backward;
   const Kernel<Recurrence>& recurrence;
   const Kernel<RecurrenceBackward>& recurrence_backward;
 };

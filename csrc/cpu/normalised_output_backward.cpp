@@ -1,5 +1,5 @@
 // The gradient through the last PReLU of a unit, which is the residual's too, with the sums of the batch norm in front of
-// it. Two-stage, in order. Bytes: 2*C read (+ C of the residual) + C written a pixel. channels_last.
+// it, or the sums alone. Two-stage, in order. Bytes: 2*C read (+ C of the residual) + C written a pixel. channels_last.
 #include "channel_sums.h"
 #include "far_map.h"
 #include "kernels.h"
@@ -66,13 +66,14 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
 #pragma GCC unroll 4
           for (int j = 0; j < J; ++j) {
             const auto g = load_first<N>(grad + at + j * N, valid), v = load_first<N>(x + at + j * N, valid);
-            if (!grad_x) {
+            if (!p.normalise.slope) {
               sums[j].add(g, v);
               continue;
             }
             auto before = normalise[j].before_prelu(v);
             if (residual) before += load_first<N>(residual + at + j * N, valid);
-            store_rows<N>(grad_x + at + j * N, sums[j].add(g, before, v, normalise[j].slope), valid, far);
+            const auto between = sums[j].add(g, before, v, normalise[j].slope);
+            if (grad_x) store_rows<N>(grad_x + at + j * N, between, valid, far);
           }
         }
         for (int j = 0; j < J; ++j) shared.sums.add(run, channel + j * N, sums[j], valid);

@@ -101,6 +101,83 @@ void describe_pointwise(Problem& p, const Case& s, Type type) {
   p.groups = s.groups;
 }
 
+// The one call of a kernel whose result is not a map.
+template <class Problem>
+void run_whole(const espk::Kernel<Problem>& kernel, const Problem& problem) {
+  const auto shared = aligned(kernel.shared_bytes(problem));
+  kernel.before(problem, shared.get());
+  kernel.run(problem, shared.get(), 0, kernel.units(problem));
+  kernel.after(problem, shared.get());
+}
+
+// The end of a down-sampler joins `pooled` and `expanded` with an image of two channels.
+inline void check_shortcut(const Case& s, Type type, const Tensor& pooled, const Tensor& expanded, Draw& draw) {
+  constexpr Layout last = Layout::channels_last;
+  constexpr int64_t images = 2;
+  const int64_t of_pooled = pooled.sizes[1], channels = of_pooled + expanded.sizes[1];
+  const Tensor image = draw.integers({s.batch, images, pooled.sizes[2], pooled.sizes[3]});
+  const Tensor weight = draw.integers({images, channels});
+  const Tensor grad = draw.integers({s.batch, channels, pooled.sizes[2], pooled.sizes[3]});
+  const Steps steps = draw.steps(channels, {});
+  const Buffer pooled_buffer(type, last, pooled), expanded_buffer(type, last, expanded), image_buffer(type, last, image);
+  const Buffer grad_buffer(type, last, grad);
+  const Tensor before = each_value(grad, [&](double, int64_t b, size_t c, int64_t y, int64_t z) {
+    const int64_t channel = static_cast<int64_t>(c);
+    double v = channel < of_pooled ? pooled.at(b, channel, y, z) : expanded.at(b, channel - of_pooled, y, z);
+    for (int64_t k = 0; k < images; ++k) v += weight.at(k, channel) * image.at(b, k, y, z);
+    return v + steps.shift.values[c];
+  });
+
+  espk::LongRangeShortcut forward{};
+  espk::LongRangeShortcutBackward backward{};
+  for (espk::JoinedMaps* p : {static_cast<espk::JoinedMaps*>(&forward), static_cast<espk::JoinedMaps*>(&backward)}) {
+    p->type = type;
+    p->pixels = s.batch * pooled.sizes[2] * pooled.sizes[3];
+    p->pooled_channels = of_pooled;
+    p->expanded_channels = expanded.sizes[1];
+    p->image_channels = images;
+    p->pooled = pooled_buffer.data();
+    p->expanded = expanded_buffer.data();
+    p->image = image_buffer.data();
+    p->weight = weight.values.data();
+    p->shift = steps.shift.values.data();
+    p->slope = steps.slope.values.data();
+  }
+  check("long_range_shortcut", s, kernels.long_range_shortcut, forward, &espk::LongRangeShortcut::out,
+        epilogue(before, Steps{{}, {}, steps.slope, {}}), Target{last});
+
+  std::vector<double> of_weight(weight.values.size()), of_shift(steps.shift.values.size()), of_slope(of_shift);
+  std::vector<double> sums[3] = {of_weight, of_shift, of_slope};
+  Tensor grad_image = image, grad_pooled = pooled, grad_expanded = expanded;
+  std::fill(grad_image.values.begin(), grad_image.values.end(), 0.0);
+  each_value(grad, [&](double g, int64_t b, size_t c, int64_t y, int64_t z) {
+    const int64_t channel = static_cast<int64_t>(c);
+    const double v = before.at(b, channel, y, z);
+    if (v <= 0) sums[2][c] += g * v;
+    if (v <= 0) g *= steps.slope.values[c];
+    sums[1][c] += g;
+    for (int64_t k = 0; k < images; ++k) {
+      sums[0][static_cast<size_t>(k * channels) + c] += g * image.at(b, k, y, z);
+      grad_image.at(b, k, y, z) += g * weight.at(k, channel);
+    }
+    (channel < of_pooled ? grad_pooled.at(b, channel, y, z) : grad_expanded.at(b, channel - of_pooled, y, z)) = g;
+    return g;
+  });
+  using Backward = espk::LongRangeShortcutBackward;
+  backward.grad = grad_buffer.data();
+  backward.grad_weight = of_weight.data();
+  backward.grad_shift = of_shift.data();
+  backward.grad_slope = of_slope.data();
+  const auto& kernel = kernels.long_range_shortcut_backward;
+  check("long_range_shortcut_backward, pooled", s, kernel, backward, &Backward::grad_pooled, grad_pooled, Target{last});
+  check("long_range_shortcut_backward, expanded", s, kernel, backward, &Backward::grad_expanded, grad_expanded,
+        Target{last});
+  check("long_range_shortcut_backward, image", s, kernel, backward, &Backward::grad_image, grad_image, Target{last});
+  check_numbers("long_range_shortcut_backward", s, of_weight, sums[0], 0);
+  check_numbers("long_range_shortcut_backward", s, of_shift, sums[1], 0);
+  check_numbers("long_range_shortcut_backward", s, of_slope, sums[2], 0);
+}
+
 inline void check_training(const Case& s, Type type) {
   if (s.batch == 0) return;  // a batch norm has no moments of nothing
   constexpr Layout last = Layout::channels_last;
@@ -214,4 +291,26 @@ inline void check_training(const Case& s, Type type) {
         &espk::NormalisedOutputBackward::grad_x, in_front_of_prelu(concatenated, grad_map, map, &residual, sums),
         map_target);
   check_sums("normalised_output_backward", concatenated);
+
+  espk::MapMoments moments{};
+  moments.type = type;
+  moments.pixels = end.pixels;
+  moments.channels = end.channels;
+  moments.x = map_buffer.data();
+  moments.moments = {concatenated.sum.data(), concatenated.sum_slope.data()};
+  run_whole(kernels.map_moments, moments);
+  check_moments("map_moments", s, type, map, concatenated.sum, concatenated.sum_slope);
+
+  espk::BatchNormBackward norm_backward{};
+  norm_backward.type = type;
+  norm_backward.pixels = end.pixels;
+  norm_backward.channels = end.channels;
+  norm_backward.grad = grad_map_buffer.data();
+  norm_backward.x = map_buffer.data();
+  norm_backward.normalise = concatenated.normalise();
+  norm_backward.norm = concatenated.gradient();
+  check("batch_norm_backward", s, kernels.batch_norm_backward, norm_backward, &espk::BatchNormBackward::grad_x,
+        in_front_of_norm(concatenated, in_front_of_prelu(concatenated, grad_map, map, nullptr, sums), map), map_target);
+
+  check_shortcut(s, type, map, out, draw);
 }

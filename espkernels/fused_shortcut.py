@@ -1,0 +1,67 @@
+"""The end of a down-sampler of modules as one call, where that is the same thing as its layers one by one.
+
+The shortcut's last convolution and batch norm are folded into a weight and a shift by the moments of the image, so that
+neither makes a map (:func:`espkernels.norms.folded`); what :mod:`espkernels.fused_unit` says of hooks and other classes
+holds here too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from espkernels import backends, inference
+from espkernels.fused_unit import hooked, laid_out
+from espkernels.layout import out_size
+from espkernels.norms import NORMS, folded, takes_batch
+from espkernels.training_layers import MOST_IMAGE_CHANNELS, long_range_shortcut
+
+__all__ = ["fits", "run"]
+
+
+class DownSampler(Protocol):
+    """A module with the parts of a down-sampler; ``inp_reinf`` where it has a shortcut."""
+
+    avg: nn.AvgPool2d
+    act: nn.PReLU
+
+    @property
+    def eesp(self) -> nn.Module: ...
+
+
+def fits(unit: DownSampler, x: Tensor, image: Tensor | None) -> bool:
+    """Whether :func:`run` does for the map ``x`` what the layers would do, on the CPU's kernels."""
+    if x.device.type != "cpu" or backends.library is None or backends.current() not in (None, "cpu"):
+        return False
+    if x.dim() != 4 or x.numel() == 0 or type(unit.act) is not nn.PReLU or type(unit.avg) is not nn.AvgPool2d:
+        return False
+    if not torch.is_autocast_enabled("cpu") and unit.act.weight.dtype != x.dtype:
+        return False
+    if hooked(unit.avg, unit.act):
+        return False
+    if image is None:
+        return True
+    shortcut = cast(Any, unit).inp_reinf
+    last = shortcut[1]
+    if hooked(shortcut, last, last.conv, last.bn):
+        return False
+    if type(last.conv) is not nn.Conv2d or last.conv.bias is not None or type(last.bn) not in NORMS:
+        return False
+    # A channel of one value has no variance: torch's batch norm says so.
+    values = x.shape[0] * out_size(x.shape[2], 2) * out_size(x.shape[3], 2)
+    return last.conv.in_channels <= MOST_IMAGE_CHANNELS and not (values == 1 and takes_batch(last.bn))
+
+
+def run(unit: DownSampler, x: Tensor, image: Tensor | None) -> Tensor:
+    """The unit's result for ``x`` and the pooled ``image``, in channels_last."""
+    pooled, expanded = inference.average_pool(x), unit.eesp(x)
+    weight = shift = None
+    if image is not None:
+        first, last = cast(Any, unit).inp_reinf
+        image, weight, shift = folded(laid_out(last.conv.weight).flatten(1), last.bn, first(image))
+        image = image.to(expanded.dtype)
+    compute = torch.float64 if expanded.dtype == torch.float64 else torch.float32
+    slope = unit.act.weight.to(compute)
+    return long_range_shortcut(pooled.to(expanded.dtype), expanded, image, weight, shift, slope)

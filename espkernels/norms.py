@@ -1,0 +1,103 @@
+"""Batch norms of modules as the operators of training take them: whose statistics, which vectors, and their buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["NORMS", "Norm", "bias_of", "folded", "running", "takes_batch", "track", "weight_of"]
+
+Norm = nn.BatchNorm1d | nn.BatchNorm2d
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def takes_batch(norm: Norm) -> bool:
+    """Whether the norm takes the statistics of the batch, not its running ones."""
+    return norm.training or norm.running_mean is None
+
+
+def weight_of(norm: Norm, dtype: torch.dtype) -> Tensor:
+    return _parameter(norm.weight, norm, 1.0, dtype)
+
+
+def bias_of(norm: Norm, dtype: torch.dtype) -> Tensor:
+    return _parameter(norm.bias, norm, 0.0, dtype)
+
+
+def _parameter(parameter: Tensor | None, norm: Norm, otherwise: float, dtype: torch.dtype) -> Tensor:
+    if parameter is None:
+        return torch.full((norm.num_features,), otherwise, dtype=dtype)
+    return parameter.to(dtype)
+
+
+def running(norms: Sequence[Norm]) -> tuple[Tensor | None, Tensor | None]:
+    """The running means and variances of all norms, float64; zeros where the batch's will take their place.
+
+    None where that is so of all.
+    """
+    if all(map(takes_batch, norms)):
+        return None, None
+    parts: tuple[list[Tensor], list[Tensor]] = [], []
+    for norm in norms:
+        for part, buffer in zip(parts, (norm.running_mean, norm.running_var), strict=True):
+            if takes_batch(norm) or buffer is None:
+                part.append(torch.zeros(norm.num_features, dtype=torch.float64))
+            else:
+                part.append(buffer.double())
+    return torch.cat(parts[0]), torch.cat(parts[1])
+
+
+@torch.no_grad()
+def track(norms: Sequence[Norm], moments: Tensor, counts: Sequence[int]) -> None:
+    """What the forward of each batch norm does to its buffers.
+
+    ``moments`` are the mean and biased variance of all norms, float64 [2, channels]; ``counts`` the values a channel.
+    """
+    means, variances = moments.unbind()
+    sizes = [norm.num_features for norm in norms]
+    for norm, mean, variance, count in zip(norms, means.split(sizes), variances.split(sizes), counts, strict=True):
+        if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
+            continue
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.add_(1)
+        share: float | Tensor | None = norm.momentum
+        if share is None:  # the mean of all batches
+            share = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+        norm.running_var.lerp_((variance * (count / max(count - 1, 1))).to(norm.running_var.dtype), share)
+
+
+def folded(weight: Tensor, norm: Norm, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch norm of a 1x1 convolution of few channels, as one convolution: its input, weight and shift.
+
+    The moments of ``y = weight x`` are those of x: the mean of y is ``weight mean(x)``, and the variance of a channel
+    ``w^T cov(x) w``. So y, of many channels, need not be made to be normalised. The input is x without its mean, as the
+    norm would subtract it from y before it divides by what may be almost nothing. Differentiable any number of times;
+    updates the buffers of ``norm``. In float64 throughout.
+
+    Args:
+        weight: [N, I]; x: [B, I, H, W], of which I * I products a pixel are taken.
+
+    Returns:
+        [B, I, H, W] in channels_last and the dtype of ``x``; [N, I] and [N], float32, float64 where ``x`` is.
+    """
+    wide = weight.double()
+    if takes_batch(norm):
+        pixels = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).double()
+        mean = pixels.mean(0)
+        centred = pixels - mean
+        covariance = centred.t() @ centred / len(pixels)
+        variances = ((wide @ covariance) * wide).sum(1)
+        track([norm], torch.stack([(wide @ mean).detach(), variances.detach()]), [len(pixels)])
+        x = centred.to(x.dtype).view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+        means = torch.zeros_like(variances)
+    else:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        means, variances = norm.running_mean.double(), norm.running_var.double()
+    scale = weight_of(norm, torch.float64) * (variances + norm.eps).rsqrt()
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x, (scale[:, None] * wide).to(dtype), (bias_of(norm, torch.float64) - means * scale).to(dtype)
