@@ -119,7 +119,8 @@ inline void check_shortcut(const Case& s, Type type, const Tensor& pooled, const
   const Tensor weight = draw.integers({images, channels});
   const Tensor grad = draw.integers({s.batch, channels, pooled.sizes[2], pooled.sizes[3]});
   const Steps steps = draw.steps(channels, {});
-  const Buffer pooled_buffer(type, last, pooled), expanded_buffer(type, last, expanded), image_buffer(type, last, image);
+  const Buffer pooled_buffer(type, last, pooled), expanded_buffer(type, last, expanded),
+      image_buffer(type, last, image);
   const Buffer grad_buffer(type, last, grad);
   const Tensor before = each_value(grad, [&](double, int64_t b, size_t c, int64_t y, int64_t z) {
     const int64_t channel = static_cast<int64_t>(c);
