@@ -16,7 +16,7 @@ from espkernels import nn as layers
 from espkernels.checks import MAX_BRANCHES
 from espkernels.models.eru import EESP1d, FrozenEESP1d
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join
-from espkernels.replace import replace
+from espkernels.replace import replace_units
 
 __all__ = ["freeze"]
 
@@ -50,7 +50,7 @@ def freeze(model: M, *, tune: Tensor | None = None, graph: bool = False) -> M:
             "tune: got a tensor beside graph=True, expected None: only plans on the CPU have what is tuned"
         )
     root = nn.ModuleList([copy.deepcopy(model).eval()])  # a parent for a model that is itself a layer
-    replace(root)
+    replace_units(root)
     _freeze_children(root)
     if graph:
         return graphs.graphed(root[0])  # type: ignore[return-value]
@@ -86,7 +86,7 @@ def _frozen(module: nn.Module) -> nn.Module | None:
         return frozen.FrozenConvolution(module)
     if type(module) is nn.Linear:
         return frozen.FrozenLinear(module)
-    if type(module) is nn.Sequential:
+    if isinstance(module, nn.Sequential) and type(module).forward in (nn.Sequential.forward, layers.Chain.forward):
         kinds = tuple(type(part) for part in module)
         if kinds in ((nn.Conv2d, nn.BatchNorm2d, nn.PReLU), (nn.Conv2d, nn.BatchNorm2d)):
             return frozen.FrozenConvolution(*module)

@@ -1,11 +1,13 @@
 """The layers of ESPNetv2: the EESP unit and the strided unit that down-samples (paper section 3, Fig. 1c and 2).
 
 Constructors and state_dict keys are those of the official code, so a checkpoint moves both ways unchanged. The
-convolutions run through the operators of this library; batch norms and PReLUs are torch modules.
+convolutions run through the operators of this library; batch norms and PReLUs are torch modules, which in training on
+the CPU run through its operators too.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import cast
 
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espkernels import fused_shortcut, fused_unit, inference, ops
+from espkernels.fused_norm import norm_prelu
 from espkernels.fused_unit import UnitLayers, hooked, laid_out
 from espkernels.layout import layout_of, out_size
 
@@ -23,6 +26,7 @@ __all__ = [
     "CBR",
     "EESP",
     "CDilated",
+    "Chain",
     "DownSampler",
     "branch_dilations",
     "init_parameters",
@@ -110,7 +114,7 @@ class CBR(nn.Module):
         self.act = nn.PReLU(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
+        return norm_prelu(self.bn, self.act, self.conv(x))
 
 
 class CB(nn.Module):
@@ -136,7 +140,34 @@ class BR(nn.Module):
         self.act = nn.PReLU(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(x))
+        return norm_prelu(self.bn, self.act, x)
+
+
+class Chain(nn.Sequential):
+    """``nn.Sequential`` in which a batch norm and the PReLU behind it are one step (:mod:`espkernels.fused_norm`)."""
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether ``module`` is just a ``nn.Sequential`` and has such a step."""
+        kinds = itertools.pairwise(map(type, module.children()))
+        return type(module) is nn.Sequential and (nn.BatchNorm2d, nn.PReLU) in kinds
+
+    @staticmethod
+    def everywhere(model: nn.Module) -> None:
+        """Makes every ``nn.Sequential`` of ``model`` a chain where that changes anything."""
+        for module in model.modules():
+            if Chain.fits(module):
+                module.__class__ = Chain
+
+    def forward(self, input: Tensor) -> Tensor:
+        parts = list(self)
+        while parts:
+            part = parts.pop(0)
+            if parts and isinstance(part, nn.BatchNorm2d) and isinstance(parts[0], nn.PReLU):
+                input = norm_prelu(part, parts.pop(0), input)
+            else:
+                input = part(input)
+        return input
 
 
 class CDilated(nn.Module):
@@ -178,6 +209,8 @@ class EESP(nn.Module):
     """
 
     memory = "save"  # of units pickled before there was a choice
+    cbr_type: type[CBR] = CBR
+    br_type: type[BR] = BR
 
     def __init__(
         self,
@@ -213,10 +246,10 @@ class EESP(nn.Module):
         self.hff = hff
         self.memory = memory
         channels = out_channels // k
-        self.proj_1x1 = CBR(in_channels, channels, 1, groups=k)
+        self.proj_1x1 = self.cbr_type(in_channels, channels, 1, groups=k)
         self.spp_dw = nn.ModuleList(CDilated(channels, dilation, stride) for dilation in self.dilations)
         self.conv_1x1_exp = CB(out_channels, out_channels, 1, groups=k)
-        self.br_after_cat = BR(out_channels)
+        self.br_after_cat = self.br_type(out_channels)
         self.module_act = nn.PReLU(out_channels)
         init_parameters(self)
 
@@ -298,6 +331,7 @@ class DownSampler(nn.Module):
     """
 
     eesp_type: type[EESP] = EESP
+    cbr_type: type[CBR] = CBR
 
     def __init__(
         self,
@@ -328,7 +362,7 @@ class DownSampler(nn.Module):
         self.avg = nn.AvgPool2d(kernel_size=3, stride=2, padding=1)
         if reinf:
             # The official shortcut reduces any image to 3 channels first.
-            self.inp_reinf = nn.Sequential(CBR(image_channels, 3, 3), CB(3, out_channels, 1))
+            self.inp_reinf = nn.Sequential(self.cbr_type(image_channels, 3, 3), CB(3, out_channels, 1))
         self.act = nn.PReLU(out_channels)
         init_parameters(self)
 

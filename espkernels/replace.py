@@ -14,12 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from espkernels import nn as layers
+from espkernels.norm_blocks import recognise_blocks
 from espkernels.structure import Layer, recognise
 from espkernels.verification import Comparison, compare
 
-__all__ = ["Replacement", "Report", "replace", "restore"]
+__all__ = ["Replacement", "Report", "replace", "replace_units", "restore"]
 
-_LAYERS: dict[str, type[nn.Module]] = {"EESP": layers.EESP, "DownSampler": layers.DownSampler}
+_LAYERS: dict[str, type[nn.Module]] = {
+    "EESP": layers.EESP,
+    "DownSampler": layers.DownSampler,
+    "CBR": layers.CBR,
+    "BR": layers.BR,
+    "Sequential": layers.Chain,
+}
 _BEFORE = "_espkernels_before"  # where a replaced layer keeps the attributes it had
 _ABSENT = "<absent>"
 
@@ -256,8 +263,9 @@ def replace(model: nn.Module, verify: Tensor | Sequence[Any] | None = None, memo
 
     Layers are recognised by their structure (:mod:`espkernels.structure`), whichever class they have, so both official
     repositories' models and copies of them work; one that looks alike but differs in any part is left alone, and the
-    report says in what. The convolutions change hands, and in training on the CPU the batch norms and PReLUs of a unit
-    with them where they are torch's own; otherwise these, and always the image's shortcut, are run as they are.
+    report says in what. The convolutions change hands, and on the CPU the batch norms and PReLUs of a unit with them
+    where they are torch's own; otherwise these are run as they are. So do the batch norms with a PReLU behind them in
+    the blocks around the units: "CBR" (convolution, batch norm, PReLU), "BR" and ``nn.Sequential``.
 
     Args:
         model: any module, wrapped for data parallelism or compiled or not; may be a layer itself.
@@ -283,7 +291,17 @@ def replace(model: nn.Module, verify: Tensor | Sequence[Any] | None = None, memo
         >>> print(report)
     """
     layers.check_memory(memory)
-    found = list(recognise(model))
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    found = sorted([*recognise(model), *recognise_blocks(model)], key=lambda layer: order[layer.name])
+    return _replaced(found, model, verify, memory)
+
+
+def replace_units(model: nn.Module) -> Report:
+    """:func:`replace` for the units and down-samplers alone."""
+    return _replaced(list(recognise(model)), model, None, "save")
+
+
+def _replaced(found: Sequence[Layer], model: nn.Module, verify: Tensor | Sequence[Any] | None, memory: str) -> Report:
     for layer in found:
         if layer.kind == "EESP":
             layer.attributes["memory"] = memory

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["Layer", "recognise"]
+__all__ = ["Layer", "is_unit", "recognise"]
 
 _EESP = {"proj_1x1", "spp_dw", "conv_1x1_exp", "br_after_cat", "module_act"}
 _DOWN_SAMPLER = {"eesp", "avg", "act"}
@@ -43,7 +43,7 @@ def recognise(model: nn.Module) -> Iterator[Layer]:
     modules = list(model.named_modules())
     in_down_sampler = {id(module.eesp) for _, module in modules if _names(module) >= _DOWN_SAMPLER}
     for name, module in modules:
-        if _names(module) >= _EESP:
+        if is_unit(module):
             layer = Layer(name, module, "EESP")
         elif _names(module) >= _DOWN_SAMPLER:
             layer = Layer(name, module, "DownSampler")
@@ -58,6 +58,11 @@ def recognise(model: nn.Module) -> Iterator[Layer]:
         except _Different as difference:
             layer.reason = str(difference)
         yield layer
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether the module has the parts of an EESP unit."""
+    return _names(module) >= _EESP
 
 
 def _names(module: nn.Module) -> set[str]:

@@ -132,6 +132,8 @@ class ESPNetv2Detection(nn.Module):
         self.loc_layers = nn.ModuleList(nn.Conv2d(m, 4 * n, 1) for m, n in zip(channels, boxes, strict=True))
         self.cls_layers = nn.ModuleList(nn.Conv2d(m, num_classes * n, 1) for m, n in zip(channels, boxes, strict=True))
         self._init_parameters()
+        if not self.base_net.basenet.switches.plain:
+            fused.Chain.everywhere(self)
 
     def _init_parameters(self) -> None:
         """Official: Xavier for everything that ImageNet's weights, which the backbone starts from, do not overwrite."""

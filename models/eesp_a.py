@@ -37,11 +37,11 @@ class EESPA(plain.Steps):
         dilated: bool = True,
     ) -> None:
         super().__init__()
-        whole = fused.EESP(in_channels, out_channels, stride, k, r_lim, down_method, hff=hff, dilated=dilated)
+        whole = plain.EESP(in_channels, out_channels, stride, k, r_lim, down_method, hff=hff, dilated=dilated)
         self.stride, self.down_method, self.hff, self.dilations = stride, down_method, hff, whole.dilations
         channels = out_channels // k
         self.proj_1x1, self.spp_dw, self.module_act = whole.proj_1x1, whole.spp_dw, whole.module_act
-        self.br_after_hff = nn.ModuleList(fused.BR(channels) for _ in range(k))
+        self.br_after_hff = nn.ModuleList(plain.BR(channels) for _ in range(k))
         self.conv_1x1 = nn.ModuleList(fused.CB(channels, channels, 1) for _ in range(k))
         fused.init_parameters(self)
 

@@ -40,11 +40,11 @@ class ESP(plain.Steps):
         self.stride, self.down_method, self.hff = stride, down_method, hff
         self.dilations = fused.branch_dilations(k, r_lim, dilated)
         channels = out_channels // k
-        self.proj_1x1 = fused.CBR(in_channels, channels, 1)
+        self.proj_1x1 = plain.CBR(in_channels, channels, 1)
         self.spp_dw = nn.ModuleList(
             nn.Conv2d(channels, channels, 3, stride, dilation, dilation, bias=False) for dilation in self.dilations
         )
-        self.br_after_cat = fused.BR(out_channels)
+        self.br_after_cat = plain.BR(out_channels)
         self.module_act = nn.PReLU(out_channels)
         fused.init_parameters(self)
 

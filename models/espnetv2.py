@@ -19,13 +19,14 @@ GROUPS = 4
 # Receptive-field limits (section 3.2): smaller maps, smaller branches.
 LIMIT_DOWN = {2: 13, 3: 11, 4: 9, 5: 7}
 LIMIT = {3: 9, 4: 7, 5: 5}
+# The unit, the down-sampler around it, and the convolution with batch norm and PReLU.
+Layers = tuple[type[nn.Module], type[nn.Module], type[fused.CBR]]
 # EESP units after the strided one.
 REPEATS = {3: 3, 4: 7, 5: 3}
-# Each form of the unit, and the down-sampler around it.
-UNITS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
-    "eesp": (fused.EESP, fused.DownSampler),
-    "eesp_a": (eesp_a.EESPA, eesp_a.DownSampler),
-    "esp": (esp.ESP, esp.DownSampler),
+UNITS: dict[str, Layers] = {
+    "eesp": (fused.EESP, fused.DownSampler, fused.CBR),
+    "eesp_a": (eesp_a.EESPA, eesp_a.DownSampler, plain.CBR),
+    "esp": (esp.ESP, esp.DownSampler, plain.CBR),
 }
 
 
@@ -48,9 +49,9 @@ class Switches:
             raise ValueError(f"unit: got {self.unit!r}, expected one of {', '.join(map(repr, UNITS))}")
 
     @property
-    def layers(self) -> tuple[type[nn.Module], type[nn.Module]]:
-        """The unit and the down-sampler."""
-        return (plain.EESP, plain.DownSampler) if self.plain and self.unit == "eesp" else UNITS[self.unit]
+    def layers(self) -> Layers:
+        """What the network is built from."""
+        return (plain.EESP, plain.DownSampler, plain.CBR) if self.plain and self.unit == "eesp" else UNITS[self.unit]
 
 
 def widths(scale: float) -> tuple[int, int, int, int, int, int]:
@@ -79,7 +80,8 @@ class Encoder(nn.Module):
         self.in_channels = in_channels
         self.switches = switches or Switches()
         width = dict(enumerate(widths(scale)[:5], start=1))
-        self.level1 = fused.CBR(in_channels, width[1], 3, 2)
+        *_, cbr = self.switches.layers
+        self.level1 = cbr(in_channels, width[1], 3, 2)
         self.level2_0 = self._down_sampler(2, width)
         self.level3_0 = self._down_sampler(3, width)
         self.level3 = nn.ModuleList(self._units(3, width))
@@ -87,7 +89,7 @@ class Encoder(nn.Module):
         self.level4 = nn.ModuleList(self._units(4, width))
 
     def _down_sampler(self, level: int, width: dict[int, int]) -> nn.Module:
-        _, down_sampler = self.switches.layers
+        _, down_sampler, _ = self.switches.layers
         return down_sampler(
             width[level - 1],
             width[level],
@@ -100,7 +102,7 @@ class Encoder(nn.Module):
         )
 
     def _units(self, level: int, width: dict[int, int]) -> list[nn.Module]:
-        unit, _ = self.switches.layers
+        unit, *_ = self.switches.layers
         return [
             unit(
                 width[level],
@@ -151,9 +153,10 @@ class DeepEncoder(Encoder):
         *levels, last = widths(scale)
         width = dict(enumerate(levels, start=1))
         self.level5_0 = self._down_sampler(5, width)
-        self.level5 = nn.ModuleList([*self._units(5, width), fused.CBR(width[5], width[5], 3, groups=width[5])])
+        *_, cbr = self.switches.layers
+        self.level5 = nn.ModuleList([*self._units(5, width), cbr(width[5], width[5], 3, groups=width[5])])
         if expansion:
-            self.level5.append(fused.CBR(width[5], last, 1, groups=GROUPS))
+            self.level5.append(cbr(width[5], last, 1, groups=GROUPS))
         self.out_channels = last if expansion else width[5]
 
 

@@ -1,4 +1,4 @@
-"""The two layers as every framework runs them: one convolution call a branch, running sums, a concatenation.
+"""The layers as every framework runs them: one convolution call a branch, running sums, a concatenation.
 
 The baseline of the benchmarks and the "before" of :func:`espkernels.replace`. Parameters, keys and results are those of
 :mod:`espkernels.nn`; no operator of this library runs.
@@ -12,7 +12,21 @@ from torch import nn as torch_nn
 
 from espkernels import nn, reference
 
-__all__ = ["EESP", "DownSampler", "Steps"]
+__all__ = ["BR", "CBR", "EESP", "DownSampler", "Steps"]
+
+
+class CBR(nn.CBR):
+    """:class:`espkernels.nn.CBR` in plain torch modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+
+class BR(nn.BR):
+    """:class:`espkernels.nn.BR` in plain torch modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(x))
 
 
 class Steps(torch_nn.Module):
@@ -46,6 +60,9 @@ class Steps(torch_nn.Module):
 class EESP(Steps, nn.EESP):
     """:class:`espkernels.nn.EESP` in plain torch modules."""
 
+    cbr_type = CBR
+    br_type = BR
+
     def forward(self, x: Tensor) -> Tensor:
         fused = torch.cat(self.transform(x), dim=1)
         return self.end(self.conv_1x1_exp(self.br_after_cat(fused)), x)
@@ -55,6 +72,7 @@ class DownSampler(nn.DownSampler):
     """:class:`espkernels.nn.DownSampler` in plain torch modules around a plain :class:`EESP`."""
 
     eesp_type = EESP
+    cbr_type = CBR
 
     def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
         output = torch.cat([self.avg(x), self.eesp(x)], dim=1)

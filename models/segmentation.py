@@ -43,6 +43,8 @@ class ESPNetv2Segmentation(nn.Module):
         self.bu_br_l3 = Join(planes[1])
         self.bu_br_l4 = Join(planes[2])
         fused.init_parameters(self)
+        if not self.base_net.switches.plain:
+            fused.Chain.everywhere(self)
 
     def forward(self, image: Tensor) -> Tensor:
         level1, level2, level3, level4 = self.base_net(image)

@@ -43,7 +43,7 @@ def twin(layer: nn.Module) -> nn.Module:
     """The same layer in plain torch modules; shares nothing."""
     other = copy.deepcopy(layer)
     for part in other.modules():
-        for kind in ("EESP", "DownSampler"):
+        for kind in ("EESP", "DownSampler", "CBR", "BR"):
             if type(part) is getattr(fused, kind):
                 part.__class__ = getattr(plain, kind)
     return other

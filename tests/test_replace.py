@@ -21,7 +21,10 @@ from espkernels import nn as fused
 from espkernels.models import plain
 from espkernels.replace import Report, replace, restore
 
-LAYERS = ["level2_0", "level2_0.eesp", "level3_0", "level3_0.eesp", "level3.0", "level3.1", "unused"]
+LAYERS = [
+    "level1", "level2_0", "level2_0.eesp", "level2_0.inp_reinf.0", "level3_0", "level3_0.eesp", "level3.0", "level3.1",
+    "unused",
+]  # fmt: skip
 REACHED = LAYERS[:-1]
 
 
@@ -239,7 +242,7 @@ def test_inputs_by_the_names_of_the_original() -> None:
     down = Down(8, 24).double().eval()
     x, picture = image(2, 8, 9, 12), image(2, 3, 36, 48)
     expected, without = down(input=x, input2=picture), down(input=x)
-    assert replace(down).replaced == ["", "eesp"]
+    assert replace(down).replaced == ["", "eesp", "inp_reinf.0"]
     close(down(x, input2=picture), expected)
     close(down(input2=picture, input=x), expected)
     close(down(x, picture), expected)
@@ -333,7 +336,8 @@ def test_plain_layers_are_replaced_and_ours_are_left(reinf: bool, calls: list[st
     expected = outputs()
     assert calls == []
     report = replace(model)
-    assert report.replaced == ["plain", "plain.eesp", "no hff", "strided"]
+    shortcut = ["plain.inp_reinf.0"] if reinf else []
+    assert report.replaced == ["plain", "plain.eesp", *shortcut, "no hff", "strided"]
     assert report.skipped == ["ours", "ours.eesp"]
     for actual, truth in zip(
         [model["no hff"](x), model["strided"](x), model["plain"](x[:, :8])], expected, strict=True
@@ -494,7 +498,7 @@ def test_what_cannot_be_told() -> None:
     down = Down(8, 24).double()
     del down.eesp.downAvg
     down.eesp.stride = 1
-    assert replace(down).replaced == ["", "eesp"]
+    assert replace(down).replaced == ["", "eesp", "inp_reinf.0"]
     assert (down.eesp.stride, down.eesp.down_method) == (2, "avg")
 
 
@@ -608,7 +612,7 @@ def test_verified(training: bool, dtype: torch.dtype) -> None:
     lines = str(report).splitlines()
     assert lines[0].split() == ["layer", "kind", "status", "forward", "gradients", "reason"]
     assert len(lines) == len(LAYERS) + 2
-    assert lines[-1] == "6 replaced, 1 skipped, 0 reverted"
+    assert lines[-1] == "8 replaced, 1 skipped, 0 reverted"
     assert "\x1b" not in str(report)
 
 
@@ -701,7 +705,8 @@ def test_a_broken_kernel_is_caught_and_put_back(
     monkeypatch.setattr(ops, "spatial_pyramid", broken)
     report = replace(model, verify=image(dtype=torch.float32))
     assert report.reverted == ["level2_0.eesp", "level3_0.eesp", "level3.0", "level3.1"]
-    assert report.replaced == ["level2_0", "level3_0"]  # right without their unit, which runs as it did
+    # Right without their unit, which runs as it did.
+    assert report.replaced == ["level1", "level2_0", "level2_0.inp_reinf.0", "level3_0"]
     for layer in report.layers:
         if layer.status == "reverted":
             with pytest.raises(AssertionError, match=reason):
@@ -885,7 +890,10 @@ def test_one_run_without_gradients_and_one_comparison_a_call(monkeypatch: pytest
     assert runs == [False]
     names = {module: name for name, module in model.named_modules()}
     # The inner unit ends first; the unit that stands in two places is called twice.
-    expected = ["level2_0.eesp", "level2_0", "level3_0.eesp", "level3_0", "level3.0", "level3.1", "level3.0"]
+    expected = [
+        "level1", "level2_0.eesp", "level2_0.inp_reinf.0", "level2_0", "level3_0.eesp", "level3_0",
+        "level3.0", "level3.1", "level3.0",
+    ]  # fmt: skip
     assert [names[layer] for layer in compared] == expected
 
 
@@ -899,7 +907,8 @@ def test_keyword_arguments_reach_the_comparison() -> None:
             return self.down(x, input2=picture)
 
     model = Keyword().double()
-    assert replace(model, verify=(image(2, 8, 9, 9), image(2, 3, 36, 36))).replaced == ["down", "down.eesp"]
+    report = replace(model, verify=(image(2, 8, 9, 9), image(2, 3, 36, 36)))
+    assert report.replaced == ["down", "down.eesp", "down.inp_reinf.0"]
 
 
 def test_report_is_plain_data() -> None:
