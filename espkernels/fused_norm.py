@@ -45,10 +45,9 @@ def norm_prelu(norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
         result: Tensor = act(norm(x))
         return result
     assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(act, nn.PReLU)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    result, moments = batch_norm_prelu(
-        x, weight_of(norm, compute), bias_of(norm, compute), act.weight.to(compute), *running([norm]), norm.eps,
-        takes_batch(norm),
-    )  # fmt: skip
+    vectors = weight_of(norm, compute), bias_of(norm, compute), act.weight.to(compute)
+    result, moments = batch_norm_prelu(x, *vectors, *running([norm]), norm.eps, takes_batch(norm))
     track([norm], moments, [x.numel() // x.shape[1]])
     return result
