@@ -73,6 +73,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/normalised_output_backward.cpp",
     "csrc/cpu/map_moments.cpp",
     "csrc/cpu/batch_norm_backward.cpp",
+    "csrc/cpu/average_pool_backward.cpp",
     "csrc/cpu/long_range_shortcut.cpp",
     "csrc/cpu/long_range_shortcut_backward.cpp",
     "csrc/cpu/recurrence.cpp",

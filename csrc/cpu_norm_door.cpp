@@ -1,5 +1,5 @@
-// Where torch ends on the CPU for what training does around the units: a batch norm with its PReLU, and the end of a
-// down-sampler. Traffic in maps: a norm 3 forward and 5 backward, and 1 kept; the end 2, 3 and 1 (eager, concatenation and
+// Where torch ends on the CPU for what training does around the units: a batch norm with its PReLU, the gradient of average
+// pooling, and the end of a down-sampler. Traffic in maps: a norm 3 forward and 5 backward, and 1 kept; the end 2, 3 and 1 (eager, concatenation and
 // shortcut included, about 12, 15 and 2).
 #include <torch/csrc/stable/library.h>
 
@@ -125,6 +125,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_prelu_backward(const Tenso
           vector_of({&n.norm.grad_slope}, weight)};
 }
 
+Tensor average_pool_backward(const Tensor& grad, int64_t height, int64_t width) {
+  check_map(grad, "grad");
+  AveragePoolBackward p{};
+  p.type = type_of(grad);
+  p.batch = grad.size(0);
+  p.channels = grad.size(1);
+  p.height = height;
+  p.width = width;
+  p.out_height = grad.size(2);
+  p.out_width = grad.size(3);
+  STD_TORCH_CHECK(
+      height >= 1 && width >= 1 && (height - 1) / 2 + 1 == p.out_height && (width - 1) / 2 + 1 == p.out_width,
+      "grad: expected half as many rows and columns as height and width, rounded up");
+  const Tensor behind = dense_map(grad, Layout::channels_last);
+  Tensor grad_x = empty_map({p.batch, p.channels, height, width}, grad, Layout::channels_last);
+  p.grad = behind.const_data_ptr();
+  p.grad_x = grad_x.mutable_data_ptr();
+  run_kernel(kernels().average_pool_backward, p);
+  return grad_x;
+}
+
 // What both operators of the end take, checked, dense and described.
 struct Joined {
   Tensor pooled, expanded, image;
@@ -222,6 +243,7 @@ STABLE_TORCH_LIBRARY_IMPL(espkernels, CPU, m) {
   using namespace espk;
   m.impl("batch_norm_prelu", TORCH_BOX(&batch_norm_prelu));
   m.impl("batch_norm_prelu_backward", TORCH_BOX(&batch_norm_prelu_backward));
+  m.impl("average_pool_backward", TORCH_BOX(&average_pool_backward));
   m.impl("long_range_shortcut", TORCH_BOX(&long_range_shortcut));
   m.impl("long_range_shortcut_backward", TORCH_BOX(&long_range_shortcut_backward));
 }

@@ -64,6 +64,8 @@ ESPK_LIBRARY(ESPK_NAMESPACE, m) {
   m.def(
       "batch_norm_prelu_backward(Tensor grad, Tensor x, Tensor statistics, Tensor weight, Tensor bias, Tensor slope, "
       "float eps, bool batch_statistics, bool wants_x) -> (Tensor, Tensor, Tensor, Tensor)");
+  // grad [B, C, H', W'] of average_pool -> [B, C, height, width] in channels_last
+  m.def("average_pool_backward(Tensor grad, SymInt height, SymInt width) -> Tensor");
   // The end of a down-sampler: prelu(concat(pooled [B, M, H, W], expanded [B, N, H, W]) + image weight + shift, slope) with
   // image [B, I, H, W], weight [M+N, I], shift and slope [M+N] -> [B, M+N, H, W] in channels_last; I at most 8
   m.def(

@@ -110,6 +110,16 @@ struct BatchNormBackward {
   int64_t multiply_adds() const { return 4 * pixels * channels; }
 };
 
+// grad_x [B, H, W, C] of AveragePool from grad [B, H', W', C].
+struct AveragePoolBackward {
+  Type type;
+  int64_t batch, channels, height, width, out_height, out_width;
+  const void* grad;
+  void* grad_x;
+
+  int64_t multiply_adds() const { return 3 * batch * channels * height * width; }
+};
+
 constexpr int64_t kMostImageChannels = 8;
 
 // What the end of a down-sampler joins: [pooled, expanded] + image weight + shift, N = pooled + expanded channels a pixel.

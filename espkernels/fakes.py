@@ -100,6 +100,11 @@ def _(x: Tensor) -> Tensor:
     return empty_map(x, x.shape[1], out_size(x.shape[2], 2), out_size(x.shape[3], 2))
 
 
+@register_fake("espkernels::average_pool_backward")
+def _(grad: Tensor, height: int, width: int) -> Tensor:
+    return _empty_pixels(grad, grad.shape[1], height, width)
+
+
 @register_fake("espkernels::global_average")
 def _(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], 1, 1))

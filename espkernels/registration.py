@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd
 
 from espkernels import fakes, reference  # noqa: F401  gradients of fake tensors are fake tensors
+from espkernels.layout import layout_of
 
 _ops = torch.ops.espkernels
 
@@ -204,10 +205,21 @@ def _save_average_pool(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 def _average_pool_backward(ctx: Any, grad: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
+    if x.device.type == "cpu" and layout_of(x) == torch.channels_last:
+        return _ops.average_pool_backward(grad, x.shape[2], x.shape[3])
     return torch.ops.aten.avg_pool2d_backward.default(grad, x, [3, 3], [2, 2], [1, 1], False, True, None)
 
 
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pass
+
+
 register_autograd("espkernels::average_pool", _average_pool_backward, setup_context=_save_average_pool)
+register_autograd(
+    "espkernels::average_pool_backward",
+    lambda ctx, grad: (_ops.average_pool(grad), None, None),
+    setup_context=_save_nothing,
+)
 
 
 def without_second_derivative(operator: str, instead: str) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from operator_tests import DTYPES
 from torch import Tensor, nn
 
 from espkernels import backends
+from espkernels.inference import average_pool
 from espkernels.norms import folded
 from espkernels.training_layers import batch_norm_prelu, long_range_shortcut
 
@@ -256,3 +257,24 @@ def test_folded_norm(way: str) -> None:
             torch.testing.assert_close(one, another, rtol=1e-9, atol=1e-9)
         for one, another in zip(norm.buffers(), other.buffers(), strict=True):
             torch.testing.assert_close(one, another, rtol=1e-12, atol=1e-12)
+
+
+# --- the gradient of average pooling ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 33, 8, 9), (1, 1, 1, 1), (2, 16, 1, 7), (1, 5, 2, 2)], ids=str)
+def test_average_pooling_and_its_gradient(isa: str, shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    for dtype in DTYPES.values():
+        x = torch.randn(shape).to(dtype).contiguous(memory_format=layout).requires_grad_()
+        wide = x.detach().double().requires_grad_()
+        result, expected = average_pool(x), F.avg_pool2d(wide, 3, 2, 1)
+        assert_near([result.detach()], [expected.detach()], torch.finfo(dtype).eps)
+        assert_near(gradients(result, [x]), gradients(expected, [wide]), torch.finfo(dtype).eps)
+
+
+def test_average_pooling_twice_differentiable() -> None:
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert torch.autograd.gradcheck(average_pool, (x,), nondet_tol=0.0)
+    assert torch.autograd.gradgradcheck(average_pool, (x,), nondet_tol=0.0)
+    torch.library.opcheck(torch.ops.espkernels.average_pool.default, (x,))

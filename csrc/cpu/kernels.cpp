@@ -30,6 +30,7 @@ extern const Kernel<NormalisedOutput> normalised_output;
 extern const Kernel<NormalisedOutputBackward> normalised_output_backward;
 extern const Kernel<MapMoments> map_moments;
 extern const Kernel<BatchNormBackward> batch_norm_backward;
+extern const Kernel<AveragePoolBackward> average_pool_backward;
 extern const Kernel<LongRangeShortcut> long_range_shortcut;
 extern const Kernel<LongRangeShortcutBackward> long_range_shortcut_backward;
 extern const Kernel<Recurrence> recurrence;
@@ -61,6 +62,7 @@ extern const Kernels kernels = {
     normalised_output_backward,
     map_moments,
     batch_norm_backward,
+    average_pool_backward,
     long_range_shortcut,
     long_range_shortcut_backward,
     recurrence,

@@ -43,6 +43,7 @@ struct Kernels {
   const Kernel<NormalisedOutputBackward>& normalised_output_backward;
   const Kernel<MapMoments>& map_moments;
   const Kernel<BatchNormBackward>& batch_norm_backward;
+  const Kernel<AveragePoolBackward>& average_pool_backward;
   const Kernel<LongRangeShortcut>& long_range_shortcut;
   const Kernel<LongRangeShortcutBackward>& long_range_shortcut_backward;
   const Kernel<Recurrence>& recurrence;

@@ -314,4 +314,29 @@ inline void check_training(const Case& s, Type type) {
         in_front_of_norm(concatenated, in_front_of_prelu(concatenated, grad_map, map, nullptr, sums), map), map_target);
 
   check_shortcut(s, type, map, out, draw);
+
+  // The windows around every other pixel of a map of x's size, nines of whole numbers.
+  const Tensor nines = each_value(draw.integers({s.batch, s.channels, (s.height + 1) / 2, (s.width + 1) / 2}),
+                                  [](double v, auto...) { return 9 * v; });
+  Tensor pooled = x;
+  each_value(x, [&](double, int64_t b, size_t c, int64_t y, int64_t z) {
+    const int64_t channel = static_cast<int64_t>(c);
+    double sum = 0;
+    for (int64_t v = 0; v < nines.sizes[2]; ++v)
+      for (int64_t w = 0; w < nines.sizes[3]; ++w)
+        if (std::abs(2 * v - y) <= 1 && std::abs(2 * w - z) <= 1) sum += nines.at(b, channel, v, w) / 9;
+    return pooled.at(b, channel, y, z) = sum;
+  });
+  const Buffer nines_buffer(type, last, nines);
+  espk::AveragePoolBackward pool_backward{};
+  pool_backward.type = type;
+  pool_backward.batch = s.batch;
+  pool_backward.channels = s.channels;
+  pool_backward.height = s.height;
+  pool_backward.width = s.width;
+  pool_backward.out_height = nines.sizes[2];
+  pool_backward.out_width = nines.sizes[3];
+  pool_backward.grad = nines_buffer.data();
+  check("average_pool_backward", s, kernels.average_pool_backward, pool_backward, &espk::AveragePoolBackward::grad_x,
+        pooled, map_target);
 }
