@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench import race, training_report
+from bench import race, training_bounds, training_report
 from bench.cases import IMAGES, NETWORKS, matching
 from bench.comparison import Comparison, Provider, WrongResult
 from bench.engines import OURS
@@ -99,6 +99,9 @@ def _measure(selection: Selection, racing: Race, row: Row, task: Task, files: Pa
     }
     for engine, way in found["fastest"].items():
         found["engines"][engine][way] |= _memory(racing, engine, way, files, threads)
+    short = [verdict.ours for verdict in training_report.judge(found) if verdict.missed]
+    # What bounds "save" bounds "recompute" too.
+    found["bounds"] = training_bounds.bounds(files, found["fastest"][short[0]], short[0].split()[-1]) if short else []
     return found
 
 

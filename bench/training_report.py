@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from bench import training_bounds
 from bench.engines import OURS
 from bench.report import headline
 from bench.tables import markdown_table
@@ -184,6 +185,19 @@ def markdown(run: dict[str, Any], picture_name: str) -> str:
     ]
     if short:
         lines += ["", "## What falls short", "", *(f"* {text}" for text in short)]
+    bounded = [row for row in run["rows"] if row.get("bounds")]
+    if bounded:
+        lines += [
+            "",
+            "## What bounds these rows",
+            "",
+            "The operators that take at least 4 % of a step of ours, from a profile of steps alone; names without a",
+            "prefix are ours. A unit reads or writes 7.5 maps of its size forward and 14 backward, where eager does 20",
+            "and 45 (csrc/cpu_training_door.cpp): with the whole of that from memory, no more than three times eager's",
+            "speed is in it. [tried.md](/bench/tried.md) says what was tried.",
+            "",
+            *(f"* {row['row']}, batch {row['batch']}: {training_bounds.sentence(row['bounds'])}" for row in bounded),
+        ]
     return "\n".join([*lines, "", "One row alone: `python -m bench.training --rows 's1-224x224-level3'`.", ""])
 
 

@@ -297,6 +297,10 @@ def test_report_shows_goals_and_all_that_falls_short(tmp_path: Path) -> None:
     assert "* s1-224x224-level3, batch 16, ours recompute: 4.17x of compile's speed, goal 5x" in text
     assert "* s1-224x224-level3, batch 16, NOT TIMED compile-contiguous: off by 3" in text
     assert "ours save 10.00 ms channels_last" in training_report.line(row)
+    row["bounds"] = [dict(operator="eesp_training", calls=17.0, seconds=0.1, share=0.4)]
+    row["bounds"].append(dict(operator="aten::add_", calls=2.0, seconds=1e-3, share=0.01))
+    text = training_report.markdown(_run(row), "training.png")
+    assert text.count("eesp_training 40% (17 calls, 100.00 ms)") == 1 and "aten::add_" not in text
     pytest.importorskip("matplotlib")
     picture(_run(row, row), tmp_path / "training.png")
     assert (tmp_path / "training.png").stat().st_size > 5000
@@ -321,5 +325,8 @@ def test_one_row_from_command_to_picture(tmp_path: Path, monkeypatch: pytest.Mon
         assert all(figures[name] >= 0 for name in ("kept", "held", "peak"))
         assert len(figures["samples"]) >= 5
     assert found["over"][OUR]["eager"] > 0
+    operators = {one["operator"]: one for one in found["bounds"]}
+    assert operators["eesp_training"]["calls"] == operators["eesp_training_backward"]["calls"] == 1
+    assert sum(one["share"] for one in found["bounds"]) <= 1.0001
     assert "torch.compile was not timed" in (tmp_path / "training.md").read_text()
     assert (tmp_path / "training.png").stat().st_size > 5000

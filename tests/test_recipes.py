@@ -154,10 +154,14 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "last.pt").exists()
 
 
-def test_two_processes_end_with_one_network(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def two_processes(folder: Path, epochs: int, *options: str) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
     command += ["-m", "espkernels", "train", "classification", "--data", "digits", "--scale", "0.5", "--batch", "512"]
-    command += ["--workers", "0", "--epochs", "2", "--threads", "1", "--folder", str(tmp_path / "run")]
+    return [*command, "--workers", "0", "--epochs", str(epochs), "--threads", "1", "--folder", str(folder)]
+
+
+def test_two_processes_end_with_one_network(tmp_path: Path) -> None:
+    command = two_processes(tmp_path / "run", 2)
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-2000:]
     state = RunFolder(tmp_path / "run").load()
@@ -165,6 +169,38 @@ def test_two_processes_end_with_one_network(tmp_path: Path) -> None:
     # Two steps of 256 images a process: twice the batches of one process's 1437 // 512.
     steps = state["network"]["level1.bn.num_batches_tracked"]
     assert int(steps) == 2 * (1437 // 512)
+
+
+def _rank(process: Path) -> str:
+    """The RANK of a process, "" where it has none or is gone."""
+    try:
+        environment = (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    return next((entry[5:].decode() for entry in environment if entry.startswith(b"RANK=")), "")
+
+
+def test_an_elastic_restart_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """One of two processes is killed in the middle of the run: torchrun starts both again, and they go on."""
+    whole = subprocess.run(two_processes(tmp_path / "whole", 3), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+
+    folder = RunFolder(tmp_path / "run")
+    with (tmp_path / "log").open("w") as log:
+        agent = subprocess.Popen(two_processes(folder.path, 3, "--max-restarts", "1"), cwd=ROOT, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while not folder.last.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        second = next(int(child) for child in children if _rank(Path("/proc") / child) == "1")
+        os.kill(second, signal.SIGKILL)
+        assert agent.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-2000:]
+    assert "SIGKILL" in (tmp_path / "log").read_text() or "-9" in (tmp_path / "log").read_text()
+
+    expected, found = RunFolder(tmp_path / "whole").load(), folder.load()
+    assert expected is not None and found is not None and found["epoch"] == 3
+    assert without_time(found["rows"]) == without_time(expected["rows"])
+    assert all(torch.equal(found["network"][name], value) for name, value in expected["network"].items())
 
 
 @pytest.mark.slow
