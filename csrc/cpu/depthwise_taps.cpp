@@ -9,8 +9,10 @@ namespace espk::ESPK_ISA {
 namespace {
 
 // Pixels put neighbouring pixels side by side, planes also rows, since few vectors make a row of a plane. Eight sums hide
-// the latency of the multiply-adds, fourteen still fit sixteen registers.
-constexpr BlockShape kPixelShapes[] = {{1, 14}, {1, 8}, {2, 7}, {2, 4}};
+// the latency of the multiply-adds, seven nearly; of sixteen registers twelve leave room for the weights of a run.
+constexpr BlockShape kPixelShapesOf32[] = {{1, 14}, {1, 8}, {2, 7}, {2, 4}};
+constexpr BlockShape kPixelShapesOf16[] = {{1, 7}, {1, 10}, {1, 12}, {2, 4}};
+constexpr const BlockShape (&kPixelShapes)[4] = kRegisters == 32 ? kPixelShapesOf32 : kPixelShapesOf16;
 constexpr BlockShape kPlaneShapes[] = {{1, 8}, {2, 4}, {4, 2}, {8, 1}};
 
 // Affine and PReLU of one segment; `Pixels` have a number for each lane, of which no more than the channels are read.
@@ -204,9 +206,9 @@ BlockShape choose_block(bool pixels, int64_t rows, int64_t columns) {
   BlockShape best{};
   int64_t best_cost = INT64_MAX;
   for (const BlockShape& shape : pixels ? kPixelShapes : kPlaneShapes) {
-    constexpr int64_t kStep = 3;  // from tap to tap, in multiply-adds
-    const int64_t cost =
-        ceil_div(rows, shape.rows) * ceil_div(columns, shape.columns) * (shape.rows * shape.columns + kStep);
+    constexpr int64_t kStep = 3, kHidden = 8;  // from tap to tap, and in the latency of one, in multiply-adds
+    const int64_t cost = ceil_div(rows, shape.rows) * ceil_div(columns, shape.columns) *
+                         (most(shape.rows * shape.columns, kHidden) + kStep);
     if (cost < best_cost) {
       best = shape;
       best_cost = cost;
