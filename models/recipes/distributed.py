@@ -28,7 +28,12 @@ def process_group() -> Iterator[tuple[Share, torch.device]]:
     if ranks == 1:
         yield Share(), device
         return
-    torch.distributed.init_process_group("nccl" if gpu else "gloo")
+    # An elastic restart finds the store of the attempt before, with the addresses of processes that are gone.
+    store, rank, _ = next(torch.distributed.rendezvous("env://"))
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    torch.distributed.init_process_group(
+        "nccl" if gpu else "gloo", store=torch.distributed.PrefixStore(attempt, store), rank=rank, world_size=ranks
+    )
     try:
         yield Share(torch.distributed.get_rank(), ranks), device
     finally:
