@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from espkernels.models.recipes.task import Share
 
@@ -29,10 +31,10 @@ def process_group() -> Iterator[tuple[Share, torch.device]]:
         yield Share(), device
         return
     # An elastic restart finds the store of the attempt before, with the addresses of processes that are gone.
-    store, rank, _ = next(torch.distributed.rendezvous("env://"))
+    store, rank, _ = next(rendezvous("env://"))
     attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     torch.distributed.init_process_group(
-        "nccl" if gpu else "gloo", store=torch.distributed.PrefixStore(attempt, store), rank=rank, world_size=ranks
+        "nccl" if gpu else "gloo", store=PrefixStore(attempt, store), rank=rank, world_size=ranks
     )
     try:
         yield Share(torch.distributed.get_rank(), ranks), device
