@@ -99,7 +99,7 @@ def run(command: list[str], splits: int = 3) -> None:
 
     ``splits`` are the ways in which it cuts the work of a kernel (kSplits in tests/torch_free/check.h).
     """
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
     cases = cases_text().count('{"')
     # Six kernels, group_pointwise with six epilogues and transposed, the unit with two; of inference the pyramid with
@@ -117,7 +117,7 @@ def run(command: list[str], splits: int = 3) -> None:
 
 def run_emulation(programme: Path, number: int) -> None:
     """Runs the emulation for element type ``number`` of espk::Type; none of its checks may be left out."""
-    result = subprocess.run([str(programme), str(number)], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([str(programme), str(number)], capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
     # One large case is the CPU's. Six kernels, group_pointwise with six epilogues and transposed, the unit with two,
     # the whole unit; a strided case is a down-sampler too, with an image and without. Three settings, two layouts.
