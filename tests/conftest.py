@@ -20,7 +20,8 @@ hypothesis.settings.load_profile("fixed")
 # Files that take minutes, the longest first.
 LONG = [
     "test_sanitizers.py", "test_aarch64.py", "test_triton.py", "test_text.py", "test_cuda_emulation.py",
-    "test_recipes.py", "test_objects.py", "test_frozen_files.py", "test_cuda_compile.py", "test_label_maps.py", "test_bench_training.py",
+    "test_recipes.py", "test_objects.py", "test_frozen_files.py", "test_cuda_compile.py", "test_label_maps.py",
+    "test_bench_training.py",
     "test_paper.py", "test_triton_compiles.py", "test_training.py", "test_peers.py", "test_coco.py",
 ]  # fmt: skip
 
