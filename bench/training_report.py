@@ -193,8 +193,8 @@ def markdown(run: dict[str, Any], picture_name: str) -> str:
             "",
             "The operators that take at least 4 % of a step of ours, from a profile of steps alone; names without a",
             "prefix are ours. A unit reads or writes 7.5 maps of its size forward and 14 backward, where eager does 20",
-            "and 45 (csrc/cpu_training_door.cpp): with the whole of that from memory, no more than three times eager's",
-            "speed is in it. [tried.md](/bench/tried.md) says what was tried.",
+            "and 45 (csrc/cpu_training_door.cpp): by bytes alone that is three times eager's speed, and more where",
+            "eager's operators do not reach the memory's. [tried.md](/bench/tried.md) says what was tried.",
             "",
             *(f"* {row['row']}, batch {row['batch']}: {training_bounds.sentence(row['bounds'])}" for row in bounded),
         ]

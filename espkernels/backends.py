@@ -134,6 +134,11 @@ def current() -> str | None:
     return _current
 
 
+def runs_cpu_kernels(device: torch.device) -> bool:
+    """Whether this library's kernels on the CPU run tensors on ``device``."""
+    return device.type == "cpu" and library is not None and _current in (None, "cpu")
+
+
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Run the operators inside the ``with`` block on backend ``name``: "cpu", "cuda", "triton" or "reference".

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from espkernels import backends, inference, ops, replay
 from espkernels import nn as layers
 from espkernels.fused_unit import Unit
+from espkernels.layout import vector_dtype
 from espkernels.norms import Norm
 
 __all__ = [
@@ -48,10 +49,6 @@ def slope_of(act: nn.PReLU, channels: int) -> Tensor:
     return act.weight.detach().double().expand(channels).contiguous()
 
 
-def _vector_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class Frozen(nn.Module):
     """Folded weights as buffers, and packs of them that follow every change of the buffers."""
 
@@ -59,7 +56,7 @@ class Frozen(nn.Module):
         for name, weight in weights.items():
             self.register_buffer(name, weight.to(dtype).contiguous())
         for name, vector in vectors.items():
-            self.register_buffer(name, vector.to(_vector_dtype(dtype)).contiguous())
+            self.register_buffer(name, vector.to(vector_dtype(dtype)).contiguous())
         self._pack()
 
     def _pack(self) -> None:

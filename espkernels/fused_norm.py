@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from espkernels import backends
 from espkernels.fused_unit import hooked
+from espkernels.layout import vector_dtype
 from espkernels.norms import bias_of, running, takes_batch, track, weight_of
 from espkernels.training_layers import batch_norm_prelu
 
@@ -21,7 +22,7 @@ def fits(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
 
     Only where ``x`` is in channels_last: turning another map around and back would cost what the operator saves.
     """
-    if x.device.type != "cpu" or backends.library is None or backends.current() not in (None, "cpu"):
+    if not backends.runs_cpu_kernels(x.device):
         return False
     if type(norm) is not nn.BatchNorm2d or type(act) is not nn.PReLU or hooked(norm, act):
         return False
@@ -46,7 +47,7 @@ def norm_prelu(norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
         return result
     assert isinstance(norm, nn.BatchNorm2d)
     assert isinstance(act, nn.PReLU)
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = vector_dtype(x.dtype)
     vectors = weight_of(norm, compute), bias_of(norm, compute), act.weight.to(compute)
     result, moments = batch_norm_prelu(x, *vectors, *running([norm]), norm.eps, takes_batch(norm))
     track([norm], moments, [x.numel() // x.shape[1]])

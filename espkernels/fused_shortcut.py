@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from espkernels import backends, inference
 from espkernels.fused_unit import hooked, laid_out
-from espkernels.layout import out_size
+from espkernels.layout import out_size, vector_dtype
 from espkernels.norms import NORMS, folded, takes_batch
 from espkernels.training_layers import MOST_IMAGE_CHANNELS, long_range_shortcut
 
@@ -33,7 +33,7 @@ class DownSampler(Protocol):
 
 def fits(unit: DownSampler, x: Tensor, image: Tensor | None) -> bool:
     """Whether :func:`run` does for the map ``x`` what the layers would do, on the CPU's kernels."""
-    if x.device.type != "cpu" or backends.library is None or backends.current() not in (None, "cpu"):
+    if not backends.runs_cpu_kernels(x.device):
         return False
     if x.dim() != 4 or x.numel() == 0 or type(unit.act) is not nn.PReLU or type(unit.avg) is not nn.AvgPool2d:
         return False
@@ -62,6 +62,5 @@ def run(unit: DownSampler, x: Tensor, image: Tensor | None) -> Tensor:
         first, last = cast(Any, unit).inp_reinf
         image, weight, shift = folded(laid_out(last.conv.weight).flatten(1), last.bn, first(image))
         image = image.to(expanded.dtype)
-    compute = torch.float64 if expanded.dtype == torch.float64 else torch.float32
-    slope = unit.act.weight.to(compute)
+    slope = unit.act.weight.to(vector_dtype(expanded.dtype))
     return long_range_shortcut(pooled.to(expanded.dtype), expanded, image, weight, shift, slope)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from espkernels import backends
-from espkernels.layout import layout_of, out_size
+from espkernels.layout import layout_of, out_size, vector_dtype
 from espkernels.norms import NORMS, Norm, bias_of, running, takes_batch, track, weight_of
 from espkernels.training import eesp_training
 
@@ -82,7 +82,7 @@ def fits(unit: Unit, x: Tensor) -> bool:
 
     That is on the CPU's kernels, and where every layer is just what its class says.
     """
-    if x.device.type != "cpu" or backends.library is None or backends.current() not in (None, "cpu"):
+    if not backends.runs_cpu_kernels(x.device):
         return False
     layers = unit.layers()
     norms, activations = layers.norms, layers.activations
@@ -118,7 +118,7 @@ def run(unit: Unit, x: Tensor) -> Tensor:
     """
     layers = unit.layers()
     norms, reduce, expand, stride = layers.norms, layers.reduce, layers.expand, layers.stride
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = vector_dtype(x.dtype)
     means, variances = running(norms)
     out_shape = (expand.out_channels, *(out_size(size, stride) for size in x.shape[2:]))
     y, moments = eesp_training(

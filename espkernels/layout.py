@@ -1,11 +1,11 @@
-"""The memory format of results: the one rule that the kernels, their fake tensors and their doors follow."""
+"""The memory format of results, and the dtype of vectors beside them: rules that kernels, fakes and doors follow."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["empty_map", "layout_of", "out_size"]
+__all__ = ["empty_map", "layout_of", "out_size", "vector_dtype"]
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
@@ -21,6 +21,11 @@ def empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
     """[B, channels, height, width] for a result of the map ``x``, in its dtype and format."""
     size = (x.shape[0], channels, height, width)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
+
+
+def vector_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of scales, shifts and slopes beside a map of ``dtype``: float32, float64 beside float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def out_size(size: int, stride: int) -> int:

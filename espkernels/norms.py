@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from espkernels.layout import vector_dtype
+
 __all__ = ["NORMS", "Norm", "bias_of", "folded", "running", "takes_batch", "track", "weight_of"]
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
@@ -99,5 +101,5 @@ def folded(weight: Tensor, norm: Norm, x: Tensor) -> tuple[Tensor, Tensor, Tenso
         assert norm.running_var is not None
         means, variances = norm.running_mean.double(), norm.running_var.double()
     scale = weight_of(norm, torch.float64) * (variances + norm.eps).rsqrt()
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = vector_dtype(x.dtype)
     return x, (scale[:, None] * wide).to(dtype), (bias_of(norm, torch.float64) - means * scale).to(dtype)

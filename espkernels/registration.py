@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd
 
 from espkernels import fakes, reference  # noqa: F401  gradients of fake tensors are fake tensors
-from espkernels.layout import layout_of
+from espkernels.layout import layout_of, vector_dtype
 
 _ops = torch.ops.espkernels
 
@@ -98,7 +98,7 @@ def _epilogue_backward(
     float64, and returned in the type of each input.
     """
     dtype, (needs_value, needs_scale, needs_shift, needs_residual, needs_slope) = grad.dtype, needs
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    compute = vector_dtype(dtype)
     grad = grad.to(compute)
     value = None if value is None else value.to(compute)
     grad_value = grad_scale = grad_shift = grad_residual = grad_slope = None
@@ -210,16 +210,8 @@ def _average_pool_backward(ctx: Any, grad: Tensor) -> Tensor:
     return torch.ops.aten.avg_pool2d_backward.default(grad, x, [3, 3], [2, 2], [1, 1], False, True, None)
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pass
-
-
 register_autograd("espkernels::average_pool", _average_pool_backward, setup_context=_save_average_pool)
-register_autograd(
-    "espkernels::average_pool_backward",
-    lambda ctx, grad: (_ops.average_pool(grad), None, None),
-    setup_context=_save_nothing,
-)
+register_autograd("espkernels::average_pool_backward", lambda ctx, grad: (_ops.average_pool(grad), None, None))
 
 
 def without_second_derivative(operator: str, instead: str) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from espkernels import backends, inference
+from espkernels.layout import vector_dtype
 
 __all__ = ["Translation"]
 
@@ -181,8 +182,7 @@ class Translation:
         """As a PReLU of slope 0, of which minus infinity, the sign of an overflow, is NaN and not 0."""
         if x.dim() != 4:
             return None
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return inference.affine(x, slope=torch.zeros(x.shape[1], dtype=dtype))
+        return inference.affine(x, slope=torch.zeros(x.shape[1], dtype=vector_dtype(x.dtype)))
 
     def concatenate(self, maps: Any, dim: int = 0) -> Tensor | None:
         """Along the channels of maps in channels_last, or of contiguous tensors along any dimension."""

@@ -19,10 +19,10 @@ GROUPS = 4
 # Receptive-field limits (section 3.2): smaller maps, smaller branches.
 LIMIT_DOWN = {2: 13, 3: 11, 4: 9, 5: 7}
 LIMIT = {3: 9, 4: 7, 5: 5}
-# The unit, the down-sampler around it, and the convolution with batch norm and PReLU.
-Layers = tuple[type[nn.Module], type[nn.Module], type[fused.CBR]]
 # EESP units after the strided one.
 REPEATS = {3: 3, 4: 7, 5: 3}
+# A form of the unit, the down-sampler around it, and the convolution with batch norm and PReLU.
+Layers = tuple[type[nn.Module], type[nn.Module], type[fused.CBR]]
 UNITS: dict[str, Layers] = {
     "eesp": (fused.EESP, fused.DownSampler, fused.CBR),
     "eesp_a": (eesp_a.EESPA, eesp_a.DownSampler, plain.CBR),
