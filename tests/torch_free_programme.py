@@ -67,7 +67,7 @@ def build_emulation(compiler: str, flags: list[str]) -> Path:
 
 
 def common_flags() -> list[str]:
-    left_out = ("-O3", "-fPIC", "-fvisibility=hidden")
+    left_out = ("-fPIC", "-fvisibility=hidden")
     return [*(flag for flag in setup_table()["FLAGS"] if flag not in left_out), "-Itests/torch_free"]
 
 

@@ -5,17 +5,30 @@
 namespace espk::ESPK_ISA {
 namespace {
 
+// The first `rows` rows of a block's sums [..][vectors][N] into the result; of the last vector, what `valid` says.
 template <class C, int N>
-inline Vector<C, N> finish(const MatrixProduct<C>& p, Vector<C, N> v, int64_t row, int64_t column, int64_t valid) {
+void store_part(const MatrixProduct<C>& p, const C* sums, int vectors, int64_t row, int64_t column, int64_t rows,
+                int64_t valid) {
   using V = Vector<C, N>;
-  auto parameter = [&](const C* values) {
-    return p.epilogue_of_columns ? load_first<N>(values + column, valid) : broadcast<C, N>(values[row]);
-  };
-  if (p.scale) v = v * parameter(p.scale);
-  if (p.shift) v = v + parameter(p.shift);
-  if (p.residual) v = v + load_first<N>(p.residual + row * p.residual_row + column, valid);
-  if (p.slope) v = v > V{} ? v : v * parameter(p.slope);
-  return v;
+  for (const int64_t end = row + rows; row < end; ++row) {
+    for (int j = 0; j < vectors; ++j, sums += N) {
+      const int64_t count = vectors == 1 ? valid : N, first = column + j * N;
+      auto parameter = [&](const C* values) {
+        return p.epilogue_of_columns ? load_first<N>(values + first, count) : broadcast<C, N>(values[row]);
+      };
+      C* out = p.out + row * p.out_row + first;
+      V v = load<N>(sums);
+      if (p.add) {
+        v += load_first<N>(out, count);
+      } else {
+        if (p.scale) v = v * parameter(p.scale);
+        if (p.shift) v = v + parameter(p.shift);
+        if (p.residual) v = v + load_first<N>(p.residual + row * p.residual_row + first, count);
+        if (p.slope) v = v > V{} ? v : v * parameter(p.slope);
+      }
+      store_first<N>(out, v, count);
+    }
+  }
 }
 
 // One block from (row, column) on. `store_rows` <= I rows reach the result; of the last vector, what `valid` says.
@@ -54,8 +67,8 @@ void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_
       for (int q = 0; q < kQuads; ++q) quad[q] += a_depth;
     }
   }
-  C* out = p.out + row * p.out_row + column;
   if (store_rows == I && valid % N == 0) {
+    C* out = p.out + row * p.out_row + column;
     // The whole block from its registers; whether a step is there is asked for each vector, and always guessed right.
     const C *scale = p.scale, *shift = p.shift, *slope = p.slope;
     const C* residual = p.residual ? p.residual + row * p.residual_row + column : nullptr;
@@ -87,18 +100,7 @@ void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_
 #pragma GCC unroll 4
     for (int j = 0; j < J; ++j) store<N>(results + (i * J + j) * N, sum[i][j]);
   }
-  for (int64_t i = 0; i < store_rows; ++i, out += p.out_row) {
-    for (int j = 0; j < J; ++j) {
-      const int64_t count = J == 1 ? valid : N;
-      V v = load<N>(results + (i * J + j) * N);
-      if (p.add) {
-        v += load_first<N>(out + j * N, count);
-      } else {
-        v = finish<C, N>(p, v, row + i, column + j * N, count);
-      }
-      store_first<N>(out + j * N, v, count);
-    }
-  }
+  store_part<C, N>(p, results, J, row, column, store_rows, valid);
 }
 
 // All rows of one block of columns.

@@ -38,8 +38,9 @@ inline void on_three_threads(int64_t units, const Run& run) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// Each where it can find something: races need threads, and no byte out of bounds needs them.
-#if defined(SANITIZES_THREADS)
+// Each where it can find something: races need threads, and no byte out of bounds needs them. An emulator runs a tenth
+// of the speed.
+#if defined(SANITIZES_THREADS) || defined(EMULATED)
 inline constexpr auto kSplits = {on_three_threads};
 #elif defined(SANITIZES_MEMORY)
 inline constexpr auto kSplits = {whole, one_by_one_backwards};
