@@ -18,6 +18,11 @@ struct Between {
   }
 };
 
+// Where all columns lie, the same for every row: a division each.
+inline void place_columns(Between* to, int64_t width, int64_t out_width) {
+  for (int64_t x = 0; x < out_width; ++x) to[x] = Between(x, width, out_width);
+}
+
 // Row `rows` of a map [H, W, C] whose rows hold `row` numbers, from the two that it lies between.
 template <class T>
 inline void mix_rows(Compute<T>* mixed, const T* map, const Between& rows, int64_t row) {
@@ -25,11 +30,10 @@ inline void mix_rows(Compute<T>* mixed, const T* map, const Between& rows, int64
   constexpr int N = kLanes<C>;
   const T *upper = map + rows.first * row, *lower = map + rows.second * row;
   const auto down = broadcast<C, N>(static_cast<C>(rows.weight));
-  for (int64_t i = 0; i < row; i += N) {
-    const int64_t valid = least(N, row - i);
+  for_whole_vectors<N>(row, [&](int64_t i, int64_t valid) {
     const Vector<C, N> a = load_first<N>(upper + i, valid), b = load_first<N>(lower + i, valid);
     store_first<N>(mixed + i, a + (b - a) * down, valid);
-  }
+  });
 }
 
 }  // namespace espk::ESPK_ISA

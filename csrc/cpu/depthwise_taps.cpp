@@ -9,9 +9,10 @@ namespace espk::ESPK_ISA {
 namespace {
 
 // Pixels put neighbouring pixels side by side, planes also rows, since few vectors make a row of a plane. Eight sums hide
-// the latency of the multiply-adds, seven nearly; of sixteen registers twelve leave room for the weights of a run.
+// the latency of the multiply-adds, seven nearly; of sixteen registers ten leave room for the weights of a run and for what
+// compilers make of it.
 constexpr BlockShape kPixelShapesOf32[] = {{1, 14}, {1, 8}, {2, 7}, {2, 4}};
-constexpr BlockShape kPixelShapesOf16[] = {{1, 7}, {1, 10}, {1, 12}, {2, 4}};
+constexpr BlockShape kPixelShapesOf16[] = {{1, 7}, {1, 8}, {1, 10}, {2, 4}};
 constexpr const BlockShape (&kPixelShapes)[4] = kRegisters == 32 ? kPixelShapesOf32 : kPixelShapesOf16;
 constexpr BlockShape kPlaneShapes[] = {{1, 8}, {2, 4}, {4, 2}, {8, 1}};
 
@@ -72,27 +73,39 @@ template <class C, int N, int R, int X>
   }
 }
 
+template <class C, int N, int R, int X, int Count, int Step>
+[[gnu::always_inline]] inline void add_alike(Vector<C, N> (&sum)[R][X], const TapRun* run, const C* tile,
+                                             int64_t row_step, const C* weights) {
+  for (const TapRun* end = run + run->alike; run < end; ++run) {
+    add_run<C, N, R, X, Count, Step>(sum, *run, tile, row_step, weights);
+  }
+}
+
 constexpr int run_kind(int count, int step) { return count * (TapRun::kMostStep + 1) + step; }
 
-// Pixels: a run at once, where its weights and one more vector fit beside the sums, or tap by tap.
+// Pixels: all runs alike, where their weights and one more vector fit beside the sums, or tap by tap. Compilers keep sums
+// in registers through a loop, and not through the cases of a switch.
 template <class C, int N, int R, int X>
-[[gnu::always_inline]] inline void add_taps(Vector<C, N> (&sum)[R][X], const TapRun& run, const C* tile,
+[[gnu::always_inline]] inline void add_taps(Vector<C, N> (&sum)[R][X], const TapRun* run, const C* tile,
                                             int64_t row_step, const C* weights) {
   if constexpr (R * X + TapRun::kMostTaps + 1 <= kRegisters) {
-    switch (run_kind(run.count, run.step)) {
-      case run_kind(3, 1): return add_run<C, N, R, X, 3, 1>(sum, run, tile, row_step, weights);
-      case run_kind(3, 2): return add_run<C, N, R, X, 3, 2>(sum, run, tile, row_step, weights);
-      case run_kind(3, 3): return add_run<C, N, R, X, 3, 3>(sum, run, tile, row_step, weights);
-      case run_kind(3, 4): return add_run<C, N, R, X, 3, 4>(sum, run, tile, row_step, weights);
-      case run_kind(2, 1): return add_run<C, N, R, X, 2, 1>(sum, run, tile, row_step, weights);
-      case run_kind(2, 2): return add_run<C, N, R, X, 2, 2>(sum, run, tile, row_step, weights);
-      case run_kind(2, 3): return add_run<C, N, R, X, 2, 3>(sum, run, tile, row_step, weights);
-      case run_kind(2, 4): return add_run<C, N, R, X, 2, 4>(sum, run, tile, row_step, weights);
-      default: return add_run<C, N, R, X, 1, 1>(sum, run, tile, row_step, weights);
+    switch (run_kind(run->count, run->step)) {
+      case run_kind(3, 1): return add_alike<C, N, R, X, 3, 1>(sum, run, tile, row_step, weights);
+      case run_kind(3, 2): return add_alike<C, N, R, X, 3, 2>(sum, run, tile, row_step, weights);
+      case run_kind(3, 3): return add_alike<C, N, R, X, 3, 3>(sum, run, tile, row_step, weights);
+      case run_kind(3, 4): return add_alike<C, N, R, X, 3, 4>(sum, run, tile, row_step, weights);
+      case run_kind(2, 1): return add_alike<C, N, R, X, 2, 1>(sum, run, tile, row_step, weights);
+      case run_kind(2, 2): return add_alike<C, N, R, X, 2, 2>(sum, run, tile, row_step, weights);
+      case run_kind(2, 3): return add_alike<C, N, R, X, 2, 3>(sum, run, tile, row_step, weights);
+      case run_kind(2, 4): return add_alike<C, N, R, X, 2, 4>(sum, run, tile, row_step, weights);
+      default: return add_alike<C, N, R, X, 1, 1>(sum, run, tile, row_step, weights);
     }
   } else {
-    for (int t = 0; t < run.count; ++t) {
-      add_tap<C, N, R, X>(sum, load<N>(weights + run.weights[t] * N), tile + run.offset + t * run.step * N, row_step);
+    for (const TapRun* end = run + run->alike; run < end; ++run) {
+      for (int t = 0; t < run->count; ++t) {
+        add_tap<C, N, R, X>(sum, load<N>(weights + run->weights[t] * N), tile + run->offset + t * run->step * N,
+                            row_step);
+      }
     }
   }
 }
@@ -114,12 +127,12 @@ void sweep_blocks(const Sweep<C>& given) {
           }
         }
         const Segment segment = s.taps->segments[g];
-        const TapRun* run = s.taps->runs + segment.first_run;
+        const TapRun *run = s.taps->runs + segment.first_run, *end = run + segment.run_count;
         const C* tile = s.tile + y * s.row_step + x * N;
-        for (int t = 0; t < segment.run_count; ++t, ++run) {
-          if constexpr (Pixels) {
-            add_taps<C, N, R, X>(sum, *run, tile, s.row_step, s.weights);
-          } else {
+        if constexpr (Pixels) {
+          for (; run < end; run += run->alike) add_taps<C, N, R, X>(sum, run, tile, s.row_step, s.weights);
+        } else {
+          for (; run < end; ++run) {
             add_tap<C, N, R, X>(sum, broadcast<C, N>(s.weights[run->weights[0]]), tile + run->offset, s.row_step);
           }
         }
@@ -193,13 +206,21 @@ void TapList::end_segment(int64_t lanes) {
     if (members[1] == i + 1 && columns(i + 1, i + 2) == step) members[size++] = i + 2;
     if (step < 0) std::reverse(members, members + size);
     TapRun& run = runs[run_count++];
-    run = {taps[members[0]].offset, {}, size, static_cast<int>(step < 0 ? -step : most(step, 1))};
+    run = {taps[members[0]].offset, {}, size, static_cast<int>(step < 0 ? -step : most(step, 1)), 1};
     for (int t = 0; t < size; ++t) {
       run.weights[t] = taps[members[t]].weight;
       taken[members[t]] = true;
     }
   }
   segment.run_count = run_count - segment.first_run;
+  std::sort(runs + segment.first_run, runs + run_count, [](const TapRun& a, const TapRun& b) {
+    const int kind_a = run_kind(a.count, a.step), kind_b = run_kind(b.count, b.step);
+    return kind_a != kind_b ? kind_a > kind_b : a.weights[0] < b.weights[0];
+  });
+  for (int i = run_count - 2; i >= segment.first_run; --i) {
+    const TapRun& next = runs[i + 1];
+    if (runs[i].count == next.count && runs[i].step == next.step) runs[i].alike = next.alike + 1;
+  }
 }
 
 BlockShape choose_block(bool pixels, int64_t rows, int64_t columns) {

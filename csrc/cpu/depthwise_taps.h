@@ -19,6 +19,7 @@ struct TapRun {
 
   int64_t offset, weights[kMostTaps];
   int count, step;
+  int alike;  // runs of this count and step from this one on, with no other between them
 };
 
 // Taps of one branch, `count` of them from `first` on, and the runs they form.

@@ -13,14 +13,14 @@ namespace {
 
 constexpr int64_t kRows = 4;  // of a unit
 
-int64_t shared_bytes(const Resize&) { return 0; }
+int64_t shared_bytes(const Resize& p) { return p.out_width * static_cast<int64_t>(sizeof(Between)); }
 
-void before(const Resize&, void*) {}
+void before(const Resize& p, void* shared) { place_columns(static_cast<Between*>(shared), p.width, p.out_width); }
 
 int64_t units(const Resize& p) { return p.batch * ceil_div(p.out_height, kRows); }
 
 template <class T>
-void run_type(const Resize& p, int64_t begin, int64_t end) {
+void run_type(const Resize& p, const Between* columns, int64_t begin, int64_t end) {
   using C = Compute<T>;
   constexpr int N = kLanes<C>;
   const int64_t row = p.width * p.channels, strips = ceil_div(p.out_height, kRows);
@@ -38,27 +38,27 @@ void run_type(const Resize& p, int64_t begin, int64_t end) {
       const int64_t pixel = (image * p.out_height + y) * p.out_width;
       T* out = static_cast<T*>(p.out) + pixel * p.out_pixel;
       const T* skip = p.skip ? static_cast<const T*>(p.skip) + pixel * p.channels : nullptr;
-      for (int64_t x = 0; x < p.out_width; ++x) {
-        const Between columns(x, p.width, p.out_width);
-        const C *left = mixed + columns.first * p.channels, *right = mixed + columns.second * p.channels;
-        const auto across = broadcast<C, N>(static_cast<C>(columns.weight));
-        for (int64_t c = 0; c < p.channels; c += N) {
-          const int64_t valid = least(N, p.channels - c);
+      for (int64_t x = 0; x < p.out_width; ++x, out += p.out_pixel) {
+        const C *left = mixed + columns[x].first * p.channels, *right = mixed + columns[x].second * p.channels;
+        const auto across = broadcast<C, N>(static_cast<C>(columns[x].weight));
+        for_whole_vectors<N>(p.channels, [&](int64_t c, int64_t valid) {
           const Vector<C, N> a = load_first<N>(left + c, valid), b = load_first<N>(right + c, valid);
           Vector<C, N> v = a + (b - a) * across;
           if (skip) {
-            const Vector<C, N> s = load_first<N>(skip + x * p.channels + c, valid);
+            const Vector<C, N> s = load_first<N>(skip + c, valid);
             v += p.gate ? s * load_first<N>(gate + c, valid) : s;
           }
-          store_first<N>(out + x * p.out_pixel + c, finish.template operator()<N>(v, c, valid), valid);
-        }
+          store_first<N>(out + c, finish.template operator()<N>(v, c, valid), valid);
+        });
+        if (skip) skip += p.channels;
       }
     }
   }
 }
 
-void run(const Resize& p, void*, int64_t begin, int64_t end) {
-  with_type(p.type, [&](auto* type) { run_type<std::remove_pointer_t<decltype(type)>>(p, begin, end); });
+void run(const Resize& p, void* shared, int64_t begin, int64_t end) {
+  const Between* columns = static_cast<const Between*>(shared);
+  with_type(p.type, [&](auto* type) { run_type<std::remove_pointer_t<decltype(type)>>(p, columns, begin, end); });
 }
 
 }  // namespace

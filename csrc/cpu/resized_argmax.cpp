@@ -8,12 +8,10 @@ namespace {
 
 constexpr int64_t kRows = 4;  // of a unit
 
-// Where each column of the result lies, the same for all rows: a division each.
 int64_t shared_bytes(const ResizedArgmax& p) { return p.out_width * static_cast<int64_t>(sizeof(Between)); }
 
 void before(const ResizedArgmax& p, void* shared) {
-  Between* columns = static_cast<Between*>(shared);
-  for (int64_t x = 0; x < p.out_width; ++x) columns[x] = Between(x, p.width, p.out_width);
+  place_columns(static_cast<Between*>(shared), p.width, p.out_width);
 }
 
 int64_t units(const ResizedArgmax& p) { return p.batch * ceil_div(p.out_height, kRows); }
