@@ -29,7 +29,7 @@ inline Tensor resized(const Tensor& x) {
   return out;
 }
 
-// A group of `in` inputs, channels g * in + j, and two outputs.
+// A group of `in` inputs, channels g * in + j, and some outputs.
 inline Tensor grouped(const Tensor& x, const Tensor& weight, int64_t groups) {
   const int64_t in = x.sizes[1] / groups, out_of_group = weight.sizes[0] / groups;
   Tensor out({x.sizes[0], weight.sizes[0], x.sizes[2], x.sizes[3]});
@@ -104,23 +104,25 @@ inline void check_decoder(const Case& s, Type type, Layout) {
   steps.residual = {};
   check_resampling(s, type, x, steps, EpilogueBuffers(type, Layout::channels_last, steps));
 
-  constexpr int64_t kInputs = 3;
-  const Tensor inputs = draw.integers({s.batch, kInputs * s.channels, s.height, s.width});
-  const Tensor weight = draw.integers({2 * s.channels, kInputs, 3, 3});
-  Steps shifted = draw.steps(2 * s.channels, {});
+  // Of a group: powers of two are read another way than 3, and one output is written another way than two.
+  const int64_t inputs_of_group = std::vector<int64_t>{8, 2, 4, 3}[static_cast<size_t>(s.channels % 4)];
+  const int64_t outputs_of_group = 1 + s.channels / 4 % 2;
+  const Tensor inputs = draw.integers({s.batch, inputs_of_group * s.channels, s.height, s.width});
+  const Tensor weight = draw.integers({outputs_of_group * s.channels, inputs_of_group, 3, 3});
+  Steps shifted = draw.steps(outputs_of_group * s.channels, {});
   shifted.scale = {};
   shifted.residual = {};
   const EpilogueBuffers buffers(type, Layout::channels_last, shifted);
   const Buffer weight_buffer(type, Layout::contiguous, weight);
   const Tensor expected = epilogue(grouped(inputs, weight, s.channels), shifted);
-  // The same inputs, as one map and as three behind one another.
-  Tensor separate({kInputs * s.batch, s.channels, s.height, s.width});
-  for (int64_t j = 0; j < kInputs; ++j)
+  // The same inputs, as one map and as several behind one another.
+  Tensor separate({inputs_of_group * s.batch, s.channels, s.height, s.width});
+  for (int64_t j = 0; j < inputs_of_group; ++j)
     for (int64_t b = 0; b < s.batch; ++b)
       for (int64_t c = 0; c < s.channels; ++c)
         for (int64_t y = 0; y < s.height; ++y)
           for (int64_t z = 0; z < s.width; ++z)
-            separate.at(j * s.batch + b, c, y, z) = inputs.at(b, c * kInputs + j, y, z);
+            separate.at(j * s.batch + b, c, y, z) = inputs.at(b, c * inputs_of_group + j, y, z);
   for (const bool apart : {false, true}) {
     const Buffer map(type, Layout::channels_last, apart ? separate : inputs);
     espk::GroupedConvolution p{};
@@ -129,8 +131,8 @@ inline void check_decoder(const Case& s, Type type, Layout) {
     p.height = s.height;
     p.width = s.width;
     p.groups = s.channels;
-    p.in = kInputs;
-    p.out_of_group = 2;
+    p.in = inputs_of_group;
+    p.out_of_group = outputs_of_group;
     p.separate = apart;
     p.x = map.data();
     p.weight = weight_buffer.data();
