@@ -159,6 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for package in ENGINES[name].packages
     }
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.add:
+        race.added_to(run, args.output / "peers.json")
     with tempfile.TemporaryDirectory() as folder:
         racing = Race(Path(folder))
         try:

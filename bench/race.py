@@ -26,7 +26,7 @@ from bench.worker import Lost, Refused, Worker
 from espkernels.backends import use_backend
 from espkernels.info import collect
 
-__all__ = ["Race", "Row", "Selection", "begun", "described", "parser", "record", "saved"]
+__all__ = ["Race", "Row", "Selection", "added_to", "begun", "described", "parser", "record", "saved"]
 
 # Long enough for a segmentation network in torch.compile with autotuning.
 OPENING = 1200.0
@@ -152,17 +152,41 @@ def begun(thread_counts: Iterable[int]) -> dict[str, Any]:
     }
 
 
+def added_to(run: dict[str, Any], file: Path) -> None:
+    """Takes the rows of an earlier run in ``file`` into ``run``, which measures others of them, or some again.
+
+    Raises:
+        SystemExit: they were measured on another machine, or with other versions.
+    """
+    earlier = json.loads(file.read_text())
+    for key in ("machine_info", "packages"):
+        if earlier.get(key) != run.get(key):
+            raise SystemExit(f"{file}: {key} is {earlier.get(key)}, and here {run.get(key)}: measure it all anew")
+    run["rows"] = earlier["rows"]
+    measured = {peak["threads"] for peak in run["peaks"]}
+    run["peaks"] += [peak for peak in earlier["peaks"] if peak["threads"] not in measured]
+
+
 def record(
     run: dict[str, Any], rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str], file: Path
 ) -> None:
     """Takes ``rows`` into ``run`` as they are measured, printing the ``line`` of each.
 
-    Each goes into ``file`` at once: hours of measurements should not be lost with the last of them. What results are
-    compared with owes nothing to this library's kernels; those run in a worker.
+    One of the same name, batch and threads is replaced. Each goes into ``file`` at once: hours of measurements should
+    not be lost with the last of them. What results are compared with owes nothing to this library's kernels; those run
+    in a worker.
     """
+
+    def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["row"], row["batch"], row["threads"]
+
     with use_backend("reference"):
         for row in rows:
-            run["rows"].append(row)
+            places = {identity(known): place for place, known in enumerate(run["rows"])}
+            if identity(row) in places:
+                run["rows"][places[identity(row)]] = row
+            else:
+                run["rows"].append(row)
             print(line(row), flush=True)
             file.write_text(json.dumps(run, indent=1))
 
@@ -178,6 +202,7 @@ def parser(name: str, description: str | None, peers: Iterable[str]) -> argparse
         default=None,
         help="torch.compile in every row, or in none; by default in the units alone, where it fits the time",
     )
+    result.add_argument("--add", action="store_true", help="keep the rows that are in the output and not measured now")
     result.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "results", help=f"folder of {name}.json, .md and .png"
     )

@@ -169,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     run = race.begun([torch.get_num_threads()]) | {"allocator": ALLOCATOR}
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.add:
+        race.added_to(run, args.output / "training.json")
     with tempfile.TemporaryDirectory() as folder:
         racing = Race(Path(folder), "bench.trainers", ALLOCATOR)
         try:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import espkernels.info
-from bench import engines, fma_peak, layers, onnx_export, peers, peers_report
+from bench import engines, fma_peak, layers, onnx_export, peers, peers_report, race
 from bench.bounds import bounds
 from bench.cases import Case
 from bench.comparison import Provider, WrongResult
@@ -334,6 +334,28 @@ def test_peak_without_a_compiler_is_the_matrix_product(monkeypatch: pytest.Monke
     found = fma_peak.peak.__wrapped__(1)
     assert found.flops == found.matrix_product
     assert "no C++ compiler" in found.source
+
+
+def test_rows_of_an_earlier_run_on_the_same_machine_stay(tmp_path: Path) -> None:
+    file = tmp_path / "peers.json"
+
+    def run(machine: str, threads: int) -> dict[str, Any]:
+        return {"machine_info": machine, "packages": {}, "peaks": [{"threads": threads}], "rows": []}
+
+    def rows(**seconds: int) -> list[dict[str, Any]]:
+        return [{"row": name, "batch": 1, "threads": 1, "seconds": found} for name, found in seconds.items()]
+
+    race.record(run("this", 1), rows(a=1, b=2), str, file)
+    second = run("this", 2)
+    race.added_to(second, file)
+    race.record(second, rows(b=3, c=4), str, file)
+    kept = json.loads(file.read_text())
+    assert {row["row"]: row["seconds"] for row in kept["rows"]} == {"a": 1, "b": 3, "c": 4}
+    assert [peak["threads"] for peak in kept["peaks"]] == [2, 1]
+
+    with pytest.raises(SystemExit, match="machine_info is this, and here that"):
+        race.added_to(run("that", 1), file)
+    assert json.loads(file.read_text()) == kept
 
 
 def test_one_row_from_command_to_picture(tmp_path: Path) -> None:

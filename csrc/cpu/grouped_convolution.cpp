@@ -1,8 +1,8 @@
 // 3x3 convolution in many groups of few channels: a vector runs over groups, so that input j of every group is one map, and
 // an output is the sum over the inputs of depthwise convolutions: the taps of all of them form one list.
 // Bytes: M read + N written a pixel; multiply-adds: 9*N*in a pixel.
-#include "branch_weights.h"
 #include "depthwise_taps.h"
+#include "grouped_tiles.h"
 #include "kernels.h"
 
 namespace espk::ESPK_ISA {
@@ -72,89 +72,6 @@ int64_t units(const Problem& p) {
   return count;
 }
 
-// What a unit reads of an image: `count` groups from `first` on, in a tile for each input of a group.
-template <class T>
-struct Block {
-  using C = Compute<T>;
-  static constexpr int N = kLanes<C>;
-  const Problem& p;
-  const Tile& tile;
-  C* tiles;
-  int64_t image, first, count;
-
-  void fill(int64_t first_row, Columns columns) const {
-    if (p.separate || p.in == 1) {
-      for (int64_t j = 0; j < p.in; ++j) {
-        const T* map = static_cast<const T*>(p.x) + (j * p.batch + image) * p.height * p.width * p.groups;
-        fill_pixels(tile, tiles + j * tile.size(), map + first, first_row, p.height, columns, true, p.groups, count);
-      }
-    } else if (count == N && p.in == 2) {
-      fill_in_turn(first_row, columns, [&](C* to, const T* from) { separate<2>(to, from); });
-    } else if (count == N && p.in == 4) {
-      fill_in_turn(first_row, columns, [&](C* to, const T* from) { separate<4>(to, from); });
-    } else if (count == N && p.in == 8) {
-      fill_in_turn(first_row, columns, [&](C* to, const T* from) { separate<8>(to, from); });
-    } else {
-      fill_in_turn(first_row, columns, [&](C* to, const T* from) {
-        for (int64_t j = 0; j < p.in; ++j, to += tile.size()) {
-          for (int64_t lane = 0; lane < N; ++lane) to[lane] = lane < count ? load_one(from + lane * p.in + j) : C(0);
-        }
-      });
-    }
-  }
-
- private:
-  // Where the inputs of a group lie side by side: place(to, from) puts those of a pixel into their tiles.
-  template <class Place>
-  void fill_in_turn(int64_t first_row, Columns columns, Place&& place) const {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t y = first_row - tile.border_rows + r;
-      C* row = tiles + r * tile.row_pitch();
-      auto zero = [&](int64_t position, int64_t positions) {
-        for (int64_t j = 0; j < p.in; ++j) fill_zero(row + j * tile.size() + position * N, positions * N);
-      };
-      if (y < 0 || y >= p.height) {
-        zero(0, tile.positions);
-        continue;
-      }
-      const T* map = static_cast<const T*>(p.x) + (image * p.height + y) * p.width * p.in_channels() + first * p.in;
-      for_phases(
-          tile, columns,
-          [&](int64_t position, int64_t column, int64_t positions) {
-            for (int64_t i = 0; i < positions; ++i) {
-              place(row + (position + i) * N, map + (column + i) * p.in_channels());
-            }
-          },
-          zero);
-    }
-  }
-
-  // In, a power of two, inputs of N groups. Each round puts every other number of what the round before left in front,
-  // first by the last bit of an input's number, in the end by its first; N inputs are a matrix to transpose.
-  template <int In>
-  void separate(C* to, const T* from) const {
-    constexpr std::make_index_sequence<N> lanes{};
-    Vector<C, N> v[In], last[In];
-#pragma GCC unroll 8
-    for (int i = 0; i < In; ++i) v[i] = load<N>(from + i * N);
-    if constexpr (In == N) {
-      transpose<N, C>(v);
-    } else {
-#pragma GCC unroll 3
-      for (int bit = 1; bit < In; bit *= 2) {
-        __builtin_memcpy(&last, &v, sizeof v);
-#pragma GCC unroll 4
-        for (int i = 0; i < In / 2; ++i) {
-          v[i] = every_other<0>(last[2 * i], last[2 * i + 1], lanes);
-          v[In / 2 + i] = every_other<1>(last[2 * i], last[2 * i + 1], lanes);
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < In; ++i) store<N>(to + i * tile.size(), v[i]);
-  }
-};
-
 template <class T>
 void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
   using C = Compute<T>;
@@ -200,9 +117,12 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
     s.slope = s.shift + N;
     sweep(s);
     if (at_once) return;
-    for (int64_t i = 0; i < rows * columns; ++i) {
-      T* pixel = out + (i / columns * p.width + i % columns) * p.out_channels();
-      for (int64_t lane = 0; lane < count; ++lane) store_one(pixel + lane * p.out_of_group, waiting[i * N + lane]);
+    const C* from = waiting;
+    for (int64_t y = 0; y < rows; ++y) {
+      T* to = out + y * p.width * p.out_channels();
+      for (int64_t x = 0; x < columns; ++x, to += p.out_channels(), from += N) {
+        for (int64_t lane = 0; lane < count; ++lane) store_one(to + lane * p.out_of_group, from[lane]);
+      }
     }
   };
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -213,7 +133,7 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
       T* out = static_cast<T*>(p.out) + ((image * p.height + first_row) * p.width + column) * p.out_channels();
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t first = block * N, count = least(N, p.groups - first);
-        Block<T>{p, tile, tiles, image, first, count}.fill(first_row, {column, p.width});
+        GroupTiles<T>{p, tile, tiles, image, first, count}.fill(first_row, {column, p.width});
         for (int64_t t = 0; t < p.out_of_group; ++t) {
           const C* weights = static_cast<const C*>(shared) + (block * p.out_of_group + t) * block_size<C>(p);
           sweep_panel(weights, rows, least(panel, p.width - column), count, out + first * p.out_of_group + t);

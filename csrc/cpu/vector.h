@@ -201,6 +201,9 @@ inline Vector<Compute<T>, N> load_first(const T* p, int64_t n) {
   if constexpr (sizeof(T) == 4 && N == 8) {
     return (Vector<float, N>)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), first_integers()));
   }
+  if constexpr (sizeof(T) == 4 && N == 4) {
+    return (Vector<float, N>)_mm_maskload_ps(p, _mm_cmpgt_epi32(_mm_set1_epi32((int)n), _mm_setr_epi32(0, 1, 2, 3)));
+  }
 #endif
   T few[N];
   __builtin_memset(few, 0, sizeof few);
@@ -226,13 +229,16 @@ inline void store_first(T* p, Vector<Compute<T>, N> v, int64_t n) {
     if constexpr (N == 8) return _mm_mask_storeu_epi16(p, (__mmask8)mask, _mm_load_si128((const __m128i*)few));
   }
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4 && N == 8) {
+  if constexpr (sizeof(T) == 4 && N >= 4) {
     // Half by half: a masked store is twenty steps on machines that have no AVX-512.
-    __m128 left = _mm256_castps256_ps128((__m256)v);
-    if (n & 4) {
-      _mm_storeu_ps(p, left);
-      left = _mm256_extractf128_ps((__m256)v, 1);
-      p += 4;
+    __m128 left;
+    __builtin_memcpy(&left, &v, sizeof left);
+    if constexpr (N == 8) {
+      if (n & 4) {
+        _mm_storeu_ps(p, left);
+        left = _mm256_extractf128_ps((__m256)v, 1);
+        p += 4;
+      }
     }
     if (n & 2) {
       _mm_storel_pi((__m64*)p, left);
