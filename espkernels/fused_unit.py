@@ -70,21 +70,20 @@ def laid_out(weight: Tensor) -> Tensor:
     return weight
 
 
-def wanted(unit: Unit, x: Tensor) -> bool:
+def wanted(unit: Unit, layers: UnitLayers, x: Tensor) -> bool:
     """Whether the unit is in training: a norm takes the statistics of the batch, or a gradient is wanted."""
-    return any(norm.training for norm in unit.layers().norms) or (
+    return any(norm.training for norm in layers.norms) or (
         torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in unit.parameters()))
     )
 
 
-def fits(unit: Unit, x: Tensor) -> bool:
-    """Whether :func:`run` does for the map ``x`` what the unit's layers would do.
+def fits(layers: UnitLayers, x: Tensor) -> bool:
+    """Whether :func:`run` does for the map ``x`` what ``layers`` would do.
 
     That is on the CPU's kernels, and where every layer is just what its class says.
     """
     if not backends.runs_cpu_kernels(x.device):
         return False
-    layers = unit.layers()
     norms, activations = layers.norms, layers.activations
     if x.dim() != 4 or x.numel() == 0 or x.shape[1] != layers.reduce.in_channels:
         return False
@@ -110,13 +109,12 @@ def fits(unit: Unit, x: Tensor) -> bool:
     return all(weight.dtype == x.dtype for weight in weights)
 
 
-def run(unit: Unit, x: Tensor) -> Tensor:
+def run(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:
     """The unit's result for ``x`` in the format of ``x``; updates the norms' running statistics as they would.
 
     The kernels read channels_last. A contiguous ``x`` and its result are copied once each; gradients stay in
     channels_last.
     """
-    layers = unit.layers()
     norms, reduce, expand, stride = layers.norms, layers.reduce, layers.expand, layers.stride
     compute = vector_dtype(x.dtype)
     means, variances = running(norms)

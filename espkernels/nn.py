@@ -278,8 +278,9 @@ class EESP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused_unit.wanted(self, x) and fused_unit.fits(self, x):
-            return fused_unit.run(self, x)
+        layers = self.layers()
+        if fused_unit.wanted(self, layers, x) and fused_unit.fits(layers, x):
+            return fused_unit.run(self, layers, x)
         reduced = self._reduce(x)
         expanded = self._expand(self.br_after_cat(self._pyramid(reduced)))
         if self.stride == 2 and self.down_method == "avg":

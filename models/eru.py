@@ -122,9 +122,9 @@ class EESP1d(nn.Module):
         """Steps x [T, B, M] and the context before them -> gates [T, B, 4 H], those of a gate together; new context."""
         steps, batch, _ = x.shape
         if self.axis == "step" and not self.plain:
-            pixels = as_pixels(x)
-            if fused_unit.fits(self, pixels):
-                return as_steps(fused_unit.run(self, pixels)), context
+            pixels, layers = as_pixels(x), self.layers()
+            if fused_unit.fits(layers, pixels):
+                return as_steps(fused_unit.run(self, layers, pixels)), context
         # Signals [N, channels, length]: whole sequences over time, else single steps, which batch norm sees alike.
         signals = x.permute(1, 2, 0) if self.axis == "time" else x.reshape(steps * batch, -1, 1)
         reduced = self.reduce(signals)

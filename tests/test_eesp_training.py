@@ -27,7 +27,7 @@ def agrees(layer: nn.Module, x: Tensor, rtol: float = 1e-10) -> None:
     terms, which errs by 8 sqrt(n) u (closeness.py) = 1.1e-13 of its magnitude in float64; what the norms magnify, and
     five such steps one behind the other, leave a hundred times of room below 1e-10.
     """
-    assert fits(layer, x.detach().requires_grad_()), "the unit runs layer by layer"  # type: ignore[arg-type]
+    assert fits(layer.layers(), x.detach().requires_grad_()), "the unit runs layer by layer"  # type: ignore[operator]
     expected, actual = results(twin(layer), x), results(layer, x)
     assert actual.keys() == expected.keys()
     for name, value in expected.items():

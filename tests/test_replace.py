@@ -729,7 +729,7 @@ def test_a_broken_kernel_is_caught_and_put_back(
 )
 def test_a_broken_unit_in_training_is_caught(broken: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = fused_unit.run
-    monkeypatch.setattr(fused_unit, "run", lambda unit, x: broken(lambda x: original(unit, x), x))
+    monkeypatch.setattr(fused_unit, "run", lambda unit, layers, x: broken(lambda x: original(unit, layers, x), x))
     report = replace(Network(), verify=image(dtype=torch.float32))
     assert report.reverted == ["level2_0.eesp", "level3_0.eesp", "level3.0", "level3.1"]
     for layer in report.layers:

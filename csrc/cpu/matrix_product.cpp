@@ -154,10 +154,10 @@ void multiply_all(const MatrixProduct<C>& p) {
                          }
                          with_lanes<C>(lanes, [&](auto width) {
                            constexpr int W = decltype(width)::value;
-                           if (p.b_packed || valid == W) {
+                           if (OffsetA || p.b_packed || valid == W) {
                              multiply_columns<C, W, 1, false, OffsetA>(p, first, valid);
                            } else {
-                             multiply_columns<C, W, 1, true, OffsetA>(p, first, valid);
+                             multiply_columns<C, W, 1, true, false>(p, first, valid);
                            }
                          });
                        });

@@ -57,7 +57,7 @@ struct MatrixProduct {
 
   const C* a;
   int64_t a_row, a_depth;  // steps of a plain matrix
-  const int64_t* a_offsets = nullptr;  // or where step k of the depth lies in each row, in place of k * a_depth
+  const int64_t* a_offsets = nullptr;  // or where step k of the depth lies in each row; b is packed then
   bool a_packed = false;   // a from pack_rows instead: blocks of kPackedRows rows, padded with zeros
 
   const C* b;
