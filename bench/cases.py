@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 __all__ = [
     "CASES",
     "DEFAULT",
+    "DETECTION",
     "IMAGES",
     "NETWORKS",
     "SCALES",
@@ -146,6 +147,9 @@ NETWORKS = {f"s{scale:g}-224x224-network": scale for scale in SCALES}
 
 # Whole segmentation networks, by name: scale, image and classes (Cityscapes, PASCAL VOC).
 SEGMENTATION = {"s2-1024x512-network": (2.0, "1024x512", 20), "s2-384x384-network": (2.0, "384x384", 21)}
+
+# Whole detectors, by name: scale, side of the square image and classes (PASCAL VOC).
+DETECTION = {"s2-256x256-detector": (2.0, 256, 21), "s2-512x512-detector": (2.0, 512, 21)}
 
 # Small enough for five minutes on two cores: one small and one large network, and the maps of a large image.
 DEFAULT = (

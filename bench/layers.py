@@ -20,7 +20,7 @@ from espkernels.freeze import freeze
 from espkernels.models import plain
 from espkernels.replace import replace
 
-__all__ = ["Task", "network", "output_shape", "segmentation", "unit", "variant"]
+__all__ = ["Task", "detection", "network", "output_shape", "segmentation", "unit", "variant"]
 
 
 def unit(case: Case) -> nn.Module:
@@ -41,6 +41,22 @@ def network(scale: float) -> nn.Module:
 def segmentation(scale: float, classes: int) -> nn.Module:
     """The plain segmentation network."""
     return _lively(models.espnetv2_segmentation(scale, classes, plain=True))
+
+
+class _Joined(nn.Module):
+    """A model of several results as one of one: [B, all their numbers], since not every engine gives several."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([result.flatten(1) for result in self.model(x)], dim=1)
+
+
+def detection(scale: float, size: int, classes: int) -> nn.Module:
+    """The plain detector; its result is the offsets of all boxes, then their logits."""
+    return _lively(_Joined(models.espnetv2_detection(scale, classes, size, plain=True)))
 
 
 def _lively(model: nn.Module) -> nn.Module:

@@ -1,10 +1,10 @@
 """Frozen networks and units beside the inference engines that people use: ``python -m bench.peers``, ``make peers``.
 
-Rows are ESPNetv2 for classification and segmentation and single EESP units, in float32. Every engine's result is
-compared with a float64 run of the plain model before anything is timed; an engine that is wrong, missing or cannot
-take the model is listed with its reason. Then all are timed in turn, round after round (:mod:`bench.interleave`), each
-in a process of its own that is stopped while others run (:mod:`bench.worker`). :mod:`bench.engines` says how each is
-set up, and :mod:`bench.peers_report` what is made of it.
+Rows are ESPNetv2 for classification, segmentation and detection and single EESP units, in float32. Every engine's
+result is compared with a float64 run of the plain model before anything is timed; an engine that is wrong, missing or
+cannot take the model is listed with its reason. Then all are timed in turn, round after round
+(:mod:`bench.interleave`), each in a process of its own that is stopped while others run (:mod:`bench.worker`).
+:mod:`bench.engines` says how each is set up, and :mod:`bench.peers_report` what is made of it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import torch
 
 from bench import peers_report, race
 from bench.bounds import bounds
-from bench.cases import IMAGES, NETWORKS, SEGMENTATION, matching
+from bench.cases import DETECTION, IMAGES, NETWORKS, SEGMENTATION, matching
 from bench.comparison import Comparison, Provider
 from bench.engines import ENGINES, OURS, why_not
-from bench.layers import Task, network, segmentation, unit
+from bench.layers import Task, detection, network, segmentation, unit
 from bench.race import Race, Row
 
 __all__ = ["ROWS", "Selection", "main"]
@@ -43,6 +43,9 @@ def _rows() -> Iterator[Row]:
         yield Row(
             name, "segmentation", functools.partial(segmentation, scale, classes), shape, (1, 8), image != "1024x512"
         )
+    for name, (scale, size, classes) in DETECTION.items():
+        make = functools.partial(detection, scale, size, classes)
+        yield Row(name, "detection", make, (3, size, size), (1, 8), size == 256)
     for case in matching(["s1-224x224-level?", "s2-224x224-level?", "s1-1024x512-level3"]):
         shape = (case.in_channels, case.height, case.width)
         first = case.name.startswith("s1-")

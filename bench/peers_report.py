@@ -38,7 +38,12 @@ class Goal:
         return None if of_best is None or of_floor is None else of_best <= self.of_best
 
 
-GOALS = {"classification": Goal(0.5, 1.35), "unit": Goal(0.5, 1.35), "segmentation": Goal(1 / 3)}
+GOALS = {
+    "classification": Goal(0.5, 1.35),
+    "unit": Goal(0.5, 1.35),
+    "segmentation": Goal(1 / 3),
+    "detection": Goal(0.5, 1.35),
+}
 
 
 @dataclass(frozen=True)

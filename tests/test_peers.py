@@ -294,6 +294,7 @@ def test_rows_are_judged(run: dict[str, Any]) -> None:
         "classification": "1 of 1 rows reach it; another engine is faster in 0",
         "unit": "0 of 1 rows reach it; another engine is faster in 1",
         "segmentation": "0 of 1 rows reach it; another engine is faster in 0",
+        "detection": "not measured",
     }
 
 
@@ -334,6 +335,14 @@ def test_peak_without_a_compiler_is_the_matrix_product(monkeypatch: pytest.Monke
     found = fma_peak.peak.__wrapped__(1)
     assert found.flops == found.matrix_product
     assert "no C++ compiler" in found.source
+
+
+def test_a_detector_is_one_result_of_all_its_numbers() -> None:
+    model = layers.detection(0.5, 256, 21)
+    x = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        offsets, logits = model.model(x)  # type: ignore[operator]
+        torch.testing.assert_close(model(x), torch.cat([offsets.flatten(), logits.flatten()])[None], rtol=0, atol=0)
 
 
 def test_rows_of_an_earlier_run_on_the_same_machine_stay(tmp_path: Path) -> None:
