@@ -211,7 +211,8 @@ def test_rows_are_the_asked_ones() -> None:
     units = [(128, 28, 28), (256, 14, 14), (512, 7, 7), (256, 28, 28), (512, 14, 14), (1024, 7, 7), (128, 64, 128)]
     assert shapes[:3] == [(3, 224, 224)] * 3
     assert set(shapes[3:5]) == {(3, 512, 1024), (3, 384, 384)}
-    assert sorted(shapes[5:]) == sorted(units)
+    assert shapes[5:7] == [(3, 256, 256), (3, 512, 512)]
+    assert sorted(shapes[7:]) == sorted(units)
     assert len({row.name for row in peers.ROWS}) == len(peers.ROWS)
     chosen = peers.Selection(patterns=("s1-*",), batches=(2,), threads=(1,))
     assert next(row.name for row in chosen.rows()) == "s1-224x224-network"
