@@ -101,8 +101,8 @@ FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Icsrc"]
 AVX2 = ["-O3", "-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-# Compile time goes where the run time is: x86-64 without AVX2 has been out of sale for years, and around the kernels
-# nothing runs in loops.
+# Compile time goes where the run time is: x86-64 without AVX2 is the last resort, and nothing runs in loops around
+# the kernels.
 AROUND_KERNELS = ["-O1"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
 INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {

@@ -230,7 +230,7 @@ inline void store_first(T* p, Vector<Compute<T>, N> v, int64_t n) {
   }
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4 && N >= 4) {
-    // Half by half: a masked store is twenty steps on machines that have no AVX-512.
+    // Half by half: AMD's machines without AVX-512 are slow at masked stores.
     __m128 left;
     __builtin_memcpy(&left, &v, sizeof left);
     if constexpr (N == 8) {

@@ -38,8 +38,8 @@ inline void on_three_threads(int64_t units, const Run& run) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// Each where it can find something: races need threads, and no byte out of bounds needs them. An emulator runs a tenth
-// of the speed.
+// Each where it can find something: races need threads, and no byte out of bounds needs them. An emulator is
+// slow enough with one.
 #if defined(SANITIZES_THREADS) || defined(EMULATED)
 inline constexpr auto kSplits = {on_three_threads};
 #elif defined(SANITIZES_MEMORY)
