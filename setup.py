@@ -81,6 +81,9 @@ KERNEL_SOURCES = [
     "csrc/cpu/kernels.cpp",
 ]
 
+BFLOAT16_SOURCES = ["csrc/cpu/bfloat16_product.cpp"]
+SOURCES = TORCH_SOURCES + PYBIND_SOURCES + DISPATCH_SOURCES + KERNEL_SOURCES + BFLOAT16_SOURCES
+
 # The CUDA library defines the same schemas in a namespace of its own.
 CUDA_TORCH_SOURCES = ["csrc/ops.cpp", "csrc/cuda_door.cpp", "csrc/cuda_inference_door.cpp"]
 CUDA_SOURCES = [
@@ -101,6 +104,11 @@ FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Icsrc"]
 AVX2 = ["-O3", "-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+# Of the kernel that multiplies bfloat16 for those of avx512; sets that the compiler does not know are left out.
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+BFLOAT16_SETS: dict[str, dict[str, list[str]]] = {
+    "x86_64": {"avx512_bf16": AVX512_BF16, "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]},
+}
 # Compile time goes where the run time is: x86-64 without AVX2 is the last resort, and nothing runs in loops around
 # the kernels.
 AROUND_KERNELS = ["-O1"]
@@ -162,16 +170,18 @@ class Library:
 def cpu_library() -> Library:
     torch = torch_folder()
     pybind_flags = [*AROUND_KERNELS, "-isystem", sysconfig.get_path("include"), "-isystem", pybind11_include()]
-    sets = instruction_sets()
-    have = [*AROUND_KERNELS, *(f"-DESPK_HAVE_{name.upper()}" for name in sets if name != "baseline")]
+    sets, bfloat16_sets = instruction_sets(), known_bfloat16_sets()
+    named = [*(name for name in sets if name != "baseline"), *bfloat16_sets]
+    have = [*AROUND_KERNELS, *(f"-DESPK_HAVE_{name.upper()}" for name in named)]
 
     compilations = [Compilation(source, "torch", torch_flags()) for source in TORCH_SOURCES]
     compilations += [Compilation(source, "pybind", pybind_flags) for source in PYBIND_SOURCES]
     compilations += [Compilation(source, "dispatch", have) for source in DISPATCH_SOURCES]
-    for name, flags in sets.items():
-        # -Wno-psabi: vectors are passed between functions of one object only, so their calling convention is free.
-        flags = [*flags, f"-DESPK_ISA={name}", "-Wno-psabi"]
-        compilations += [Compilation(source, name, flags) for source in KERNEL_SOURCES]
+    for sources, table in ((KERNEL_SOURCES, sets), (BFLOAT16_SOURCES, bfloat16_sets)):
+        for name, flags in table.items():
+            # -Wno-psabi: vectors are passed between functions of one object only, so their calling convention is free.
+            flags = [*flags, f"-DESPK_ISA={name}", "-Wno-psabi"]
+            compilations += [Compilation(source, name, flags) for source in sources]
     # No rpath: espkernels imports torch first, so the loader already has torch's libraries.
     return Library("_C", compilations, [f"-L{torch}/lib", "-ltorch_cpu", "-ltorch", "-lc10"])
 
@@ -242,6 +252,12 @@ def instruction_sets() -> dict[str, list[str]]:
     return INSTRUCTION_SETS[machine]
 
 
+def known_bfloat16_sets() -> dict[str, list[str]]:
+    """The sets that multiply bfloat16 and that the compiler knows: g++ 10 has no tiles."""
+    sets = BFLOAT16_SETS.get(sysconfig.get_platform().partition("-")[2], {})
+    return {name: flags for name, flags in sets.items() if compiles(compiler(), flags, "")}
+
+
 def torch_folder() -> str:
     """Where torch is, found without the seconds that importing it takes."""
     needed = ".".join(map(str, OLDEST_TORCH))
@@ -284,12 +300,16 @@ def compiler() -> list[str]:
         raise PlatformError(
             f"no C++ compiler found (looked for {', '.join(candidates)}): install g++ >= 10, or set CXX."
         )
-    probe = [*command, "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
-    if subprocess.run(probe, input="#include <concepts>\n", text=True, capture_output=True).returncode:
+    if not compiles(command, ["-std=c++20"], "#include <concepts>\n"):
         raise PlatformError(
             f"{shlex.join(command)} cannot compile C++20: install g++ >= 10 or clang >= 12, or set CXX."
         )
     return command
+
+
+def compiles(command: list[str], flags: list[str], source: str) -> bool:
+    probe = [*command, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(probe, input=source, text=True, capture_output=True).returncode == 0
 
 
 def wants_cuda() -> bool:
@@ -347,6 +367,6 @@ models = ["espkernels.models", *(f"espkernels.models.{name}" for name in find_pa
 setup(
     packages=[*find_packages(include=["espkernels", "espkernels.*"], exclude=["espkernels.models*"]), *models],
     package_dir={"espkernels.models": "models"},
-    ext_modules=[Extension("espkernels._C", TORCH_SOURCES + PYBIND_SOURCES + DISPATCH_SOURCES + KERNEL_SOURCES)],
+    ext_modules=[Extension("espkernels._C", SOURCES)],
     cmdclass={"build_ext": NinjaBuild},
 )

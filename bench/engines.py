@@ -1,14 +1,17 @@
 """The inference engines that are compared, and how each is given a model: as its own users would for the best speed.
 
-All of them compute in float32 on the number of threads asked for, with every graph optimisation on; inputs and outputs
-are bound or allocated once where the engine allows. Some are given the model in several ways, since which is faster
-depends on the row; the fastest way counts, for the peers as for this library.
+All of them compute in the dtype and on the number of threads asked for, with every graph optimisation on; inputs and
+outputs are bound or allocated once where the engine allows. Some are given the model in several ways, since which is
+faster depends on the row; the fastest way counts, for the peers as for this library.
 
 * torch and this library take contiguous and channels_last maps. torch.compile freezes the weights and autotunes.
 * onnxruntime has no fused PReLU: with others in its place is the second way (:mod:`bench.onnx_export`).
 * OpenVINO takes its maps as [B, C, H, W] and, declared so to its preprocessing, as [B, H, W, C], which spares a
   channels_last caller two transpositions.
 * ncnn runs a batch in one go, and image by image. pnnx converts a TorchScript trace for it.
+
+In bfloat16 torch and this library take a model and an input of that dtype, and OpenVINO turns what it stores and
+multiplies into it itself. onnxruntime has no such kernels for CPUs, and ncnn's results came out wrong.
 
 LiteRT is not among them. Its converter, litert-torch 0.10, brings xdsl 0.28, which wants typing-extensions below 4.13,
 and constraints.txt pins a later one; it also brings jax, transformers and torchao, over a gigabyte in all.
@@ -41,7 +44,7 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Job:
-    """A model, its float32 input, and a folder that holds what engines convert the model to.
+    """A float32 model and input, the dtype to compute in, and a folder that holds what engines convert the model to.
 
     ``gradient`` is that of the result, where a training step is given it (:mod:`bench.training_step`).
     """
@@ -52,6 +55,7 @@ class Job:
     way: str
     folder: Path
     gradient: Tensor | None = None
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -83,15 +87,15 @@ def _torch(prepare: Callable[[nn.Module], Any]) -> Callable[[Job], Opened]:
     def opened(job: Job) -> Opened:
         torch.set_num_threads(job.threads)
         layout = LAYOUTS[job.way]
-        model = prepare(job.model.to(memory_format=layout))  # type: ignore[call-overload]
-        x = job.input.contiguous(memory_format=layout)
+        model = prepare(job.model.to(job.dtype, memory_format=layout))  # type: ignore[call-overload]
+        x = job.input.to(job.dtype).contiguous(memory_format=layout)
         last: list[Tensor] = []
 
         @torch.inference_mode()
         def call() -> None:
             last[:] = [model(x)]
 
-        return Opened(call, lambda: [last[0].contiguous()])
+        return Opened(call, lambda: [last[0].contiguous().float()])
 
     return opened
 
@@ -107,6 +111,8 @@ def _compiled(model: nn.Module) -> Any:
 def _onnxruntime(job: Job) -> Opened:
     import onnxruntime
 
+    if job.dtype != torch.float32:
+        raise RuntimeError("no bfloat16 kernels for CPUs")
     path = job.folder / f"{job.way}.onnx"
     if not path.exists():
         export(job.model, job.input, path, relu=job.way == "relu")
@@ -146,7 +152,7 @@ def _openvino(job: Job) -> Opened:
         "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": str(job.threads),
         # Where the machine multiplies bfloat16 the engine would otherwise choose it.
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "f32" if job.dtype == torch.float32 else "bf16",
     }
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
     # The tensors share the memory of x and output, which must live as long as they do.
@@ -165,13 +171,16 @@ def _openvino(job: Job) -> Opened:
 def _ncnn(job: Job) -> Opened:
     import ncnn
 
+    if job.dtype != torch.float32:
+        raise RuntimeError("with its bfloat16 storage the results that its Python package gives are not the model's")
     batched = job.way == "batch"
     images = job.input if batched else job.input[:1]
     net = ncnn.Net()
     net.opt.num_threads = job.threads
     net.opt.use_vulkan_compute = False
-    for name in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_packed", "use_bf16_storage"):
+    for name in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic"):
         setattr(net.opt, name, False)
+    net.opt.use_bf16_packed = net.opt.use_bf16_storage = False
     stem = _pnnx(job, images)
     if net.load_param(f"{stem}.ncnn.param") or net.load_model(f"{stem}.ncnn.bin"):
         raise RuntimeError("ncnn could not load what pnnx made of the model")

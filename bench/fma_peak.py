@@ -22,7 +22,8 @@ __all__ = ["Peak", "peak"]
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 # What widens a vector and joins multiply and add, for each instruction set that the library names.
-FLAGS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f"]}
+AVX512 = ["-mavx512f"]
+FLAGS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": AVX512, "amx": AVX512}
 
 
 @dataclass(frozen=True)

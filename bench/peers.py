@@ -1,8 +1,9 @@
 """Frozen networks and units beside the inference engines that people use: ``python -m bench.peers``, ``make peers``.
 
-Rows are ESPNetv2 for classification, segmentation and detection and single EESP units, in float32. Every engine's
-result is compared with a float64 run of the plain model before anything is timed; an engine that is wrong, missing or
-cannot take the model is listed with its reason. Then all are timed in turn, round after round
+Rows are ESPNetv2 for classification, segmentation and detection and single EESP units, in float32, or with
+``--dtype bfloat16`` on engines that compute so, into results of their own. Every engine's result is compared with a
+float64 run of the plain model before anything is timed; an engine that is wrong, missing or cannot take the model is
+listed with its reason. Then all are timed in turn, round after round
 (:mod:`bench.interleave`), each in a process of its own that is stopped while others run (:mod:`bench.worker`).
 :mod:`bench.engines` says how each is set up, and :mod:`bench.peers_report` what is made of it.
 """
@@ -10,6 +11,7 @@ cannot take the model is listed with its reason. Then all are timed in turn, rou
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import importlib.metadata
 import sys
@@ -29,6 +31,7 @@ from bench.comparison import Comparison, Provider
 from bench.engines import ENGINES, OURS, why_not
 from bench.layers import Task, detection, network, segmentation, unit
 from bench.race import Race, Row
+from bench.selection import DTYPES
 
 __all__ = ["ROWS", "Selection", "main"]
 
@@ -63,6 +66,7 @@ class Selection(race.Selection):
     engines: tuple[str, ...] = tuple(ENGINES)
     batches: tuple[int, ...] = ()
     threads: tuple[int, ...] = ()
+    dtype: str = "float32"
 
     def batches_of(self, row: Row) -> tuple[int, ...]:
         """The batches of a row."""
@@ -92,7 +96,7 @@ def results(selection: Selection, racing: Race) -> Iterator[dict[str, Any]]:
     for row in selection.rows():
         for batch in selection.batches_of(row):
             with tempfile.TemporaryDirectory(dir=racing.folder) as folder:
-                task = Task(row.make, (batch, *row.shape), torch.float32, "forward")
+                task = Task(row.make, (batch, *row.shape), DTYPES[selection.dtype], "forward")
                 race.saved(task, Path(folder))
                 for threads in selection.thread_counts():
                     yield _measure(selection, racing, row, task, Path(folder), threads)
@@ -104,7 +108,7 @@ def _measure(selection: Selection, racing: Race, row: Row, task: Task, files: Pa
     comparison = Comparison(
         operator=row.kind,
         case=row.name if batch == 1 else f"{row.name}-batch{batch}",
-        dtype="float32",
+        dtype=selection.dtype,
         mode="inference",
         threads=threads,
         providers=providers,
@@ -115,6 +119,7 @@ def _measure(selection: Selection, racing: Race, row: Row, task: Task, files: Pa
     )
     outcome, not_timed = racing.measure(comparison)
     found = race.described(row, batch, threads, outcome, refused | not_timed)
+    found["dtype"] = selection.dtype
     fastest = found["fastest"]
     found["over"] = {
         engine: 1 / outcome.samples.speedup(f"{OURS}-{fastest[OURS]}", f"{engine}-{way}")
@@ -123,7 +128,9 @@ def _measure(selection: Selection, racing: Race, row: Row, task: Task, files: Pa
     }
     # Of a batch, image by image goes through the same kernels.
     short = batch == 1 and peers_report.judge(found).reached is False
-    found["bounds"] = bounds(task.model, task.input, threads) if short else []
+    found["bounds"] = (
+        bounds(copy.deepcopy(task.model).to(task.dtype), task.input.to(task.dtype), threads) if short else []
+    )
     return found
 
 
@@ -132,6 +139,7 @@ def parser() -> argparse.ArgumentParser:
     result = race.parser("peers", __doc__, [*ENGINES][1:])
     result.add_argument("--batch", action="append", default=[], type=int, metavar="N", help="may be repeated")
     result.add_argument("--threads", action="append", default=[], type=int, metavar="N", help="may be repeated")
+    result.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     result.add_argument("--full", action="store_true", help="every row and batch, one thread and all of them: hours")
     return result
 
@@ -146,7 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compile=args.compile,
         batches=tuple(args.batch),
         threads=tuple(args.threads),
+        dtype=args.dtype,
     )
+    name = "peers" if args.dtype == "float32" else f"peers_{args.dtype}"
     if not selection.rows():
         print(f"peers: rows: {args.rows} fit none of {', '.join(row.name for row in ROWS)}", file=sys.stderr)
         return 2
@@ -155,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, reason in missing.items():
         print(f"peers: {name} takes no part: {reason}", file=sys.stderr)
     run = race.begun(selection.thread_counts())
+    run["dtype"] = args.dtype
     run["packages"] = {
         package: importlib.metadata.version(package)
         for name in selection.engines
@@ -163,18 +174,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     args.output.mkdir(parents=True, exist_ok=True)
     if args.add:
-        race.added_to(run, args.output / "peers.json")
+        race.added_to(run, args.output / f"{name}.json")
     with tempfile.TemporaryDirectory() as folder:
         racing = Race(Path(folder))
         try:
-            race.record(run, results(selection, racing), peers_report.line, args.output / "peers.json")
+            race.record(run, results(selection, racing), peers_report.line, args.output / f"{name}.json")
         finally:
             racing.close()
-    (args.output / "peers.md").write_text(peers_report.markdown(run, "peers.png"))
-    peers_report.picture(run, args.output / "peers.png")
+    (args.output / f"{name}.md").write_text(peers_report.markdown(run, f"{name}.png"))
+    peers_report.picture(run, args.output / f"{name}.png")
     for text in peers_report.verdicts(run):
         print(text)
-    print(f"{args.output}/peers.json, peers.md, peers.png; {time.perf_counter() - start:.0f} s")
+    print(f"{args.output}/{name}.json, {name}.md, {name}.png; {time.perf_counter() - start:.0f} s")
     return 0 if all(OURS in row["fastest"] for row in run["rows"]) else 1
 
 

@@ -64,12 +64,18 @@ class Verdict:
 
 
 def judge(row: dict[str, Any]) -> Verdict:
-    """The verdict on a row of the JSON."""
+    """The verdict on a row of the JSON. The floor is that of float32, and so no goal of another dtype."""
     times = {engine: row["engines"][engine][way]["seconds"] for engine, way in row["fastest"].items()}
     best = min((engine for engine in times if engine != OURS), key=times.__getitem__, default=None)
     of_best = row["over"].get(best)
     of_floor = times[OURS] / row["floor"] if OURS in times else None
-    return Verdict(best, of_best, of_floor, GOALS[row["kind"]].reached(of_best, of_floor))
+    goal = goal_of(row["kind"], row["dtype"])
+    return Verdict(best, of_best, of_floor, goal.reached(of_best, of_floor))
+
+
+def goal_of(kind: str, dtype: str) -> Goal:
+    """The goal of the rows of a kind."""
+    return GOALS[kind] if dtype == "float32" else Goal(GOALS[kind].of_best)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -85,7 +91,8 @@ def line(row: dict[str, Any]) -> str:
 
 def verdicts(run: dict[str, Any]) -> Iterator[str]:
     """How many rows of each kind reach their goal, and in how many an engine is faster than we are."""
-    for kind, goal in GOALS.items():
+    for kind in GOALS:
+        goal = goal_of(kind, run["dtype"])
         judged = [judge(row) for row in run["rows"] if row["kind"] == kind]
         if judged:
             reached = sum(verdict.reached is True for verdict in judged)
@@ -117,12 +124,12 @@ def markdown(run: dict[str, Any], picture_name: str) -> str:
         "",
         f"![times of every engine]({picture_name})",
         "",
-        "float32, medians. Every engine runs in a process of its own that is stopped while another one is timed; a",
-        "round takes one sample of each in turn, and ratios are medians of the ratios within a round. Each result was",
+        f"{run['dtype']}, medians. Every engine runs in a process of its own, stopped while another one is timed;",
+        "a round takes one sample of each in turn, and ratios are medians of ratios within a round. Each result was",
         "compared with a float64 run of the plain model before it was timed. Each engine's figure, ours too, is that",
         "of the fastest way of giving it the model, named beside it (`bench/engines.py`). A ratio below 1 is in our",
         "favour.",
-        "The floor is the multiply-adds of the convolutions over the machine's peak rate:",
+        "The floor is the multiply-adds of the convolutions over the machine's peak rate of those in float32:",
         "",
         *(f"* {_peak(peak)}" for peak in run["peaks"]),
         "",
@@ -173,7 +180,7 @@ def _cells(row: dict[str, Any], engines: list[str]) -> list[str]:
         verdict.best or "-",
         _share(verdict.of_best),
         _share(verdict.of_floor),
-        str(GOALS[row["kind"]]),
+        str(goal_of(row["kind"], row["dtype"])),
         str(verdict),
     ]
 
@@ -207,7 +214,7 @@ def picture(run: dict[str, Any], path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(10.5, 0.3 * len(shown) + 2.6), layout="constrained")
     every = [1.0]
     for i, row in enumerate(shown):
-        verdict, goal = judge(row), GOALS[row["kind"]]
+        verdict, goal = judge(row), goal_of(row["kind"], row["dtype"])
         ours = row["engines"][OURS][row["fastest"][OURS]]["seconds"]
         ratios = {engine: 1 / ratio for engine, ratio in row["over"].items()} | {"floor": row["floor"] / ours}
         every += [*ratios.values(), 1 / goal.of_best]
@@ -241,7 +248,7 @@ def picture(run: dict[str, Any], path: Path) -> None:
     )
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=9, frameon=False)
     figure.suptitle(
-        f"Time of each engine over ours, float32 (right of 1x: we are faster)\n{headline(run)}", fontsize=10
+        f"Time of each engine over ours, {run['dtype']} (right of 1x: we are faster)\n{headline(run)}", fontsize=10
     )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

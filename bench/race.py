@@ -114,7 +114,8 @@ class Race:
 
 
 def saved(task: Task, folder: Path) -> None:
-    """Writes what a worker opens: the plain model, its input and, where it is given, the gradient of its result."""
+    """Writes what a worker opens: the plain model, its input, the dtype to compute in, any gradient of its result."""
+    torch.save({"dtype": task.dtype}, folder / "dtype.pt")
     torch.save(task.model, folder / "model.pt")
     torch.save(task.input, folder / "input.pt")
     if task.gradient is not None:

@@ -167,7 +167,8 @@ def _job(files: Path, threads: int, way: str) -> Job:
     model = torch.load(files / "model.pt", weights_only=False)  # the parent wrote it
     gradient = files / "gradient.pt"
     given = torch.load(gradient) if gradient.exists() else None
-    return Job(model, torch.load(files / "input.pt"), threads, way, files, given)
+    dtype = torch.load(files / "dtype.pt")["dtype"]
+    return Job(model, torch.load(files / "input.pt"), threads, way, files, given, dtype)
 
 
 if __name__ == "__main__":

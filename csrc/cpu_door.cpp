@@ -76,6 +76,7 @@ Tensor group_pointwise(const Tensor& x, const Tensor& weight, int64_t groups, st
   check_same_type(x, weight);
   check_pointwise_weight(weight, x.size(1), groups);
   GroupPointwise p{};
+  p.bfloat16 = kernels().bfloat16;
   p.type = type_of(x);
   const Layout layout = layout_of(x);
   p.batch = x.size(0);
@@ -105,6 +106,7 @@ Tensor group_pointwise_backward_input(const Tensor& grad, const Tensor& weight, 
                       weight.size(0) >= groups && weight.size(0) % groups == 0,
                   "grad [B, N, H, W] and weight [N, M/groups] disagree");
   GroupPointwise p{};
+  p.bfloat16 = kernels().bfloat16;
   p.type = type_of(grad);
   p.layout = layout_of(grad);
   p.batch = grad.size(0);
@@ -157,6 +159,7 @@ Tensor pyramid_pointwise(const Tensor& x, const Tensor& weight, std::vector<int6
   check_same_type(x, weight);
   check_same_type(x, pointwise_weight);
   PyramidPointwise p{};
+  p.bfloat16 = kernels().bfloat16;
   describe(p, x, layout_of(x), {x.size(0), x.size(1), x.size(2), x.size(3)}, dilations, stride, hff);
   check_branch_weight(weight, p);
   check_pointwise_weight(pointwise_weight, p.out_channels(), groups);
@@ -187,6 +190,7 @@ Tensor pack_group_pointwise(const Tensor& weight, int64_t groups, bool channels_
   STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && groups >= 1, "weight: expected a CPU tensor [N, M/groups]");
   check_pointwise_weight(weight, weight.size(1) * groups, groups);
   GroupPointwise p{};
+  p.bfloat16 = kernels().bfloat16;
   p.type = type_of(weight);
   p.layout = named_layout(channels_last);
   p.in_channels = weight.size(1) * groups;
@@ -204,6 +208,7 @@ Tensor pack_pyramid_pointwise(const Tensor& weight, const Tensor& pointwise_weig
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) >= 1 && weight.size(0) <= kMaxBranches,
                   "weight: expected [K, d, 3, 3]");
   PyramidPointwise p{};
+  p.bfloat16 = kernels().bfloat16;
   const std::vector<int64_t> dilations(static_cast<size_t>(weight.size(0)), 1);
   describe(p, weight, named_layout(channels_last), {1, weight.size(1), 1, 1}, dilations, 1, true);
   check_branch_weight(weight, p);

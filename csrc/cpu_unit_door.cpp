@@ -33,6 +33,7 @@ Tensor run_unit(const Tensor& x, const Unit& u, int64_t stride, bool hff, const 
                expand = dense_weight(u.expand_weight);
 
   GroupPointwise r{};
+  r.bfloat16 = kernels().bfloat16;
   r.type = type_of(x);
   r.layout = layout;
   r.batch = x.size(0);
@@ -50,6 +51,7 @@ Tensor run_unit(const Tensor& x, const Unit& u, int64_t stride, bool hff, const 
   r.out = reduced.mutable_data_ptr();
 
   PyramidPointwise p{};
+  p.bfloat16 = kernels().bfloat16;
   describe(p, x, layout, reduced_sizes, u.dilations, stride, hff);
   check_branch_weight(branches, p);
   check_pointwise_weight(expand, p.out_channels(), u.groups);

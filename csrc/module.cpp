@@ -13,7 +13,7 @@ namespace {
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const char* name : {"baseline", "avx2", "avx512"}) {
+  for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16", "amx"}) {
     if (espk::isa_available(name)) names.emplace_back(name);
   }
   return names;

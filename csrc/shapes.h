@@ -8,6 +8,9 @@ namespace espk {
 
 constexpr int64_t kMaxBranches = 8;
 
+// How the CPU multiplies bfloat16 (cpu/bfloat16_product.h); null where it does so in float32.
+struct Bfloat16Arithmetic;
+
 enum class Type { float32, float64, bfloat16, float16 };
 
 inline int64_t bytes_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
@@ -95,6 +98,7 @@ struct GroupPointwise {
   const void* weight;
   void* out;
   Epilogue epilogue;
+  const Bfloat16Arithmetic* bfloat16;
 
   int64_t multiply_adds() const { return batch * pixels * in_channels * (out_channels / groups); }
 };
@@ -124,6 +128,7 @@ struct PyramidPointwise : Pyramid {
   ImageShortcut shortcut;  // channels_last alone
   int64_t out_pixel;  // channels_last: from pixel to pixel of out and of the residual, which may lie in a wider map
   void* out;
+  const Bfloat16Arithmetic* bfloat16;
 
   int64_t multiply_adds() const {
     const int64_t pixel = out_channels() * (9 + pointwise_channels / groups);

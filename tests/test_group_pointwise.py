@@ -20,7 +20,7 @@ class TestGroupPointwise(OperatorTests):
     optional = ("scale", "shift", "residual", "slope")
     maps = ("x", "residual")
 
-    def stores(self, value: str) -> int:
+    def stores(self, value: str, dtype: torch.dtype) -> int:
         # The gradient goes back through the epilogue, and the sums it needs forward again, each possibly stored.
         return 1 if value == "output" else 4
 

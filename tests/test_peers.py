@@ -33,8 +33,8 @@ SMALL = Case("small", 16, 16, (1, 1, 2, 3), 1, 6, 5)
 WAYS = [(name, way) for name, engine in ENGINES.items() for way in engine.ways]
 
 
-def _task(batch: int) -> layers.Task:
-    return layers.Task(functools.partial(layers.unit, SMALL), (batch, 16, 6, 5), torch.float32, "forward")
+def _task(batch: int, dtype: torch.dtype = torch.float32) -> layers.Task:
+    return layers.Task(functools.partial(layers.unit, SMALL), (batch, 16, 6, 5), dtype, "forward")
 
 
 def _needs(engine: str) -> None:
@@ -46,8 +46,7 @@ def _needs(engine: str) -> None:
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[layers.Task, Path]:
     task = _task(2)
-    torch.save(task.model, tmp_path / "model.pt")
-    torch.save(task.input, tmp_path / "input.pt")
+    race.saved(task, tmp_path)
     return task, tmp_path
 
 
@@ -66,6 +65,25 @@ def test_engine_runs_a_batch_in_its_own_process(engine: str, way: str, files: tu
         # It sleeps while others are timed, whatever its threads would like to do.
         assert _state(worker.process.pid) == "T"
         task.check(Provider(engine, way), worker.open(folder, 1, way, 120))
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize(("engine", "way"), [one for one in WAYS if one[0] != "compile"])
+def test_engine_computes_in_bfloat16_or_says_why_not(engine: str, way: str, tmp_path: Path) -> None:
+    _needs(engine)
+    task = _task(2, torch.bfloat16)
+    race.saved(task, tmp_path)
+    worker = Worker(engine, tmp_path / "log")
+    try:
+        if engine in ("onnxruntime", "ncnn"):
+            with pytest.raises(Refused, match="bfloat16"):
+                worker.open(tmp_path, 1, way, 120)
+            return
+        results = worker.open(tmp_path, 1, way, 120)
+        task.check(Provider(engine, way), results)
+        if engine == OURS:  # others may have kept some of it in float32, which is no mistake
+            assert torch.equal(results[0], results[0].bfloat16().float())
     finally:
         worker.close()
 
@@ -89,8 +107,7 @@ def test_engine_runs_the_segmentation_network(engine: str, tmp_path: Path) -> No
     """Its adaptive poolings, channel shuffle and resizing are what converters trip over."""
     _needs(engine)
     task = layers.Task(functools.partial(layers.segmentation, 0.5, 5), (1, 3, 96, 64), torch.float32, "forward")
-    torch.save(task.model, tmp_path / "model.pt")
-    torch.save(task.input, tmp_path / "input.pt")
+    race.saved(task, tmp_path)
     way = ENGINES[engine].ways_of(1)[0]
     worker = Worker(engine, tmp_path / "log")
     try:
@@ -248,11 +265,12 @@ def test_goal_by_hand(goal: Goal, of_best: float | None, of_floor: float | None,
     assert goal.reached(of_best, of_floor) is reached
 
 
-def _row(kind: str, ours: float, others: dict[str, float], floor: float) -> dict[str, Any]:
+def _row(kind: str, ours: float, others: dict[str, float], floor: float, dtype: str = "float32") -> dict[str, Any]:
     times = {OURS: {"contiguous": ours, "channels_last": 2 * ours}} | {name: {"way": t} for name, t in others.items()}
     return {
         "row": "s1-224x224-network",
         "kind": kind,
+        "dtype": dtype,
         "batch": 1,
         "threads": 2,
         "floor": floor,
@@ -272,6 +290,7 @@ def _bounds() -> list[dict[str, Any]]:
 def run() -> dict[str, Any]:
     return {
         "datetime": "2026-11-24T10:00:00",
+        "dtype": "float32",
         "machine_info": {"espkernels": espkernels.info.collect().as_dict()},
         "packages": {"ncnn": "1.0"},
         "peaks": [vars(Peak(2, 2e11, "a loop", 1e11))],
@@ -290,6 +309,9 @@ def test_rows_are_judged(run: dict[str, Any]) -> None:
     assert (third.of_best, str(third)) == (0.5, "missed")
     alone = judge(_row("segmentation", 3e-2, {}, 1e-2))
     assert (alone.best, str(alone)) == (None, "not measured")
+    # Within 1.35 of the floor, which is none of bfloat16.
+    assert str(judge(_row("unit", 1e-4, {"ncnn": 1.1e-4}, 0.9e-4))) == "reached"
+    assert str(judge(_row("unit", 1e-4, {"ncnn": 1.1e-4}, 0.9e-4, "bfloat16"))) == "missed"
     said = {text.partition(",")[0]: text.partition(": ")[2] for text in peers_report.verdicts(run)}
     assert said == {
         "classification": "1 of 1 rows reach it; another engine is faster in 0",

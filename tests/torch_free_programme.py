@@ -13,7 +13,8 @@ from unittest import mock
 
 import pytest
 
-__all__ = ["build", "build_emulation", "compiler", "kernel_flags", "run", "run_emulation", "setup_table"]
+__all__ = ["build", "build_bfloat16_product", "build_emulation", "compiler", "kernel_flags", "run", "run_emulation"]
+__all__ += ["setup_table"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,6 +59,13 @@ def build(name: str, compiler: str, isa: str, flags: list[str]) -> Path:
     return compile_programme(name, compiler, all_flags, [*table["KERNEL_SOURCES"], MAIN])
 
 
+def build_bfloat16_product(compiler: str, isa: str, flags: list[str]) -> Path:
+    """The programme that tries the product of bfloat16 pairs for instruction set ``isa``."""
+    sources = [*setup_table()["BFLOAT16_SOURCES"], "tests/torch_free/bfloat16_product.cpp"]
+    checks = ["-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-Wno-psabi", f"-DESPK_ISA={isa}"]
+    return compile_programme(isa, compiler, [*common_flags(), *flags, *checks], sources)
+
+
 def build_emulation(compiler: str, flags: list[str]) -> Path:
     """The programme that runs every CUDA kernel on the CPU, in build/torch_free/cuda."""
     emulation = ["-Itests/cuda_emulation", "-Wno-unknown-pragmas", "-DESPK_GRID_LIMIT=emulation::grid_limit"]
@@ -79,7 +87,7 @@ def compile_programme(name: str, compiler: str, flags: list[str], sources: list[
     text = NINJA.format(compiler=compiler, flags=" ".join(flags))
     objects = []
     for source in sources:
-        objects.append(str((folder / Path(source).stem).relative_to(ROOT)) + ".o")
+        objects.append(str(folder.relative_to(ROOT) / Path(source).with_suffix(".o").as_posix().replace("/", "_")))
         text += f"build {objects[-1]}: cxx {source}\n"
         if source == MAIN:
             text += f"  flags = {own_flags}\n"

@@ -110,6 +110,20 @@ template <class C, int N, int R, int X>
   }
 }
 
+// The results of one segment of a block that reaches beyond the map: out of the way of whole blocks, whose loop would
+// otherwise keep the places and masks of each.
+template <class C, int N, bool Pixels, int R, int X>
+[[gnu::noinline]] void store_part(const Sweep<C>& s, int segment, int64_t y, int64_t x, const C* sums) {
+  C* out = s.out + segment * s.out_segment + y * s.out_row + x * s.out_column;
+  for (int64_t r = 0; r < least(R, s.rows - y); ++r) {
+    for (int64_t i = 0; i < least(X, s.columns - x); ++i) {
+      Vector<C, N> v = load<N>(sums + (r * X + i) * N);
+      if (s.scale) v = AffinePrelu<C, N, Pixels>(s, segment * s.epilogue_segment)(v);
+      store_first<N>(out + r * s.out_row + i * s.out_column, v, s.valid - (x + i) * s.valid_step);
+    }
+  }
+}
+
 template <class C, int N, bool Pixels, int R, int X>
 void sweep_blocks(const Sweep<C>& given) {
   using V = Vector<C, N>;
@@ -136,35 +150,29 @@ void sweep_blocks(const Sweep<C>& given) {
             add_tap<C, N, R, X>(sum, broadcast<C, N>(s.weights[run->weights[0]]), tile + run->offset, s.row_step);
           }
         }
+        if (!whole) {
+          C sums[R * X * N];
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+            for (int i = 0; i < X; ++i) store<N>(sums + (r * X + i) * N, sum[r][i]);
+          }
+          store_part<C, N, Pixels, R, X>(given, g, y, x, sums);
+          continue;
+        }
         C* out = s.out + g * s.out_segment + y * s.out_row + x * s.out_column;
-        V result[R][X];
         if (s.scale) {
           const AffinePrelu<C, N, Pixels> epilogue(s, g * s.epilogue_segment);
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-            for (int i = 0; i < X; ++i) {
-              result[r][i] = epilogue(sum[r][i]);
-            }
-          }
-        } else {
-          __builtin_memcpy(&result, &sum, sizeof sum);
-        }
-        if (whole) {
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-            for (int i = 0; i < X; ++i) store<N>(out + r * s.out_row + i * s.out_column, result[r][i]);
+            for (int i = 0; i < X; ++i) store<N>(out + r * s.out_row + i * s.out_column, epilogue(sum[r][i]));
           }
         } else {
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) {
-            if (y + r >= s.rows) break;
 #pragma GCC unroll 16
-            for (int i = 0; i < X; ++i) {
-              if (x + i >= s.columns) break;
-              store_first<N>(out + r * s.out_row + i * s.out_column, result[r][i], s.valid - (x + i) * s.valid_step);
-            }
+            for (int i = 0; i < X; ++i) store<N>(out + r * s.out_row + i * s.out_column, sum[r][i]);
           }
         }
       }

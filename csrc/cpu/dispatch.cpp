@@ -4,6 +4,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
@@ -25,10 +30,45 @@ struct InstructionSet {
   return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+[[maybe_unused]] bool runs_avx512_bf16() {
+  unsigned a = 0, b, c, d;
+  return runs_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+
+// Tiles are state that Linux keeps for a thread only once its process has asked for them, which costs those that never
+// use them nothing.
+[[maybe_unused]] bool runs_amx() {
+  constexpr unsigned kTiles = 1u << 24 | 1u << 22;  // AMX-TILE and AMX-BF16
+  constexpr long kAskForState = 0x1023, kTileData = 18;
+  unsigned a, b, c, d = 0;
+  return runs_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) == kTiles &&
+         syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+}
+#endif
+
+#if defined(ESPK_HAVE_AMX) || defined(ESPK_HAVE_AVX512_BF16)
+Kernels with_bfloat16(const Kernels& kernels, const Bfloat16Arithmetic& arithmetic) {
+  Kernels with = kernels;
+  with.bfloat16 = &arithmetic;
+  return with;
+}
+#endif
+#ifdef ESPK_HAVE_AMX
+const Kernels kAmx = with_bfloat16(avx512::kernels, amx::bfloat16_arithmetic);
+#endif
+#ifdef ESPK_HAVE_AVX512_BF16
+const Kernels kAvx512Bf16 = with_bfloat16(avx512::kernels, avx512_bf16::bfloat16_arithmetic);
 #endif
 
 // Best first.
 const InstructionSet kInstructionSets[] = {
+#ifdef ESPK_HAVE_AMX
+    {"amx", &kAmx, runs_amx},
+#endif
+#ifdef ESPK_HAVE_AVX512_BF16
+    {"avx512_bf16", &kAvx512Bf16, runs_avx512_bf16},
+#endif
 #ifdef ESPK_HAVE_AVX512
     {"avx512", &avx512::kernels, runs_avx512},
 #endif

@@ -14,12 +14,13 @@ PointwiseWeights weights_of(const GroupPointwise& p) {
           p.groups,
           p.in_channels / p.groups,
           p.out_channels / p.groups,
-          p.weight_transposed};
+          p.weight_transposed,
+          p.bfloat16};
 }
 
 // In channels_last the batch is one long image: pixels lie in one row. A chunk is a run of pixels of one image. A unit is a
-// chunk of one part of the channels: one group, all groups where they are narrow, or for a few pixels, as a classifier has
-// them, a part of one group's outputs.
+// chunk of one part of the channels: one group, all groups where they are narrow or multiplied in pairs, or for a few pixels,
+// as a classifier has them, a part of one group's outputs.
 struct Chunks {
   int64_t images, pixels, size, count;  // count a whole image
   int64_t parts;                        // of all channels
@@ -29,7 +30,7 @@ struct Chunks {
   static Chunks of(const GroupPointwise& p) {
     Chunks chunks(p);
     const PointwiseWeights weights = weights_of(p);
-    chunks.parts = weights.is_narrow<C>() ? 1 : p.groups;
+    chunks.parts = weights.is_narrow<C>() || weights.in_pairs() ? 1 : p.groups;
     chunks.cut = weights.pixels && p.groups == 1 && chunks.pixels < 8;
     if (chunks.cut) {
       chunks.parts = 0;
@@ -60,6 +61,27 @@ int64_t units(const GroupPointwise& p) {
   int64_t count = 0;
   with_type(p.type, [&](auto* type) { count = Chunks::of<Compute<std::remove_pointer_t<decltype(type)>>>(p).units(); });
   return count;
+}
+
+void run_pairs(const GroupPointwise& p, const void* shared, int64_t begin, int64_t end) {
+  const Chunks chunks = Chunks::of<float>(p);
+  const PointwiseWeights weights = weights_of(p);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t part = unit % chunks.parts, first = unit / chunks.parts * chunks.size;
+    const int64_t first_column = chunks.cut ? packed_block<float>(p.out_channels, part) : 0;
+    const int64_t end_column = chunks.cut ? packed_block<float>(p.out_channels, part + 1) : weights.out;
+    Bfloat16Product product =
+        weights.pairs(least(chunks.size, chunks.pixels - first), p.groups, end_column - first_column);
+    product.a = static_cast<const uint16_t*>(p.x) + first * p.in_channels;
+    product.a_row = p.in_channels;
+    product.b = static_cast<const uint16_t*>(shared) + first_column * weights.in;
+    const int64_t at = first * p.out_channels + first_column;
+    product.out = static_cast<uint16_t*>(p.out) + at;
+    product.out_row = p.out_channels;
+    set_epilogue(product, p.epilogue, first_column);
+    if (p.epilogue.residual) product.residual = static_cast<const uint16_t*>(p.epilogue.residual) + at;
+    p.bfloat16->multiply(product);
+  }
 }
 
 template <class T>
@@ -132,6 +154,7 @@ void run_type(const GroupPointwise& p, void* shared, int64_t begin, int64_t end)
 }
 
 void run(const GroupPointwise& p, void* shared, int64_t begin, int64_t end) {
+  if (weights_of(p).in_pairs()) return run_pairs(p, shared, begin, end);
   with_type(p.type, [&](auto* type) { run_type<std::remove_pointer_t<decltype(type)>>(p, shared, begin, end); });
 }
 

@@ -48,12 +48,17 @@ struct Kernels {
   const Kernel<LongRangeShortcutBackward>& long_range_shortcut_backward;
   const Kernel<Recurrence>& recurrence;
   const Kernel<RecurrenceBackward>& recurrence_backward;
+  const Bfloat16Arithmetic* bfloat16 = nullptr;  // for the problems that take one
 };
 
 // The kernels compiled for each instruction set; only those that the build lists exist.
 namespace baseline { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+
+// Instructions beside those of avx512, whose kernels they serve.
+namespace avx512_bf16 { extern const Bfloat16Arithmetic bfloat16_arithmetic; }
+namespace amx { extern const Bfloat16Arithmetic bfloat16_arithmetic; }
 
 // The kernels in use: the best that this machine runs, or what ESPKERNELS_ISA or set_isa named.
 const Kernels& kernels();

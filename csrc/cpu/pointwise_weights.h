@@ -1,7 +1,10 @@
 // The pointwise weights [N, M/groups] in the compute type and in the order in which the matrix product reads them:
-// packed columns of a group for pixels, packed rows of a group for planes.
+// packed columns of a group for pixels, packed rows of a group for planes, and pairs of bfloat16 for pixels where the
+// machine multiplies those.
 #pragma once
 
+#include "bfloat16_pairs.h"
+#include "bfloat16_product.h"
 #include "kernels.h"
 #include "matrix_product.h"
 #include "narrow_groups.h"
@@ -14,6 +17,12 @@ struct PointwiseWeights {
   bool pixels;
   int64_t groups, in, out;  // channels of one group
   bool transposed;          // the weight is [groups * in, out] instead of [groups * out, in]
+  const Bfloat16Arithmetic* bfloat16 = nullptr;
+
+  // Whether bfloat16 stays bfloat16. Blocks of packed columns are cut alike for both where a vector has 16 numbers.
+  bool in_pairs() const {
+    return kLanes<float> == kPairColumns && bfloat16 && type == Type::bfloat16 && pixels && in % 2 == 0;
+  }
 
   template <class C>
   int64_t group_size() const {
@@ -27,10 +36,11 @@ struct PointwiseWeights {
   }
   template <class C>
   bool is_narrow() const {
-    return pixels && narrow<C>().pays();
+    return pixels && !in_pairs() && narrow<C>().pays();
   }
 
   int64_t bytes() const {
+    if (in_pairs()) return groups * packed_pairs_size(in, out) * bytes_of(type);
     int64_t total = 0;
     with_type(type, [&](auto* t) {
       using C = Compute<std::remove_pointer_t<decltype(t)>>;
@@ -41,6 +51,7 @@ struct PointwiseWeights {
   }
 
   void prepare(const void* weight, void* shared) const {
+    if (in_pairs()) return prepare_pairs(static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(shared));
     with_type(type, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
       using C = Compute<T>;
@@ -62,6 +73,24 @@ struct PointwiseWeights {
       }
     });
   }
+
+  // The product of `rows` pixels, `outputs` channels of each of `groups_now` groups, with weights from prepare.
+  Bfloat16Product pairs(int64_t rows, int64_t groups_now, int64_t outputs) const {
+    Bfloat16Product product{};
+    product.rows = rows;
+    product.groups = groups_now;
+    product.depth = in;
+    product.columns = outputs;
+    product.b_group = packed_pairs_size(in, out);
+    return product;
+  }
+
+ private:
+  void prepare_pairs(const uint16_t* weight, uint16_t* to) const {
+    for (int64_t g = 0; g < groups; ++g, weight += in * out, to += packed_pairs_size(in, out)) {
+      pack_pairs(to, in, out, [&](int64_t i, int64_t o) { return weight[transposed ? i * out + o : o * in + i]; });
+    }
+  }
 };
 
 // The part of an epilogue that belongs to the channels from `first` on.
@@ -69,6 +98,14 @@ template <class C>
 inline void set_epilogue(MatrixProduct<C>& product, const Epilogue& epilogue, int64_t first, bool pixels) {
   auto at = [&](const void* values) { return values ? static_cast<const C*>(values) + first : nullptr; };
   product.epilogue_of_columns = pixels;
+  product.scale = at(epilogue.scale);
+  product.shift = at(epilogue.shift);
+  product.slope = at(epilogue.slope);
+}
+
+// The same for pairs, whose residual lies like the output.
+inline void set_epilogue(Bfloat16Product& product, const Epilogue& epilogue, int64_t first) {
+  auto at = [&](const void* values) { return values ? static_cast<const float*>(values) + first : nullptr; };
   product.scale = at(epilogue.scale);
   product.shift = at(epilogue.shift);
   product.slope = at(epilogue.slope);

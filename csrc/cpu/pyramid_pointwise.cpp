@@ -12,9 +12,13 @@ namespace {
 using Problem = PyramidPointwise;
 
 PointwiseWeights weights_of(const Problem& p) {
-  return {
-      p.type, p.layout == Layout::channels_last, p.groups, p.out_channels() / p.groups, p.pointwise_channels / p.groups,
-      false};
+  return {p.type,
+          p.layout == Layout::channels_last,
+          p.groups,
+          p.out_channels() / p.groups,
+          p.pointwise_channels / p.groups,
+          false,
+          p.bfloat16};
 }
 
 // The affine and PReLU of the concatenated map, all three present, in the compute type.
@@ -66,6 +70,25 @@ int64_t units(const Problem& p) {
     count = p.batch * strips_of<C>(p).count;
   });
   return count;
+}
+
+// `z` is rounded to bfloat16, as every framework stores it.
+void multiply_pairs(const PointwiseWeights& weights, const void* packed, const float* z, int64_t rows,
+                    const Epilogue& epilogue, const float* added, uint16_t* out, int64_t out_row) {
+  const int64_t channels = weights.groups * weights.in;
+  uint16_t* rounded = static_cast<uint16_t*>(scratch(Slot::results, rows * channels * 2));
+  weights.bfloat16->round(rounded, z, rows * channels);
+  Bfloat16Product product = weights.pairs(rows, weights.groups, weights.out);
+  product.a = rounded;
+  product.a_row = channels;
+  product.b = static_cast<const uint16_t*>(packed);
+  product.out = out;
+  product.out_row = out_row;
+  set_epilogue(product, epilogue, 0);
+  product.residual = static_cast<const uint16_t*>(epilogue.residual);
+  product.added = added;
+  product.added_row = weights.groups * weights.out;
+  weights.bfloat16->multiply(product);
 }
 
 template <class T>
@@ -145,8 +168,15 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
         Epilogue epilogue = p.epilogue;
         if (epilogue.residual) epilogue.residual = static_cast<const T*>(epilogue.residual) + at;
         const C* added = shortcut.of(image * out_plane + pixel, count);
-        multiply_pixels<T>(weights, pointwise, z, pitch, count, epilogue, static_cast<T*>(p.out) + at, p.out_pixel,
-                           nullptr, added);
+        T* out = static_cast<T*>(p.out) + at;
+        if constexpr (std::is_same_v<T, bfloat16>) {
+          if (weights.in_pairs()) {
+            multiply_pairs(weights, pointwise, z, count, epilogue, added, reinterpret_cast<uint16_t*>(out),
+                           p.out_pixel);
+            continue;
+          }
+        }
+        multiply_pixels<T>(weights, pointwise, z, pitch, count, epilogue, out, p.out_pixel, nullptr, added);
         continue;
       }
       for (int64_t group = 0; group < p.groups; ++group) {
