@@ -256,6 +256,7 @@ Tensor convolution(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
   }
   if (many) return grouped_convolution(x, weight, shift, slope, groups, false);
   Convolution p{};
+  p.bfloat16 = kernels().bfloat16;
   p.type = type_of(x);
   p.layout = layout_of(x);
   p.batch = x.size(0);

@@ -77,6 +77,9 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Instruction sets and build facts of the compiled kernels; importing it registers the operators.";
   m.def("isa", [] { return std::string(espk::isa()); }, "The instruction set in use.");
+  m.def(
+      "multiplies_bfloat16", [] { return espk::kernels().bfloat16 != nullptr; },
+      "Whether the instruction set in use multiplies bfloat16 as it is, where kernels have a way for that.");
   m.def("available_isas", available_isas, "The instruction sets in this binary that this machine runs, oldest first.");
   m.def("set_isa", set_isa, "Uses another instruction set from the next call on, in the whole process.");
   m.def("begin_recording", begin_recording,

@@ -165,6 +165,7 @@ struct Convolution {
   const void* weight;
   Epilogue epilogue;  // without a residual
   void* out;
+  const Bfloat16Arithmetic* bfloat16;
 
   int64_t depth() const { return in_channels * filter_height * filter_width; }
   int64_t multiply_adds() const { return batch * out_height * out_width * out_channels * depth(); }

@@ -69,7 +69,7 @@ def explain(model: nn.Module, sample: Tensor) -> Explanation:
             if x.dtype == torch.float64:
                 notes.append("no roof: the ceilings are measured in float32")
             else:
-                ceilings = probe(torch.get_num_threads())
+                ceilings = probe(torch.get_num_threads(), _multiplied(x.dtype))
             rows = _planned(model, x, recorded, owners, ceilings)
         else:
             refusal = refusal or recorded.refusal  # type: ignore[union-attr]
@@ -86,6 +86,12 @@ def explain(model: nn.Module, sample: Tensor) -> Explanation:
 def _instructions() -> str:
     """The instruction set of the library's kernels, or "torch" where they do not run."""
     return "torch" if backends.runs_reference(torch.device("cpu")) else backends.library.isa()  # type: ignore[union-attr]
+
+
+def _multiplied(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the kernels multiply maps of ``dtype`` in."""
+    as_it_is = dtype == torch.bfloat16 and backends.library.multiplies_bfloat16()  # type: ignore[union-attr]
+    return torch.bfloat16 if as_it_is else torch.float32
 
 
 def _why_not(model: nn.Module, x: Tensor) -> str:

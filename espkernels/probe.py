@@ -1,7 +1,8 @@
 """This machine's ceilings, measured: what no kernel here can be faster than.
 
-The multiply-add rate is that of a large float32 matrix product in torch (MKL or OpenBLAS sgemm); the bandwidth that of
-``copy_`` between two buffers, once for each size, because a small map stays in a cache that a large one does not fit.
+The multiply-add rate is that of a large matrix product in torch, in float32 (MKL or OpenBLAS sgemm) or, for kernels
+that multiply it as it is, in bfloat16; the bandwidth that of ``copy_`` between two buffers, once for each size, because a
+small map stays in a cache that a large one does not fit.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import timeit
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ SIZES = (2**19, 2**21, 2**24, 2**28)
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates with ``threads`` threads: FLOP/s in float32, and bytes/s (read and written) by bytes touched."""
+    """Rates with ``threads`` threads: FLOP/s in ``dtype``, and bytes/s (read and written) by bytes touched."""
 
     threads: int
     flops: float
     bandwidth: dict[int, float]
+    dtype: str = "float32"
 
     def moving(self, count: int) -> float:
         """Seconds that moving ``count`` bytes takes at least."""
@@ -42,7 +44,7 @@ class Ceilings:
     def __str__(self) -> str:
         rates = ", ".join(f"{rate / 1e9:.0f} GB/s in {amount(n)}" for n, rate in self.bandwidth.items())
         threads = f"{self.threads} thread" + "s" * (self.threads != 1)
-        return f"{threads}: {self.flops / 1e9:.0f} GFLOP/s (torch.mm, float32); copying {rates}"
+        return f"{threads}: {self.flops / 1e9:.0f} GFLOP/s (torch.mm, {self.dtype}); copying {rates}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -50,31 +52,31 @@ class Ceilings:
 
 
 @functools.cache
-def probe(threads: int) -> Ceilings:
-    """The ceilings with ``threads`` threads; about a second, once a process.
+def probe(threads: int, dtype: torch.dtype = torch.float32) -> Ceilings:
+    """The ceilings with ``threads`` threads and products of ``dtype``; about a second, once a process.
 
     One of several threads could do the work alone, so more threads never have a lower ceiling.
     """
-    found = _measure(threads)
+    found = _measure(threads, dtype)
     if threads == 1:
         return found
-    alone = probe(1)
+    alone = probe(1, dtype)
     bandwidth = {size: max(rate, alone.bandwidth[size]) for size, rate in found.bandwidth.items()}
-    return Ceilings(threads, max(found.flops, alone.flops), bandwidth)
+    return replace(found, flops=max(found.flops, alone.flops), bandwidth=bandwidth)
 
 
-def _measure(threads: int) -> Ceilings:
+def _measure(threads: int, dtype: torch.dtype) -> Ceilings:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         n = 1024
-        a, b, product = torch.rand(n, n), torch.rand(n, n), torch.empty(n, n)
+        a, b, product = (torch.rand(n, n).to(dtype) for _ in range(3))
         flops = 2 * n**3 / _best(lambda: torch.mm(a, b, out=product))
         bandwidth = {}
         for size in SIZES:
             source, target = torch.zeros(size // 8), torch.zeros(size // 8)
             bandwidth[size] = size / _best(functools.partial(target.copy_, source))
-        return Ceilings(threads, flops, bandwidth)
+        return Ceilings(threads, flops, bandwidth, str(dtype).removeprefix("torch."))
     finally:
         torch.set_num_threads(before)
 

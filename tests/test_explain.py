@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, same_each_time: None) -> None:
     """Few rounds, and ceilings that are known."""
     module = sys.modules["espkernels.explain"]
     monkeypatch.setattr(module, "SECONDS", 0.0)
-    monkeypatch.setattr(module, "probe", lambda threads: CEILINGS)
+    monkeypatch.setattr(module, "probe", lambda threads, dtype: replace(CEILINGS, dtype=str(dtype)))
 
 
 def network() -> models.ESPNetv2:
@@ -307,3 +308,16 @@ def test_command_with_a_bad_size(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["explain", "--size", "64"])
     assert "expected height x width" in capsys.readouterr().err
+
+
+@compiled
+def test_the_ceiling_is_that_of_what_is_multiplied() -> None:
+    unit = espkernels.nn.EESP(16, 16).eval()
+    as_it_is = backends.library is not None and backends.library.multiplies_bfloat16()
+    for dtype, multiplied in (
+        (torch.float32, "torch.float32"),
+        (torch.float16, "torch.float32"),
+        (torch.bfloat16, "torch.bfloat16" if as_it_is else "torch.float32"),
+    ):
+        found = espkernels.explain(unit.to(dtype), map_of(16, 9, 11, dtype=dtype))
+        assert found.ceilings is not None and found.ceilings.dtype == multiplied

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from bench.cases import CASES
-from espkernels.triton import configuration
+from espkernels.triton import configuration, tuning
 from espkernels.triton.configuration import Tile, block_of, power_of_two
-from espkernels.triton.tuning import fastest
 
 
 def test_powers_and_blocks() -> None:
@@ -58,15 +61,66 @@ def test_chunks_cover_the_steps_and_do_not_depend_on_the_device() -> None:
     assert configuration.gradient_chunks(100000, 1000) == 1
 
 
-def test_autotuning_keeps_the_fastest_and_measures_once() -> None:
-    tiles = configuration.candidates(Tile(8, 4, 16))
-    assert len(set(tiles)) == 4
-    started: list[Tile] = []
+def milliseconds(run: object) -> float:
+    """Two columns beside one another are the fastest here."""
+    run()  # type: ignore[operator]
+    return [3.0, 1.0, 2.0, float("inf")][len(STARTED) - 1]
 
-    def milliseconds(run: object) -> float:
-        run()  # type: ignore[operator]
-        return [3.0, 1.0, 2.0, float("inf")][len(started) - 1]
 
+STARTED: list[Tile] = []
+TILES = configuration.candidates(Tile(8, 4, 16))
+
+
+@pytest.fixture
+def forget(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """What makes the next call one of a new process."""
+
+    def begin() -> None:
+        monkeypatch.setattr(tuning, "_kept", {})
+        STARTED.clear()
+
+    begin()
+    return begin
+
+
+def test_autotuning_keeps_the_fastest_and_measures_once(forget: Callable[[], None], tmp_path: Path) -> None:
+    assert len(set(TILES)) == 4
+    file = tmp_path / "not yet" / "tiles.json"
     for _ in range(2):
-        assert fastest("a problem", tiles, started.append, milliseconds) == tiles[1]
-    assert started == list(tiles)
+        assert tuning.fastest("a problem", TILES, STARTED.append, milliseconds, file) == TILES[1]
+    assert list(TILES) == STARTED
+    forget()
+    assert tuning.fastest("a problem", TILES, STARTED.append, milliseconds, file) == TILES[1]
+    assert STARTED == []
+    assert tuning.fastest("another", TILES, STARTED.append, milliseconds, file) == TILES[1]
+    assert len(json.loads(file.read_text())) == 2
+    assert [path.name for path in file.parent.iterdir()] == ["tiles.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a problem": 3}', '{"a problem": {"channels": 1024}}'])
+def test_what_is_no_tile_of_the_problem_is_measured_again(
+    forget: Callable[[], None], tmp_path: Path, text: str
+) -> None:
+    file = tmp_path / "tiles.json"
+    file.write_text(text)
+    assert tuning.fastest("a problem", TILES, STARTED.append, milliseconds, file) == TILES[1]
+    assert list(TILES) == STARTED
+    assert json.loads(file.read_text())["a problem"]["columns"] == 32
+
+
+def test_autotuning_needs_no_folder_to_write_to(forget: Callable[[], None], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    file = tmp_path / "file" / "tiles.json"
+    assert tuning.fastest("a problem", TILES, STARTED.append, milliseconds, file) == TILES[1]
+    assert tuning.fastest("a problem", TILES, STARTED.append, milliseconds, file) == TILES[1]
+    assert list(TILES) == STARTED
+
+
+def test_the_file_is_of_a_device_and_of_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Some GPU/80 GB")
+    monkeypatch.setenv("ESPKERNELS_CACHE", str(tmp_path))
+    assert tuning._file().parent == tmp_path
+    assert tuning._file().name.startswith("tiles-Some-GPU-80-GB-triton-")
+    monkeypatch.delenv("ESPKERNELS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert tuning._file().parent == tmp_path / "cache" / "espkernels"

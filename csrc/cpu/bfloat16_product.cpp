@@ -18,6 +18,8 @@ inline __m512 widen_half(__m256i bits) {
   return (__m512)(__builtin_convertvector((Vector<uint16_t, 16>)bits, Vector<uint32_t, 16>) << 16);
 }
 
+inline int64_t whole_depth(const Bfloat16Product& p) { return p.parts * p.depth; }
+
 inline __m256i round_half(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
 
 // The epilogue of `rows` rows of sums, J vectors each, into the result from (row, column) on. `column` counts those of all
@@ -78,17 +80,19 @@ void add_pairs(const Bfloat16Product& p, const uint16_t* a, const uint16_t* b, f
 #pragma GCC unroll 2
     for (int j = 0; j < J; ++j) sum[i][j] = _mm512_setzero_ps();
   }
-  for (int64_t k = 0; k < p.depth; k += 2, b += 2 * kPairColumns) {
-    __m512bh vector[J];
+  for (int64_t part = 0; part < p.parts; ++part) {
+    for (int64_t k = part * p.a_part, end = k + p.depth; k < end; k += 2, b += 2 * kPairColumns) {
+      __m512bh vector[J];
 #pragma GCC unroll 2
-    for (int j = 0; j < J; ++j) vector[j] = (__m512bh)_mm512_loadu_si512(b + j * p.depth * kPairColumns);
+      for (int j = 0; j < J; ++j) vector[j] = (__m512bh)_mm512_loadu_si512(b + j * whole_depth(p) * kPairColumns);
 #pragma GCC unroll 12
-    for (int i = 0; i < I; ++i) {
-      int32_t pair;
-      __builtin_memcpy(&pair, quad[i / 4] + (i % 4) * p.a_row + k, sizeof pair);
+      for (int i = 0; i < I; ++i) {
+        int32_t pair;
+        __builtin_memcpy(&pair, quad[i / 4] + (i % 4) * p.a_row + k, sizeof pair);
 #pragma GCC unroll 2
-      for (int j = 0; j < J; ++j) {
-        sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)_mm512_set1_epi32(pair), vector[j]);
+        for (int j = 0; j < J; ++j) {
+          sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)_mm512_set1_epi32(pair), vector[j]);
+        }
       }
     }
   }
@@ -171,19 +175,22 @@ void add_tiles(const Bfloat16Product& p, const Tiles& tiles, const uint16_t* a, 
   if constexpr (R > 1 && J > 1) _tile_zero(3);
   const int64_t a_bytes = 2 * p.a_row;
   constexpr int64_t kWeightBytes = 4 * kPairColumns;
-  for (int64_t k = 0; k < p.depth; k += 2 * tiles.pairs) {
-    _tile_loadd(4, a + k, a_bytes);
-    _tile_loadd(6, b + k * kPairColumns, kWeightBytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (J > 1) {
-      _tile_loadd(7, b + (p.depth + k) * kPairColumns, kWeightBytes);
-      _tile_dpbf16ps(1, 4, 7);
+  for (int64_t part = 0; part < p.parts; ++part) {
+    for (int64_t k = part * p.a_part, end = k + p.depth; k < end; k += 2 * tiles.pairs) {
+      _tile_loadd(4, a + k, a_bytes);
+      _tile_loadd(6, b, kWeightBytes);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (J > 1) {
+        _tile_loadd(7, b + whole_depth(p) * kPairColumns, kWeightBytes);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (R > 1) {
+        _tile_loadd(5, a + second * p.a_row + k, a_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+      if constexpr (R > 1 && J > 1) _tile_dpbf16ps(3, 5, 7);
+      b += 2 * tiles.pairs * kPairColumns;
     }
-    if constexpr (R > 1) {
-      _tile_loadd(5, a + second * p.a_row + k, a_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    if constexpr (R > 1 && J > 1) _tile_dpbf16ps(3, 5, 7);
   }
   constexpr int64_t kSumBytes = 4 * kSumPitch;
   _tile_stored(0, sums, kSumBytes);
@@ -217,7 +224,7 @@ void multiply_columns(const Bfloat16Product& p, const Tiles& tiles, int64_t grou
   for (int64_t row = 0; row < p.rows; row += kBlockRows) {
     const int64_t rows = least(kBlockRows, p.rows - row);
     const uint16_t* a = p.a + row * p.a_row + group * p.depth;
-    const uint16_t* b = p.b + group * p.b_group + first * p.depth;
+    const uint16_t* b = p.b + group * p.b_group + first * whole_depth(p);
     float* begin = sums;
     if (groups == 1) {
       begin = add_rows<J>(p, tiles, a, b, rows, sums);

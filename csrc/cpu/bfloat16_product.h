@@ -8,11 +8,13 @@
 
 namespace espk {
 
-// Rows of `a` hold the depths of all groups one behind the other, rows of `out` their columns.
+// Rows of `a` hold the depths of all groups one behind the other, rows of `out` their columns. The depth may come in parts,
+// each a_part behind the one before, as the rows of a filter do: rows of `a` may overlap.
 struct Bfloat16Product {
-  int64_t rows, groups, depth, columns;  // depth, which is even, and columns of one group
+  int64_t rows, groups, columns, depth;  // columns of one group, and depth of one of its parts, which is even
+  int64_t parts = 1;
   const uint16_t* a;
-  int64_t a_row;
+  int64_t a_row, a_part;
   const uint16_t* b;  // from pack_pairs (bfloat16_pairs.h), groups b_group apart
   int64_t b_group;
   uint16_t* out;

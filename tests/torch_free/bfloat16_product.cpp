@@ -61,6 +61,7 @@ float from_bits(uint16_t bits) {
 
 struct Shape {
   int64_t rows, groups, depth, columns, spare;  // spare numbers behind each row of a and out
+  int64_t parts = 1;  // of the depth, three rows of `a` apart
 };
 
 std::mt19937 generator;
@@ -68,16 +69,19 @@ int whole_number(int most) { return static_cast<int>(generator() % static_cast<u
 
 void check(const Shape& s, bool epilogue, bool at_the_end) {
   const int64_t channels = s.groups * s.columns, a_row = s.groups * s.depth + s.spare, out_row = channels + s.spare;
-  const int64_t b_group = espk::ESPK_ISA::packed_pairs_size(s.depth, s.columns);
-  Guarded<uint16_t> a((s.rows - 1) * a_row + s.groups * s.depth, at_the_end), b(s.groups * b_group, at_the_end);
+  const int64_t depth = s.parts * s.depth, a_part = 3 * a_row, a_rows = s.rows + 3 * (s.parts - 1);
+  const int64_t b_group = espk::ESPK_ISA::packed_pairs_size(depth, s.columns);
+  Guarded<uint16_t> a((a_rows - 1) * a_row + s.groups * s.depth, at_the_end), b(s.groups * b_group, at_the_end);
   Guarded<uint16_t> out((s.rows - 1) * out_row + channels, at_the_end);
   Guarded<uint16_t> residual((s.rows - 1) * out_row + channels, at_the_end);
   Guarded<float> added(s.rows * channels, at_the_end), scale(channels, at_the_end), shift(channels, at_the_end),
       slope(channels, at_the_end);
-  std::vector<float> weight(static_cast<size_t>(s.groups * s.depth * s.columns));
+  std::vector<float> weight(static_cast<size_t>(s.groups * depth * s.columns));
   for (float& w : weight) w = static_cast<float>(whole_number(4));
-  for (int64_t i = 0; i < s.rows; ++i) {
+  for (int64_t i = 0; i < a_rows; ++i) {
     for (int64_t k = 0; k < s.groups * s.depth; ++k) a.data[i * a_row + k] = to_bits(float(whole_number(4)));
+  }
+  for (int64_t i = 0; i < s.rows; ++i) {
     for (int64_t j = 0; j < channels; ++j) residual.data[i * out_row + j] = to_bits(float(whole_number(100)));
   }
   for (int64_t i = 0; i < s.rows * channels; ++i) added.data[i] = static_cast<float>(whole_number(1000));
@@ -87,10 +91,10 @@ void check(const Shape& s, bool epilogue, bool at_the_end) {
     slope.data[j] = static_cast<float>(whole_number(2));
   }
   auto weight_of = [&](int64_t g, int64_t k, int64_t j) {
-    return weight[static_cast<size_t>((g * s.depth + k) * s.columns + j)];
+    return weight[static_cast<size_t>((g * depth + k) * s.columns + j)];
   };
   for (int64_t g = 0; g < s.groups; ++g) {
-    espk::ESPK_ISA::pack_pairs(b.data + g * b_group, s.depth, s.columns,
+    espk::ESPK_ISA::pack_pairs(b.data + g * b_group, depth, s.columns,
                                [&](int64_t k, int64_t j) { return to_bits(weight_of(g, k, j)); });
   }
 
@@ -98,6 +102,8 @@ void check(const Shape& s, bool epilogue, bool at_the_end) {
   p.rows = s.rows;
   p.groups = s.groups;
   p.depth = s.depth;
+  p.parts = s.parts;
+  p.a_part = a_part;
   p.columns = s.columns;
   p.a = a.data;
   p.a_row = a_row;
@@ -120,8 +126,9 @@ void check(const Shape& s, bool epilogue, bool at_the_end) {
     for (int64_t j = 0; j < channels; ++j) {
       const int64_t g = j / s.columns;
       float right = 0;
-      for (int64_t k = 0; k < s.depth; ++k) {
-        right += from_bits(a.data[i * a_row + g * s.depth + k]) * weight_of(g, k, j % s.columns);
+      for (int64_t k = 0; k < depth; ++k) {
+        const int64_t at = k / s.depth * a_part + i * a_row + g * s.depth + k % s.depth;
+        right += from_bits(a.data[at]) * weight_of(g, k, j % s.columns);
       }
       if (epilogue) {
         right = right * scale.data[j] + shift.data[j] + from_bits(residual.data[i * out_row + j]) +
@@ -173,7 +180,7 @@ int main() {
         for (const int64_t depth : {2, 4, 6, 20, 32, 34, 40, 62, 64, 96}) {
           for (const int64_t columns : {1, 2, 3, 8, 15, 16, 17, 20, 32, 33, 50}) {
             for (const int64_t groups : {1, 3, 4, 7})
-              check({rows, groups, depth, columns, rows % 3}, epilogue, at_the_end);
+              check({rows, groups, depth, columns, rows % 3, 1 + columns % 3}, epilogue, at_the_end);
           }
         }
       }
