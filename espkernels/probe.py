@@ -1,8 +1,8 @@
 """This machine's ceilings, measured: what no kernel here can be faster than.
 
 The multiply-add rate is that of a large matrix product in torch, in float32 (MKL or OpenBLAS sgemm) or, for kernels
-that multiply it as it is, in bfloat16; the bandwidth that of ``copy_`` between two buffers, once for each size, because a
-small map stays in a cache that a large one does not fit.
+that multiply it as it is, in bfloat16; the bandwidth that of ``copy_`` between two buffers, once for each size, because
+a small map stays in a cache that a large one does not fit.
 """
 
 from __future__ import annotations
