@@ -37,7 +37,7 @@ class Check:
     def __str__(self) -> str:
         verdict = "pass" if self.reason is None else "FAIL"
         dtype = str(self.dtype).removeprefix("torch.")
-        line = f"{verdict}  {self.backend} {self.instruction_set:<8}  {dtype:<8}  {self.operator}"
+        line = f"{verdict}  {self.backend} {self.instruction_set:<11}  {dtype:<8}  {self.operator}"
         return line if self.reason is None else f"{line}: {self.reason}"
 
 
