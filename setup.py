@@ -14,6 +14,7 @@ TORCH_CUDA_ARCH_LIST (such as "8.0;9.0+PTX", the default).
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -291,6 +292,7 @@ def ninja_program() -> str:
     return program
 
 
+@functools.cache
 def compiler() -> list[str]:
     """The C++ compiler ($CXX, else c++ or g++ or clang++), once it has shown that it knows C++20."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]

@@ -178,9 +178,8 @@ def _ncnn(job: Job) -> Opened:
     net = ncnn.Net()
     net.opt.num_threads = job.threads
     net.opt.use_vulkan_compute = False
-    for name in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic"):
+    for name in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_packed", "use_bf16_storage"):
         setattr(net.opt, name, False)
-    net.opt.use_bf16_packed = net.opt.use_bf16_storage = False
     stem = _pnnx(job, images)
     if net.load_param(f"{stem}.ncnn.param") or net.load_model(f"{stem}.ncnn.bin"):
         raise RuntimeError("ncnn could not load what pnnx made of the model")

@@ -87,12 +87,12 @@ def test_autotuning_keeps_the_fastest_and_measures_once(forget: Callable[[], Non
     assert len(set(TILES)) == 4
     file = tmp_path / "not yet" / "tiles.json"
     for _ in range(2):
-        assert tuning.fastest("a problem", TILES, STARTED.append, milliseconds, file) == TILES[1]
+        assert tuning.fastest("a problem", TILES, STARTED.append, milliseconds, lambda: file) == TILES[1]
     assert list(TILES) == STARTED
     forget()
-    assert tuning.fastest("a problem", TILES, STARTED.append, milliseconds, file) == TILES[1]
+    assert tuning.fastest("a problem", TILES, STARTED.append, milliseconds, lambda: file) == TILES[1]
     assert STARTED == []
-    assert tuning.fastest("another", TILES, STARTED.append, milliseconds, file) == TILES[1]
+    assert tuning.fastest("another", TILES, STARTED.append, milliseconds, lambda: file) == TILES[1]
     assert len(json.loads(file.read_text())) == 2
     assert [path.name for path in file.parent.iterdir()] == ["tiles.json"]
 
@@ -103,7 +103,7 @@ def test_what_is_no_tile_of_the_problem_is_measured_again(
 ) -> None:
     file = tmp_path / "tiles.json"
     file.write_text(text)
-    assert tuning.fastest("a problem", TILES, STARTED.append, milliseconds, file) == TILES[1]
+    assert tuning.fastest("a problem", TILES, STARTED.append, milliseconds, lambda: file) == TILES[1]
     assert list(TILES) == STARTED
     assert json.loads(file.read_text())["a problem"]["columns"] == 32
 
@@ -111,8 +111,8 @@ def test_what_is_no_tile_of_the_problem_is_measured_again(
 def test_autotuning_needs_no_folder_to_write_to(forget: Callable[[], None], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     file = tmp_path / "file" / "tiles.json"
-    assert tuning.fastest("a problem", TILES, STARTED.append, milliseconds, file) == TILES[1]
-    assert tuning.fastest("a problem", TILES, STARTED.append, milliseconds, file) == TILES[1]
+    assert tuning.fastest("a problem", TILES, STARTED.append, milliseconds, lambda: file) == TILES[1]
+    assert tuning.fastest("a problem", TILES, STARTED.append, milliseconds, lambda: file) == TILES[1]
     assert list(TILES) == STARTED
 
 

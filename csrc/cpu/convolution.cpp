@@ -12,6 +12,9 @@ PointwiseWeights weights_of(const Convolution& p) { return {p.type, true, 1, p.d
 
 bool in_pairs(const Convolution& p) { return kLanes<float> == kPairColumns && p.bfloat16 && p.type == Type::bfloat16; }
 
+// Numbers of a pixel in a strip for pairs.
+int64_t pair_pixel(const Convolution& p) { return round_up(p.in_channels, 2); }
+
 // The strip of input rows that `rows` output rows read, in the layout of the input: planes [M][rows][pitch], or pixels
 // [rows][pitch] with M numbers a pixel; for pairs always pixels, with a zero behind an odd number of channels.
 struct InputStrip {
@@ -20,7 +23,7 @@ struct InputStrip {
 
   InputStrip(const Convolution& p, int64_t out_rows)
       : pixels(in_pairs(p) || p.layout == Layout::channels_last),
-        pixel(in_pairs(p) ? round_up(p.in_channels, 2)
+        pixel(in_pairs(p) ? pair_pixel(p)
               : pixels    ? p.in_channels
                           : 1),
         rows((out_rows - 1) * p.stride + p.filter_height),
@@ -33,7 +36,7 @@ struct InputStrip {
 // Rows of the result in one unit: few enough for many threads, and three rows in four read once.
 int64_t rows_of(const Convolution& p) { return least(p.out_height, 4); }
 
-int64_t pair_depth(const Convolution& p) { return p.filter_height * p.filter_width * round_up(p.in_channels, 2); }
+int64_t pair_depth(const Convolution& p) { return p.filter_height * p.filter_width * pair_pixel(p); }
 
 int64_t offsets_offset(const Convolution& p) { return round_up(weights_of(p).bytes(), 64); }
 
@@ -44,7 +47,7 @@ int64_t shared_bytes(const Convolution& p) {
 
 void prepare_pairs(const Convolution& p, uint16_t* to) {
   const uint16_t* weight = static_cast<const uint16_t*>(p.weight);
-  const int64_t taps = p.filter_height * p.filter_width, pixel = round_up(p.in_channels, 2);
+  const int64_t taps = p.filter_height * p.filter_width, pixel = pair_pixel(p);
   pack_pairs(to, pair_depth(p), p.out_channels, [&](int64_t k, int64_t out) {
     const int64_t tap = k / pixel, c = k % pixel;
     return c < p.in_channels ? weight[(out * p.in_channels + c) * taps + tap] : uint16_t{0};
@@ -135,7 +138,7 @@ void run_pairs(const Convolution& p, const void* shared, int64_t begin, int64_t 
       product.a_row = p.stride * strip.pixel;
       product.a_part = strip.pitch;
       product.b = static_cast<const uint16_t*>(shared);
-      set_epilogue(product, p.epilogue, 0);
+      set_parameters(product, p.epilogue, 0);
       product.out = static_cast<uint16_t*>(p.out) + (image * p.out_height + y) * p.out_width * p.out_channels;
       product.out_row = p.out_channels;
       p.bfloat16->multiply(product);

@@ -78,7 +78,7 @@ void run_pairs(const GroupPointwise& p, const void* shared, int64_t begin, int64
     const int64_t at = first * p.out_channels + first_column;
     product.out = static_cast<uint16_t*>(p.out) + at;
     product.out_row = p.out_channels;
-    set_epilogue(product, p.epilogue, first_column);
+    set_parameters(product, p.epilogue, first_column);
     if (p.epilogue.residual) product.residual = static_cast<const uint16_t*>(p.epilogue.residual) + at;
     p.bfloat16->multiply(product);
   }

@@ -93,22 +93,21 @@ struct PointwiseWeights {
   }
 };
 
-// The part of an epilogue that belongs to the channels from `first` on.
-template <class C>
-inline void set_epilogue(MatrixProduct<C>& product, const Epilogue& epilogue, int64_t first, bool pixels) {
-  auto at = [&](const void* values) { return values ? static_cast<const C*>(values) + first : nullptr; };
-  product.epilogue_of_columns = pixels;
+// The parameters of an epilogue that belong to the channels from `first` on, for a product of either kind.
+template <class Product>
+inline void set_parameters(Product& product, const Epilogue& epilogue, int64_t first) {
+  using Numbers = decltype(product.scale);
+  auto at = [&](const void* values) { return values ? static_cast<Numbers>(values) + first : nullptr; };
   product.scale = at(epilogue.scale);
   product.shift = at(epilogue.shift);
   product.slope = at(epilogue.slope);
 }
 
-// The same for pairs, whose residual lies like the output.
-inline void set_epilogue(Bfloat16Product& product, const Epilogue& epilogue, int64_t first) {
-  auto at = [&](const void* values) { return values ? static_cast<const float*>(values) + first : nullptr; };
-  product.scale = at(epilogue.scale);
-  product.shift = at(epilogue.shift);
-  product.slope = at(epilogue.slope);
+// The same where pixels may also be columns.
+template <class C>
+inline void set_epilogue(MatrixProduct<C>& product, const Epilogue& epilogue, int64_t first, bool pixels) {
+  product.epilogue_of_columns = pixels;
+  set_parameters(product, epilogue, first);
 }
 
 // The product into `out` of stored type T, rows `out_row` apart. The epilogue's residual lies like `out`; where there is

@@ -84,7 +84,7 @@ void multiply_pairs(const PointwiseWeights& weights, const void* packed, const f
   product.b = static_cast<const uint16_t*>(packed);
   product.out = out;
   product.out_row = out_row;
-  set_epilogue(product, epilogue, 0);
+  set_parameters(product, epilogue, 0);
   product.residual = static_cast<const uint16_t*>(epilogue.residual);
   product.added = added;
   product.added_row = weights.groups * weights.out;

@@ -29,7 +29,7 @@ _kept: dict[Hashable, Tile] = {}
 def run_fastest(problem: Hashable, tile: Tile, start: Callable[[Tile], None]) -> None:
     """Starts the kernel of ``problem`` with ``tile``, or with what autotuning found better."""
     if os.environ.get("ESPKERNELS_TRITON_AUTOTUNE") == "1" and not backends.interprets():
-        tile = fastest(problem, candidates(tile), start, _milliseconds, _file())
+        tile = fastest(problem, candidates(tile), start, _milliseconds, _file)
     start(tile)
 
 
@@ -38,15 +38,20 @@ def fastest(
     tiles: tuple[Tile, ...],
     start: Callable[[Tile], None],
     milliseconds: Callable[[Callable[[], None]], float],
-    file: Path,
+    kept_in: Callable[[], Path],
 ) -> Tile:
-    """The tile with which ``start`` takes the fewest ``milliseconds``, once measured known from ``file``."""
+    """The tile with which ``start`` takes the fewest ``milliseconds``, once measured known from the file ``kept_in``.
+
+    Every launch asks: the file is looked for in the first call for a ``problem`` alone.
+    """
     if problem not in _kept:
-        name = str(problem)
-        known = next((tile for tile in tiles if asdict(tile) == _read(file).get(name)), None)
+        name, file = str(problem), kept_in()
+        before = _read(file).get(name)
+        known = next((tile for tile in tiles if asdict(tile) == before), None)
         if known is None:
             times = [milliseconds(lambda tile=tile: start(tile)) for tile in tiles]  # type: ignore[misc]
             known = tiles[times.index(min(times))]
+            # Read again: another process may have measured something meanwhile.
             _write(file, _read(file) | {name: asdict(known)})
         _kept[problem] = known
     return _kept[problem]
