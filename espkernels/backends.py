@@ -163,17 +163,14 @@ def _interpreting() -> bool:
 def gpu_backend(operator: str) -> str:
     """The backend, "cuda", "triton" or "reference", that runs ``operator`` on tensors on a GPU.
 
-    Raises RuntimeError where the backend asked for by name does not have it.
+    The CUDA C++ library has the operators and the units; the layers around them have Triton kernels alone.
     """
     if _current == "cpu":
         raise RuntimeError("backend 'cpu' was asked for, but the tensors are on a GPU")
-    if _current is not None:
-        if _current == "cuda" and not hasattr(torch.ops.espkernels_cuda, operator):
-            raise RuntimeError(f"backend 'cuda' was asked for, but its library has no {operator}")
-        return _current
-    if _gpu_default == "cuda" and not hasattr(torch.ops.espkernels_cuda, operator):
+    backend = _current or _gpu_default
+    if backend == "cuda" and not hasattr(torch.ops.espkernels_cuda, operator):
         return "triton" if _missing("triton") is None else "reference"
-    return _gpu_default
+    return backend
 
 
 def runs_reference(device: torch.device) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from espkernels.layout import empty_map, out_size
+from espkernels.layout import empty_map, empty_pixels, out_size
 
 __all__: list[str] = []
 
@@ -71,11 +71,6 @@ def _(
     return empty_map(x, expand_weight.shape[0], out_size(x.shape[2], stride), out_size(x.shape[3], stride))
 
 
-def _empty_pixels(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    size = (x.shape[0], channels, height, width)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
 @register_fake("espkernels::down_sampler")
 def _(
     x: Tensor, image: Tensor | None, reduce_weight: Tensor, reduce_groups: int, reduce_shift: Tensor,
@@ -83,7 +78,7 @@ def _(
     pyramid_slope: Tensor, expand_weight: Tensor, groups: int, shift: Tensor, shortcut_weight: Tensor | None,
     shortcut_shift: Tensor | None, slope: Tensor, hff: bool, packed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return _empty_pixels(x, slope.shape[0], out_size(x.shape[2], 2), out_size(x.shape[3], 2))
+    return empty_pixels(x, slope.shape[0], out_size(x.shape[2], 2), out_size(x.shape[3], 2))
 
 
 @register_fake("espkernels::convolution")
@@ -92,7 +87,7 @@ def _(
     stride: int, padding: int, dilation: int, groups: int,
 ) -> Tensor:  # fmt: skip
     height, width = ((x.shape[i] + 2 * padding - dilation * (weight.shape[i] - 1) - 1) // stride + 1 for i in (2, 3))
-    return _empty_pixels(x, weight.shape[0], height, width)
+    return empty_pixels(x, weight.shape[0], height, width)
 
 
 @register_fake("espkernels::average_pool")
@@ -102,7 +97,7 @@ def _(x: Tensor) -> Tensor:
 
 @register_fake("espkernels::average_pool_backward")
 def _(grad: Tensor, height: int, width: int) -> Tensor:
-    return _empty_pixels(grad, grad.shape[1], height, width)
+    return empty_pixels(grad, grad.shape[1], height, width)
 
 
 @register_fake("espkernels::global_average")
@@ -115,7 +110,7 @@ def _(
     x: Tensor, height: int, width: int, skip: Tensor | None = None, gate: Tensor | None = None,
     scale: Tensor | None = None, shift: Tensor | None = None, slope: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return _empty_pixels(x, x.shape[1], height, width)
+    return empty_pixels(x, x.shape[1], height, width)
 
 
 @register_fake("espkernels::resized_argmax")
@@ -128,7 +123,7 @@ def _(x: Tensor, height: int, width: int, wide: bool = False) -> Tensor:
 def _(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, slope: Tensor | None
 ) -> Tensor:  # fmt: skip
-    return _empty_pixels(x, x.shape[1], x.shape[2], x.shape[3])
+    return empty_pixels(x, x.shape[1], x.shape[2], x.shape[3])
 
 
 @register_fake("espkernels::change_layout")
@@ -147,7 +142,7 @@ def _(maps: list[Tensor], dim: int) -> Tensor:
 
 @register_fake("espkernels::adaptive_average")
 def _(x: Tensor, height: int, width: int) -> Tensor:
-    return _empty_pixels(x, x.shape[1], height, width)
+    return empty_pixels(x, x.shape[1], height, width)
 
 
 @register_fake("espkernels::pyramid_pooling")
@@ -155,4 +150,4 @@ def _(
     x: Tensor, weight: Tensor, sizes: list[int], enlarged: int, scale: Tensor, shift: Tensor, slope: Tensor,
     merge_weight: Tensor, merge_shift: Tensor, merge_slope: Tensor,
 ) -> Tensor:  # fmt: skip
-    return _empty_pixels(x, x.shape[1], x.shape[2], x.shape[3])
+    return empty_pixels(x, x.shape[1], x.shape[2], x.shape[3])

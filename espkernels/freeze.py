@@ -86,6 +86,8 @@ def _frozen(module: nn.Module) -> nn.Module | None:
         return frozen.FrozenConvolution(module)
     if type(module) is nn.Linear:
         return frozen.FrozenLinear(module)
+    if type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):
+        return frozen.FrozenGlobalAverage()
     if isinstance(module, nn.Sequential) and type(module).forward in (nn.Sequential.forward, layers.Chain.forward):
         kinds = tuple(type(part) for part in module)
         if kinds in ((nn.Conv2d, nn.BatchNorm2d, nn.PReLU), (nn.Conv2d, nn.BatchNorm2d)):

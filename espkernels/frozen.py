@@ -27,6 +27,7 @@ __all__ = [
     "FrozenConvolution",
     "FrozenDownSampler",
     "FrozenEESP",
+    "FrozenGlobalAverage",
     "FrozenLinear",
     "affine_of",
     "slope_of",
@@ -156,6 +157,13 @@ class FrozenAffine(Frozen):
         if x.dim() != 4 and self.scale is None and self.slope is not None:
             return F.prelu(x, self.slope.to(x.dtype))
         return inference.affine(x, self.scale, self.shift, None, self.slope)
+
+
+class FrozenGlobalAverage(nn.Module):
+    """The mean of each channel: [B, C, H, W] -> [B, C, 1, 1]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return inference.global_average(x) if x.dim() == 4 else F.adaptive_avg_pool2d(x, 1)
 
 
 class FrozenLinear(Frozen):

@@ -30,21 +30,18 @@ OPERATORS = {
     "pyramid_pointwise": "pyramid_pointwise",
     "eesp": "eesp",
     "down_sampler": "down_sampler",
+    "adaptive_average": "adaptive_average",
+    "affine": "affine",
+    "average_pool": "average_pool",
+    "convolution": "convolution",
+    "global_average": "global_average",
+    "pyramid_pooling": "pyramid_pooling",
+    "resize": "resize",
+    "resized_argmax": "resized_argmax",
 }
 
-# The layers around the units, which run torch's own operations on a GPU.
-REFERENCE_ONLY = (
-    "adaptive_average",
-    "affine",
-    "average_pool",
-    "change_layout",
-    "concatenate",
-    "convolution",
-    "global_average",
-    "pyramid_pooling",
-    "resize",
-    "resized_argmax",
-)
+# Plain copies, which torch makes in one kernel each.
+COPIES = ("change_layout", "concatenate")
 
 _library = Library("espkernels", "IMPL")
 
@@ -86,7 +83,7 @@ def _register() -> None:
     for operator in OPERATORS:
         if hasattr(torch.ops.espkernels, operator):
             _library.impl(operator, functools.partial(_on_gpu, operator), "CUDA")
-    for operator in REFERENCE_ONLY:
+    for operator in COPIES:
         if hasattr(torch.ops.espkernels, operator):
             _library.impl(operator, _reference(operator), "CUDA")
 

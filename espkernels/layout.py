@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["empty_map", "layout_of", "out_size", "vector_dtype"]
+__all__ = ["empty_map", "empty_pixels", "layout_of", "out_size", "vector_dtype"]
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
@@ -21,6 +21,12 @@ def empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
     """[B, channels, height, width] for a result of the map ``x``, in its dtype and format."""
     size = (x.shape[0], channels, height, width)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
+
+
+def empty_pixels(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """[B, channels, height, width] in channels_last, whatever the format of ``x``, in its dtype."""
+    size = (x.shape[0], channels, height, width)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def vector_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -99,7 +99,7 @@ def pack_group_pointwise(weight: Tensor, groups: int, channels_last: bool) -> Te
     that does not fit its call (other layout, dtype, sizes or instruction set) is ignored. None where the weight's
     device has no kernels that take a pack, as GPUs.
     """
-    if weight.is_cuda or backends.runs_reference(weight.device):
+    if not backends.runs_cpu_kernels(weight.device):
         return None
     return torch.ops.espkernels.pack_group_pointwise.default(weight, groups, channels_last)
 
@@ -169,7 +169,7 @@ def pack_pyramid_pointwise(
     channels_last: bool,
 ) -> Tensor | None:
     """Weights and pyramid vectors of :func:`pyramid_pointwise` as bytes; see :func:`pack_group_pointwise`."""
-    if weight.is_cuda or backends.runs_reference(weight.device):
+    if not backends.runs_cpu_kernels(weight.device):
         return None
     return torch.ops.espkernels.pack_pyramid_pointwise.default(
         weight, pointwise_weight, groups,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 
 from espkernels import backends
-from espkernels.layout import out_size
+from espkernels.layout import empty_pixels, out_size
 
 if backends.library is not None:
     from espkernels.registration import register_autocast, without_second_derivative
@@ -73,8 +73,7 @@ def eesp_training(
 
 
 def _map(x: Tensor, channels: int, stride: int = 1) -> Tensor:
-    size = (x.shape[0], channels, out_size(x.shape[2], stride), out_size(x.shape[3], stride))
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return empty_pixels(x, channels, out_size(x.shape[2], stride), out_size(x.shape[3], stride))
 
 
 def _fake_training(

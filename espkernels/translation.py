@@ -122,6 +122,11 @@ class Translation:
         to = _Resized(x, *size)
         return self._remember(self._resize(to), to)
 
+    def resized(self, x: Tensor, height: int, width: int, skip: Any = None, gate: Any = None, *epilogue: Any) -> Tensor:
+        to = _Resized(x, height, width, skip, gate)
+        result = self._resize(to, *epilogue)
+        return result if any(step is not None for step in epilogue) else self._remember(result, to)
+
     def average_pool(
         self, x: Tensor, kernel_size: Any, stride: Any = (), padding: Any = 0, *others: Any
     ) -> Tensor | None:
@@ -244,3 +249,4 @@ _RULES: dict[Any, Callable[..., Tensor | None]] = {
 if backends.library is not None:
     _RULES[torch.ops.espkernels.affine.default] = Translation.affine
     _RULES[torch.ops.espkernels.average_pool.default] = Translation.pooled
+    _RULES[torch.ops.espkernels.resize.default] = Translation.resized

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espkernels import nn as fused
 from espkernels.models.detections import Detections, detections
 from espkernels.models.espnetv2 import DeepEncoder, Switches, widths
 from espkernels.models.priors import boxes_per_location, prior_boxes, ratios_of
-from espkernels.models.pyramid_pooling import CBR, EfficientPyramidPooling
+from espkernels.models.pyramid_pooling import CBR, EfficientPyramidPooling, resized
 
 __all__ = ["CONFIGURATIONS", "Configuration", "ESPNetv2Detection", "espnetv2_detection"]
 
@@ -97,8 +96,8 @@ class FeaturePyramid(nn.Module):
             (self.bu_10x10_19x19, level4),
             (self.bu_19x19_38x38, level3),
         ):
-            resized = F.interpolate(above, map_.shape[2:], mode="bilinear", align_corners=True)
-            above = join(torch.cat([resized, map_], dim=1))
+            larger = resized(above, map_.shape[2], map_.shape[3], self.basenet.switches.plain)
+            above = join(torch.cat([larger, map_], dim=1))
             maps.insert(0, above)
         return maps
 

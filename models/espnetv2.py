@@ -187,7 +187,8 @@ class ESPNetv2(DeepEncoder):
         x = self.level5_0(self.encode(image)[-1])
         for unit in self.level5:
             x = unit(x)
-        x = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        average = reference.global_average if self.switches.plain else inference.global_average
+        x = average(x).flatten(1)
         return self.classifier(F.dropout(x, self.dropout, self.training))
 
 

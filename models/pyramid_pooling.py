@@ -12,10 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BR", "CBR", "SCALES", "EfficientPyramidPooling", "Join", "SkipWeighting"]
+from espkernels import inference, reference
+from espkernels.layout import layout_of
+
+__all__ = ["BR", "CBR", "SCALES", "EfficientPyramidPooling", "Join", "SkipWeighting", "resized"]
 
 SCALES = (2.0, 1.5, 1.0, 0.5, 0.1)
 SMALLEST = 5
+
+
+def resized(x: Tensor, height: int, width: int, plain: bool) -> Tensor:
+    """``x`` [B, C, H, W] resized bilinearly, corners aligned, in its own format; ``plain`` demands torch's kernel.
+
+    Ours gives channels_last, so a map in another format gets torch's.
+    """
+    ours = not plain and layout_of(x) == torch.channels_last
+    return (inference.resize if ours else reference.resize)(x, height, width)
 
 
 class CBR(nn.Module):

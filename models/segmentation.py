@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espkernels import nn as fused
 from espkernels.models.espnetv2 import Encoder, Switches, widths
-from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join, SkipWeighting
+from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join, SkipWeighting, resized
 
 __all__ = ["ESPNetv2Segmentation", "espnetv2_segmentation"]
 
@@ -52,7 +51,7 @@ class ESPNetv2Segmentation(nn.Module):
         x = self.bu_dec_l2(self.bu_br_l2(x, *self.merge_enc_dec_l2.parts(level3)))
         x = self.bu_dec_l3(self.bu_br_l3(x, *self.merge_enc_dec_l3.parts(level2)))
         x = self.bu_dec_l4(self.bu_br_l4(x, *self.merge_enc_dec_l4.parts(level1)))
-        return F.interpolate(x, image.shape[2:], mode="bilinear", align_corners=True)
+        return resized(x, image.shape[2], image.shape[3], self.base_net.switches.plain)
 
 
 def espnetv2_segmentation(

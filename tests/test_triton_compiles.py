@@ -186,3 +186,43 @@ def test_units(
         shortcut = (layer.weight(both, 3), layer.vector(both), layer.vector(both))
         down_sampler(x, layer.map(3, reduced=True), *unit, *shortcut, True)
     check(compiled, target, kernels, tmp_path)
+
+
+@each_variant
+def test_layers_around_the_units(
+    compiled: dict[str, Any], request: pytest.FixtureRequest, dtype: torch.dtype, layout: torch.memory_format,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    from espkernels.triton.affine import affine
+    from espkernels.triton.average_pool import average_pool
+    from espkernels.triton.convolution import convolution
+    from espkernels.triton.global_average import global_average
+    from espkernels.triton.pyramid_pooling import pyramid_pooling
+    from espkernels.triton.resize import resize
+    from espkernels.triton.resized_argmax import resized_argmax
+
+    def map_(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=layout)
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def vector(channels: int) -> torch.Tensor:
+        return torch.empty(channels, device="meta")
+
+    # Those of a segmentation network of scale 2 for an image of 384x384 and 21 classes.
+    image, skip, few = map_(1, 3, 384, 384), map_(1, 32, 192, 192), map_(1, 10, 96, 96)
+    convolution(image, weight(32, 3, 3, 3), vector(32), vector(32), 2, 1, 1, 1)
+    average_pool(image)
+    affine(skip, vector(32), vector(32), skip, vector(32))
+    global_average(skip)
+    resize(map_(1, 32, 96, 96), 192, 192, skip, map_(1, 32, 1, 1), *(vector(32) for _ in range(3)))
+    resized_argmax(map_(1, 21, 192, 192), 384, 384)
+    sizes = [192, 192, 144, 144, 96, 96, 48, 48, 10, 10]
+    vectors = (vector(50) for _ in range(3))
+    pyramid_pooling(few, weight(5, 10, 3, 3), sizes, 2, *vectors, weight(10, 5, 3, 3), vector(10), vector(10))
+    expected = {
+        "adaptive_average_kernel", "affine_kernel", "channel_sums_kernel", "convolution_kernel", "partial_sums_kernel",
+        "pooled_kernel", "resize_kernel", "resized_argmax_kernel",
+    }  # fmt: skip
+    check(compiled, request.node.callspec.params["compiled"], expected, tmp_path)

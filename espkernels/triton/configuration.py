@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 __all__ = [
     "Tile",
     "WholeMap",
+    "average_tile",
     "block_of",
     "branches_together",
     "candidates",
@@ -84,6 +85,15 @@ def pyramid_tile(channels: int, height: int, width: int, channels_last: bool) ->
         return Tile(block, rows, columns)
     rows, columns = _pixel_tile(512, height, width, 64)
     return Tile(block_of(channels, 1, 512 // (rows * columns)), rows, columns)
+
+
+def average_tile(channels: int, pixels: int, channels_last: bool) -> Tile:
+    """The sums of one program of a mean over all pixels: 512 at once, threads along what is dense."""
+    if channels_last:
+        block = block_of(channels, min(power_of_two(channels), 8), 32)
+        return Tile(block, 1, 512 // block)
+    columns = min(power_of_two(pixels), 512)
+    return Tile(block_of(channels, 1, 512 // columns), 1, columns)
 
 
 def product_tile(outputs: int, inputs: int, dot: bool) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from espkernels.layout import empty_map, out_size
+from espkernels.triton.checks import check_tensor, check_unit, check_vectors
 from espkernels.triton.configuration import eesp_tile
 from espkernels.triton.epilogue import prelu_affine
 from espkernels.triton.group_pointwise import group_pointwise
@@ -183,6 +184,12 @@ def run(
     shortcut: Shortcut | None, out: Tensor,
 ) -> None:  # fmt: skip
     """Writes the unit to ``out`` [B, N, H', W'], of any strides, in one launch or two."""
+    check_unit(
+        x, reduce_weight, reduce_groups, reduce_shift, reduce_slope, weight, dilations, pyramid, expand_weight, groups,
+        shift,
+    )  # fmt: skip
+    check_tensor("residual", residual, x, out.shape)
+    check_vectors(x, out.shape[1], slope=slope)
     batch, _, height, width = x.shape
     channels, branches, size = reduce_weight.shape[0], len(dilations), (out.shape[2], out.shape[3])
     outputs, reduced_channels, reduce_inputs = out.shape[1] // groups, channels // reduce_groups, reduce_weight.shape[1]

@@ -1,4 +1,4 @@
-"""The second stage of both weight gradients: partial sums are added in a fixed order, without atomics."""
+"""The second stage of weight gradients and means: partial sums are added in a fixed order, without atomics."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from espkernels.triton.division import divided
 from espkernels.triton.launch import launch
 
 __all__ = ["add_partials"]
@@ -20,10 +21,11 @@ def partial_sums_kernel(
     out,  # [numbers]
     parts,
     numbers,
+    divisor,
     PARTS: tl.constexpr,
     NUMBERS: tl.constexpr,  # of one program
 ):
-    """out[i] = the sum of partials[:, i]: part p goes to sum p % PARTS in ascending order, then these are added.
+    """out[i] = the sum of partials[:, i], divided: part p goes to sum p % PARTS in ascending order, then all add up.
 
     Bytes: parts + 1 numbers a number of the result; as many additions.
     """
@@ -34,12 +36,13 @@ def partial_sums_kernel(
     for first in range(0, parts, PARTS):
         at = partials + (first + part).to(tl.int64)[:, None] * numbers + index[None, :]
         sums += tl.load(at, mask=(first + part < parts)[:, None] & valid[None, :], other=0)
-    tl.store(out + index, tl.sum(sums, axis=0).to(out.dtype.element_ty), mask=valid)
+    result = divided(tl.sum(sums, axis=0), tl.full((), divisor, sums.dtype), sums.dtype)
+    tl.store(out + index, result.to(out.dtype.element_ty), mask=valid)
 
 
-def add_partials(partials: Tensor, out: Tensor) -> None:
-    """Writes the sum of ``partials`` [parts, ...] over its first dimension to ``out`` [...], both dense."""
+def add_partials(partials: Tensor, out: Tensor, divisor: int = 1) -> None:
+    """Writes the sum of ``partials`` [parts, ...] over its first dimension, divided, to ``out`` [...], both dense."""
     launch(
-        partial_sums_kernel, -(-out.numel() // NUMBERS), partials, out, partials.shape[0], out.numel(),
+        partial_sums_kernel, -(-out.numel() // NUMBERS), partials, out, partials.shape[0], out.numel(), divisor,
         PARTS=PARTS, NUMBERS=NUMBERS,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["convolve", "moved", "place", "taps_around"]
+__all__ = ["convolve", "moved", "place", "place_channels", "pointers", "taps_around"]
 
 
 @triton.jit
@@ -24,6 +24,21 @@ def place(program, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = (program // across) % down * ROWS + pixel // COLUMNS
     column = program % across * COLUMNS + pixel % COLUMNS
     return row, column, program // across // down
+
+
+@triton.jit
+def place_channels(program, channels, height, width, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Channels [C], image, rows [P] and columns [P] of tile ``program`` of maps [channels, height, width]."""
+    row, column, rest = place(program, height, width, ROWS, COLUMNS)
+    blocks = tl.cdiv(channels, CHANNELS)
+    return rest % blocks * CHANNELS + tl.arange(0, CHANNELS), rest // blocks, row, column
+
+
+@triton.jit
+def pointers(map, strides, image, channel, row, column):
+    """Where the pixels [C, P] of the channels [C] of one image lie; ``strides`` of image, channel, row, column."""
+    at = map + image * strides[0] + channel[:, None] * strides[1]
+    return at + (row * strides[2] + column * strides[3])[None, :]
 
 
 @triton.jit

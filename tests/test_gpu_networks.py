@@ -1,0 +1,63 @@
+"""Whole frozen networks on a GPU: each layer runs on a kernel of ours, and the result is the plain network's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from operator_tests import calls
+from torch import Tensor, nn
+
+import espkernels
+from espkernels import backends, gpu, models
+
+pytestmark = pytest.mark.skipif(backends.library is None, reason="the compiled library, with the schemas, is not built")
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "classification": (lambda: models.espnetv2(0.5), 224),
+    "segmentation": (lambda: models.espnetv2_segmentation(0.5, 21), 256),
+    "detection": (lambda: models.espnetv2_detection(0.5, 5, 256), 256),
+}
+# New shapes and formats of what is there.
+VIEWS = {"alias", "detach", "expand", "permute", "select", "slice", "squeeze", "unsqueeze", "view", "_unsafe_view"}
+# Copies, as gpu.COPIES are; and what the operators' own stand-ins on that device make.
+COPIES = {"cat", "clone", "empty", "as_strided_"}
+# Behind the detector's last level, a map of one pixel.
+TORCHS = {"relu"}
+
+each_network = pytest.mark.parametrize("make, size", NETWORKS.values(), ids=NETWORKS.keys())
+
+
+def joined(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return result if isinstance(result, Tensor) else torch.cat([part.flatten(1) for part in result], 1)
+
+
+@each_network
+def test_every_layer_has_a_kernel(make: Callable[[], nn.Module], size: int) -> None:
+    # On the meta device every operator is called as on a GPU, and nothing runs.
+    frozen = espkernels.freeze(make().eval()).to("meta")
+    with torch.no_grad(), calls() as ran:
+        frozen(torch.empty(2, 3, size, size, device="meta"))
+    ours = {name.removeprefix("espkernels::") for name in ran.names if name.startswith("espkernels::")}
+    others = {name.removeprefix("aten::") for name in ran.names if not name.startswith("espkernels::")}
+    assert {"eesp", "down_sampler", "convolution", "average_pool"} <= ours <= {*gpu.OPERATORS, *gpu.COPIES}
+    assert others <= VIEWS | COPIES | TORCHS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_network
+def test_results_on_a_device(make: Callable[[], nn.Module], size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(2, 3, size, size)
+    with torch.no_grad(), espkernels.use_backend("reference"):
+        expected = joined(model.double()(x.double()))
+    frozen = espkernels.freeze(model.to(dtype)).cuda()
+    for backend in ("cuda", "triton"):
+        if backends.why_not(backend) is None:
+            with torch.no_grad(), espkernels.use_backend(backend):
+                output = joined(frozen(x.to("cuda", dtype))).cpu().double()
+            # Some hundred layers, each of which rounds numbers of the size of its map once or twice, at random.
+            assert (output - expected).norm() <= 32 * torch.finfo(dtype).eps * expected.norm()
