@@ -13,6 +13,7 @@ bool is_here(const Tensor& t) {
   return t.is_cuda() && t.get_device_index() == torch::stable::accelerator::getCurrentDeviceIndex();
 }
 const char* const device_name = "CUDA";
+std::atomic<bool> tf32_allowed{false};
 
 namespace {
 
@@ -93,6 +94,7 @@ Tensor group_pointwise(const Tensor& x, const Tensor& weight, int64_t groups, st
   p.weight = dense.const_data_ptr();
   p.out = out.mutable_data_ptr();
   p.epilogue = pointers(epilogue);
+  p.tf32 = tf32_allowed;
   launch(cuda::group_pointwise, p, x);
   return out;
 }
@@ -117,6 +119,7 @@ Tensor group_pointwise_backward_input(const Tensor& grad, const Tensor& weight, 
   p.x = map.const_data_ptr();
   p.weight = dense.const_data_ptr();
   p.out = grad_x.mutable_data_ptr();
+  p.tf32 = tf32_allowed;
   launch(cuda::group_pointwise, p, grad);
   return grad_x;
 }
@@ -144,12 +147,21 @@ Tensor group_pointwise_backward_weight(const Tensor& grad, const Tensor& x, int6
   p.grad = grad_map.const_data_ptr();
   p.x = map.const_data_ptr();
   p.grad_weight = grad_weight.mutable_data_ptr();
+  p.tf32 = tf32_allowed;
   launch(cuda::group_pointwise_backward_weight, p, x);
   return grad_weight;
 }
 
+void allow_tf32(bool allowed) { tf32_allowed = allowed; }
+
 }  // namespace
 }  // namespace espk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(espkernels_cuda, m) { m.def("allow_tf32(bool allowed) -> ()"); }
+
+STABLE_TORCH_LIBRARY_IMPL(espkernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("allow_tf32", TORCH_BOX(&espk::allow_tf32));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(espkernels_cuda, CUDA, m) {
   using namespace espk;

@@ -31,6 +31,7 @@ UnitTensors describe_unit(PyramidPointwise& p, const Tensor& x, Layout layout, i
   p.pointwise_weight = t.expand.const_data_ptr();
   p.pyramid_epilogue = pointers(t.pyramid);
   p.epilogue = pointers(t.epilogue);
+  p.tf32 = tf32_allowed;
   return t;
 }
 

@@ -4,12 +4,17 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <atomic>
+
 #include "cuda/kernels.h"
 #include "door.h"
 
 namespace espk {
 
 using torch::stable::accelerator::DeviceGuard;
+
+// Whether torch allows float32 products with factors of eleven digits; python says so before a call where it changed.
+extern std::atomic<bool> tf32_allowed;
 
 // torch reuses the scratch for later work of the same stream only, so that it may go while the kernels run.
 template <class Problem>

@@ -99,6 +99,7 @@ struct GroupPointwise {
   void* out;
   Epilogue epilogue;
   const Bfloat16Arithmetic* bfloat16;
+  bool tf32;  // on CUDA: float32 may be multiplied with factors of eleven digits
 
   int64_t multiply_adds() const { return batch * pixels * in_channels * (out_channels / groups); }
 };
@@ -111,6 +112,7 @@ struct GroupPointwiseBackwardWeight {
   const void* grad;
   const void* x;
   void* grad_weight;
+  bool tf32;
 
   int64_t multiply_adds() const { return batch * pixels * in_channels * (out_channels / groups); }
 };
@@ -129,6 +131,7 @@ struct PyramidPointwise : Pyramid {
   int64_t out_pixel;  // channels_last: from pixel to pixel of out and of the residual, which may lie in a wider map
   void* out;
   const Bfloat16Arithmetic* bfloat16;
+  bool tf32;
 
   int64_t multiply_adds() const {
     const int64_t pixel = out_channels() * (9 + pointwise_channels / groups);

@@ -57,10 +57,23 @@ def _reference(operator: str) -> Callable[..., Tensor]:
     return getattr(reference_gradients, operator) if function is None else function
 
 
+_tf32_allowed = False  # as the library was told last
+
+
+def _follow_torch() -> None:
+    """Tells the CUDA library whether torch allows tf32, where that has changed: a flag of torch's, for all threads."""
+    global _tf32_allowed
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    if allowed != _tf32_allowed:
+        torch.ops.espkernels_cuda.allow_tf32(allowed)
+        _tf32_allowed = allowed
+
+
 def _on_gpu(operator: str, *args: Any, packed: Tensor | None = None) -> Tensor:
     """The operator on tensors on a GPU; ``packed``, the weights in a CPU's order, stays unread."""
     backend = backends.gpu_backend(operator)
     if backend == "cuda":
+        _follow_torch()
         return getattr(torch.ops.espkernels_cuda, operator)(*args)
     return _triton(operator)(*args) if backend == "triton" else _reference(operator)(*args)
 

@@ -236,6 +236,23 @@ def test_weight_gradients_are_the_same_each_time(operator: str) -> None:
         assert torch.equal(getattr(ops, operator)(*arguments), once)
 
 
+def test_tf32_where_torch_allows_it() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 64, 9, 16, generator=draw), torch.randn(32, 64, generator=draw)
+    exact = reference.group_pointwise(x.double(), weight.double(), 1)
+    # The sum of absolute products, each off by two factors of eleven digits, or of float32's twenty-four.
+    size = reference.group_pointwise(x.double().abs(), weight.double().abs(), 1)
+    found = {}
+    for allowed in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+            with espkernels.use_backend("cuda"):
+                found[allowed] = espkernels.group_pointwise(x.cuda(), weight.cuda(), 1).cpu().double()
+    assert ((found[False] - exact).abs() <= 66 * 2**-24 * size).all()
+    assert ((found[True] - exact).abs() <= (2 * 2**-11 + 66 * 2**-24) * size).all()
+    assert not torch.equal(found[True], found[False])
+
+
 def test_tensors_of_two_devices() -> None:
     with pytest.raises(RuntimeError, match="expected CUDA tensors of one dtype"):
         ops.group_pointwise(torch.ones(1, 4, 2, 2, device="cuda"), torch.ones(4, 4), 1, None, None, None, None)

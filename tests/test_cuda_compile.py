@@ -1,4 +1,4 @@
-"""Every CUDA source compiles for sm_80 and sm_90 without a GPU, and no hot kernel spills registers to memory."""
+"""Every CUDA source compiles for sm_80 and sm_90 without a GPU, the doors to torch too, and no hot kernel spills."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from torch_free_programme import ROOT, setup_table
+from torch_free_programme import ROOT, compiler, setup_table
 
 # Where the time of a network goes; float64 is for checking gradients and may spill.
 HOT = [
@@ -75,6 +75,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
     with ThreadPoolExecutor(2) as pool:
         texts = list(pool.map(compile_source, table["CUDA_SOURCES"]))
     return [kernel for text in texts for kernel in parse(text)]
+
+
+@pytest.mark.parametrize("source", setup_table()["CUDA_TORCH_SOURCES"])
+def test_doors_compile_with_a_torch_of_the_cpu_too(source: str) -> None:
+    # They hold no CUDA code; where torch is a CPU build the library is not made, and nothing else reads them.
+    table = setup_table()
+    flags = [*table["FLAGS"], *table["torch_flags"](), "-DUSE_CUDA", "-DESPK_NAMESPACE=espkernels_cuda"]
+    command = [compiler("g++"), *flags, "-Werror", "-fsyntax-only", source]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_setup_lists_every_source() -> None:

@@ -8,7 +8,7 @@ import pytest
 from test_sanitizers import MEMORY, sanitizing_compiler
 from torch_free_programme import build_emulation, run_emulation
 
-TYPES = ["float32", "float64", "bfloat16", "float16"]  # in the order of espk::Type
+TYPES = ["float32", "float64", "bfloat16", "float16", "tf32"]  # in the order of espk::Type, and a way of float32
 
 # -ffp-contract=off: the whole numbers are exact either way, and the compiler has less to think about.
 FLAGS = [*MEMORY, "-ffp-contract=off"]

@@ -124,7 +124,7 @@ def run(command: list[str], splits: int = 3) -> None:
 
 
 def run_emulation(programme: Path, number: int) -> None:
-    """Runs the emulation for element type ``number`` of espk::Type; none of its checks may be left out."""
+    """Runs the emulation for element type ``number`` (tests/cuda_emulation/main.cpp); no check may be left out."""
     result = subprocess.run([str(programme), str(number)], capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
     # One large case is the CPU's. Six kernels, group_pointwise with six epilogues and transposed, the unit with two,

@@ -136,7 +136,7 @@ Outcome run(const GroupPointwise& p, void*, void* stream) {
 
 Outcome run_group_pointwise(const GroupPointwise& p, const Shortcut& shortcut, int64_t whole_channels,
                             int64_t first_channel, void* stream) {
-  return with_type(p.type, [&](auto* type) {
+  return with_factor_type(p.type, p.tf32, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     Output<T> out = output_of<T>(p.out, p.layout, p.epilogue, whole_channels, p.pixels, first_channel);
     out.shortcut = shortcut;

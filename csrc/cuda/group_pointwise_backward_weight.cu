@@ -27,7 +27,7 @@ struct Traits {
   static constexpr int outputs = 16 * Tall, columns = 4, inputs = 16 * columns;
 };
 
-// A step must give each of `deep` warps whole fragments, 16 deep on tensor cores and 4 else.
+// A step must give each of `deep` warps whole fragments, 16 or 8 deep on tensor cores and 4 else.
 template <class T, class Variant>
 constexpr int kStep = kDepth<T> / Variant::deep < (sizeof(T) == 2 ? 16 : 4) ? 16 * Variant::deep : kDepth<T>;
 
@@ -123,7 +123,7 @@ auto with_variant(const GroupPointwiseBackwardWeight& p, F&& f) {
 }
 
 int64_t scratch_bytes(const GroupPointwiseBackwardWeight& p) {
-  return with_type(p.type, [&](auto* type) {
+  return with_factor_type(p.type, p.tf32, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     return with_variant(p, [&](auto variant) {
       const int64_t count = p.out_channels * (p.in_channels / p.groups);
@@ -133,7 +133,7 @@ int64_t scratch_bytes(const GroupPointwiseBackwardWeight& p) {
 }
 
 Outcome run(const GroupPointwiseBackwardWeight& p, void* scratch, void* stream) {
-  return with_type(p.type, [&](auto* type) {
+  return with_factor_type(p.type, p.tf32, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     return with_variant(p, [&](auto variant) {
       using Variant = decltype(variant);
@@ -146,8 +146,8 @@ Outcome run(const GroupPointwiseBackwardWeight& p, void* scratch, void* stream) 
           launch("group_pointwise_backward_weight", group_pointwise_backward_weight_kernel<T, Variant>, params.blocks,
                  Variant::threads, kBytes, stream, params);
       if (outcome.failed()) return outcome;
-      return ordered_sum<T>(params.partial, static_cast<T*>(p.grad_weight), stretches(params),
-                            p.out_channels * params.inputs, stream);
+      return ordered_sum<Stored<T>>(params.partial, static_cast<Stored<T>*>(p.grad_weight), stretches(params),
+                                    p.out_channels * params.inputs, stream);
     });
   });
 }

@@ -1,5 +1,5 @@
 // One warp's share of a matrix product: 16 * Rows rows by 16 * Columns columns, of factors in shared memory that both
-// keep the depth together. bfloat16 and float16 go to the tensor cores, float32 and float64 are multiplied exactly.
+// keep the depth together. bfloat16, float16 and Tf32 go to the tensor cores, float32 and float64 are multiplied exactly.
 //
 // The result leaves by patches of 16 x 16, through which a warp turns it into the order of memory.
 #pragma once
@@ -19,8 +19,34 @@ constexpr int kPad = 16 / static_cast<int>(sizeof(T));
 constexpr int kPatchPitch = 20;
 constexpr int kPatchElements = 16 * kPatchPitch;
 
+// What the tensor cores call the factors, and how deep a fragment is.
+template <class T>
+struct Fragments {
+  using Element = T;
+  static constexpr int depth = 16;
+};
+template <>
+struct Fragments<Tf32> {
+  using Element = nvcuda::wmma::precision::tf32;
+  static constexpr int depth = 8;
+};
+
+template <class Fragment, class T>
+__device__ __forceinline__ void load_fragment(Fragment& to, const T* from, int pitch) {
+  if constexpr (std::is_same_v<T, Tf32>) {
+    nvcuda::wmma::load_matrix_sync(to, reinterpret_cast<const float*>(from), pitch);
+#pragma unroll
+    for (int i = 0; i < to.num_elements; ++i) to.x[i] = nvcuda::wmma::__float_to_tf32(to.x[i]);
+  } else {
+    nvcuda::wmma::load_matrix_sync(to, from, pitch);
+  }
+}
+
 template <class T, int Rows, int Columns>
 class WarpProduct {
+  using Element = typename Fragments<T>::Element;
+  static constexpr int kStep = Fragments<T>::depth;
+
  public:
   __device__ WarpProduct() {
 #pragma unroll
@@ -30,17 +56,17 @@ class WarpProduct {
     }
   }
 
-  // Adds a [rows][depth] times b [columns][depth]; depth is a multiple of 16.
+  // Adds a [rows][depth] times b [columns][depth]; depth is a multiple of kStep.
   __device__ void add(const T* a, int a_pitch, const T* b, int b_pitch, int depth) {
     namespace wmma = nvcuda::wmma;
-    for (int d = 0; d < depth; d += 16) {
-      wmma::fragment<wmma::matrix_b, 16, 16, 16, T, wmma::col_major> right[Columns];
+    for (int d = 0; d < depth; d += kStep) {
+      wmma::fragment<wmma::matrix_b, 16, 16, kStep, Element, wmma::col_major> right[Columns];
 #pragma unroll
-      for (int c = 0; c < Columns; ++c) wmma::load_matrix_sync(right[c], b + c * 16 * b_pitch + d, b_pitch);
+      for (int c = 0; c < Columns; ++c) load_fragment(right[c], b + c * 16 * b_pitch + d, b_pitch);
 #pragma unroll
       for (int r = 0; r < Rows; ++r) {
-        wmma::fragment<wmma::matrix_a, 16, 16, 16, T, wmma::row_major> left;
-        wmma::load_matrix_sync(left, a + r * 16 * a_pitch + d, a_pitch);
+        wmma::fragment<wmma::matrix_a, 16, 16, kStep, Element, wmma::row_major> left;
+        load_fragment(left, a + r * 16 * a_pitch + d, a_pitch);
 #pragma unroll
         for (int c = 0; c < Columns; ++c) wmma::mma_sync(sums_[r][c], left, right[c], sums_[r][c]);
       }
@@ -60,7 +86,7 @@ class WarpProduct {
   }
 
  private:
-  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float> sums_[Rows][Columns];
+  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, kStep, float> sums_[Rows][Columns];
 };
 
 // Of each 16 x 16 a lane holds four rows that follow each other and two columns eight apart, which reads both factors

@@ -141,8 +141,8 @@ Outcome run_typed(const Unit& u, const UnitPlan& plan, void* stream) {
 }
 
 Outcome run_one_kernel(const Unit& u, const UnitPlan& plan, void* stream) {
-  return with_type(u.type,
-                   [&](auto* type) { return run_typed<std::remove_pointer_t<decltype(type)>>(u, plan, stream); });
+  return with_factor_type(
+      u.type, u.tf32, [&](auto* type) { return run_typed<std::remove_pointer_t<decltype(type)>>(u, plan, stream); });
 }
 
 Outcome run_pooling(const Unit& u, void* stream) {
@@ -170,6 +170,7 @@ GroupPointwise reduction_of(const Unit& u, void* reduced) {
   r.weight = u.reduce_weight;
   r.out = reduced;
   r.epilogue = u.reduce_epilogue;
+  r.tf32 = u.tf32;
   return r;
 }
 
@@ -204,6 +205,7 @@ GroupPointwise expansion_of(const Unit& u, const void* concatenated) {
   e.weight = u.pointwise_weight;
   e.out = u.out;
   e.epilogue = u.epilogue;
+  e.tf32 = u.tf32;
   return e;
 }
 

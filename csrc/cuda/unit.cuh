@@ -106,15 +106,22 @@ __device__ void reduce_window(const UnitParams<T>& p, int64_t image, int64_t top
         }
         product.store_all(patches);
         __syncwarp();
-        for (int i = lane; i < 16 * kOutputs; i += 32) {
+        auto write = [&](int i) {
           const int pixel = first + warp * 16 + i / kOutputs, c = i % kOutputs;
-          if (pixel >= pixels || n + c >= outputs) continue;
+          if (pixel >= pixels || n + c >= outputs) return;
           const int64_t y = top + pixel / p.window.columns, z = left + pixel % p.window.columns;
           const bool inside = y >= 0 && y < s.height && z >= 0 && z < s.width;
           const int64_t channel = group * outputs + n + c;
           const C value = patches[c / 16 * kPatchElements + i / kOutputs * kPatchPitch + c % 16];
           window[pixel * p.window.column_step + channel] =
               narrow<T>(inside ? channel_epilogue(p.reduce, channel, value) : C(0));
+        };
+        // One at a time where several spill registers beside the fragments (sm_80).
+        if constexpr (std::is_same_v<T, Tf32>) {
+#pragma unroll 1
+          for (int i = lane; i < 16 * kOutputs; i += 32) write(i);
+        } else {
+          for (int i = lane; i < 16 * kOutputs; i += 32) write(i);
         }
         __syncwarp();
       }

@@ -11,6 +11,22 @@ namespace kernels = espk::cuda;
 
 int failures = 0, checks = 0;
 
+// Whether float32 is multiplied as tf32.
+bool tf32 = false;
+
+// What a product takes of numbers that are kept as `type` before it.
+Tensor factor(Type type, const Tensor& x) {
+  Tensor result = rounded(type, x);
+  if (!tf32) return result;
+  for (double& value : result.values) {
+    int exponent;
+    std::frexp(value, &exponent);
+    const double step = std::ldexp(1.0, exponent - 11);
+    value = std::round(value / step) * step;
+  }
+  return result;
+}
+
 // What makes kernels take another way through the same problem; none may change a result.
 struct Setting {
   const char* name;
@@ -102,6 +118,7 @@ void check_all(const Case& s, Type type, Layout layout, const Setting& setting) 
     forward.x = map_buffer.data();
     forward.weight = pointwise_buffer.data();
     forward.epilogue = buffers.epilogue;
+    forward.tf32 = tf32;
     check("group_pointwise", s, setting, kernels::group_pointwise, forward, &espk::GroupPointwise::out,
           epilogue(product, some));
   }
@@ -109,6 +126,7 @@ void check_all(const Case& s, Type type, Layout layout, const Setting& setting) 
   auto transposed = described<espk::GroupPointwise>(s, type, layout);
   std::swap(transposed.in_channels, transposed.out_channels);
   transposed.weight_transposed = true;
+  transposed.tf32 = tf32;
   transposed.x = grad_buffer.data();
   transposed.weight = pointwise_buffer.data();
   check("group_pointwise, transposed", s, setting, kernels::group_pointwise, transposed, &espk::GroupPointwise::out,
@@ -117,10 +135,11 @@ void check_all(const Case& s, Type type, Layout layout, const Setting& setting) 
   auto pointwise_to_weight = described<espk::GroupPointwiseBackwardWeight>(s, type, layout);
   pointwise_to_weight.grad = grad_buffer.data();
   pointwise_to_weight.x = map_buffer.data();
+  pointwise_to_weight.tf32 = tf32;
   check("group_pointwise_backward_weight", s, setting, kernels::group_pointwise_backward_weight, pointwise_to_weight,
         &espk::GroupPointwiseBackwardWeight::grad_weight, pointwise_gradient_of_weight(s, grad, map));
 
-  // Between its products a unit keeps numbers of the element type, as tensor cores take them.
+  // Between its products a unit keeps numbers of the element type, as tensor cores take them; of tf32 they take less.
   for (const auto& [inner, outer] : {std::pair{Steps{}, Steps{}}, {pyramid_steps, steps}}) {
     const EpilogueBuffers inner_buffers(type, layout, inner), outer_buffers(type, layout, outer);
     auto unit = described<espk::PyramidPointwise>(s, type, layout);
@@ -131,7 +150,8 @@ void check_all(const Case& s, Type type, Layout layout, const Setting& setting) 
     unit.groups = s.groups;
     unit.pointwise_weight = pointwise_buffer.data();
     unit.epilogue = outer_buffers.epilogue;
-    const Tensor z = rounded(type, epilogue(spatial_pyramid(s, x, weight), inner));
+    unit.tf32 = tf32;
+    const Tensor z = factor(type, epilogue(spatial_pyramid(s, x, weight), inner));
     check("pyramid_pointwise", s, setting, kernels::pyramid_pointwise, unit, &espk::PyramidPointwise::out,
           epilogue(group_pointwise(s, z, pointwise), outer));
   }
@@ -175,9 +195,10 @@ void check_units(const Case& s, Type type, Layout layout, const Setting& setting
     unit.pointwise_channels = s.outputs;
     unit.groups = s.groups;
     unit.pointwise_weight = expand_buffer.data();
+    unit.tf32 = tf32;
   };
   const Tensor r = rounded(type, epilogue(group_pointwise(reduce, x, matrix), reduce_steps));
-  const Tensor z = rounded(type, epilogue(spatial_pyramid(s, r, weight), pyramid_steps));
+  const Tensor z = factor(type, epilogue(spatial_pyramid(s, r, weight), pyramid_steps));
   const Tensor product = group_pointwise(s, z, expand);
 
   auto unit = described<espk::Eesp>(s, type, layout);
@@ -211,9 +232,12 @@ void check_units(const Case& s, Type type, Layout layout, const Setting& setting
 
 }  // namespace
 
-// The type to run, as its number in espk::Type, so that several programmes share the machine's cores.
+// The type to run, as its number in espk::Type, or 4 for float32 in tf32, so that several programmes share the machine's
+// cores.
 int main(int, char** argv) {
-  const Type type = static_cast<Type>(argv[1][0] - '0');
+  const int number = argv[1][0] - '0';
+  tf32 = number == 4;
+  const Type type = tf32 ? Type::float32 : static_cast<Type>(number);
   for (const Setting& setting : kSettings) {
     Buffer::aligned = setting.aligned;
     emulation::backwards = setting.backwards;
