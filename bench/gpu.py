@@ -25,7 +25,7 @@ import bench.providers as operators
 from bench import gpu_report
 from bench.cases import IMAGES, NETWORKS, fits, matching
 from bench.engines import OURS
-from bench.gpu_engines import ENGINES
+from bench.gpu_engines import ENGINES, RACES
 from bench.gpu_tasks import Gradients, Inference
 from bench.interleave import Run, Timed, interleave
 from bench.layers import network, unit
@@ -47,9 +47,6 @@ class Row:
     batch: int
     dtype: str
     task: Callable[[str], Inference | Gradients]
-
-    def __str__(self) -> str:
-        return f"{self.name}, batch {self.batch}, {self.dtype}"
 
 
 def rows(patterns: Sequence[str] = ()) -> list[Row]:
@@ -137,7 +134,7 @@ def measured(row: Row, race: str, device: str, until: float, seconds: float = 0.
         try:
             calls[name] = task.build(name)
         except Exception as error:  # told in the report; the others are still compared
-            engines[name] = {"refused": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+            engines[name] = {"refused": _reason(error)}
             continue
         engines[name] = {"peak": _peak(device) - before}
     samples = interleave({name: _timed(call, device) for name, call in calls.items()}, seconds)
@@ -146,11 +143,12 @@ def measured(row: Row, race: str, device: str, until: float, seconds: float = 0.
         if row.kind == "network" and device == "cuda" and time.monotonic() < until:
             engines[name]["joules"] = joules(call)
     best = min((name for name in ours if name in calls), key=samples.median, default="")
-    return {
-        "row": row.name, "kind": row.kind, "batch": row.batch, "dtype": row.dtype, "race": race, "bytes": task.bytes,
-        "engines": engines, "best of ours": best,
-        "speedup": {name: samples.speedup(best, name) for name in calls if best and name not in ours},
-    }  # fmt: skip
+    over = {name: samples.speedup(best, name) for name in calls if best and name not in ours}
+    return {"bytes": task.bytes, "engines": engines, "best of ours": best, "speedup": over}
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def _peak(device: str, reset: bool = False) -> int:
@@ -166,17 +164,16 @@ def _peak(device: str, reset: bool = False) -> int:
 
 def results(chosen: Sequence[Row], device: str, until: float) -> Iterator[dict[str, Any]]:
     """Every row in the first race, then in the second."""
-    for race in ("eager", "compile"):
+    for race in RACES:
         for row in chosen:
+            facts = {"row": row.name, "kind": row.kind, "batch": row.batch, "dtype": row.dtype, "race": race}
             if time.monotonic() > until:
-                yield {"row": row.name, "kind": row.kind, "batch": row.batch, "dtype": row.dtype, "race": race,
-                       "refused": gpu_report.NO_TIME}  # fmt: skip
+                yield facts | {"refused": gpu_report.NO_TIME}
                 continue
             try:
-                yield measured(row, race, device, until)
+                yield facts | measured(row, race, device, until)
             except Exception as error:  # one row is too large for the device, say
-                yield {"row": row.name, "kind": row.kind, "batch": row.batch, "dtype": row.dtype, "race": race,
-                       "refused": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}  # fmt: skip
+                yield facts | {"refused": _reason(error)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

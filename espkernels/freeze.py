@@ -7,6 +7,7 @@ What is recognised here, or in somebody else's model in :mod:`espkernels.blocks`
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from espkernels import blocks, frozen, frozen_decoder, graphs, replay, tuning
 from espkernels import nn as layers
 from espkernels.checks import MAX_BRANCHES
 from espkernels.models.eru import EESP1d, FrozenEESP1d
+from espkernels.models.espnetv2 import Encoder
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join
 from espkernels.replace import replace_units
 
@@ -51,6 +53,10 @@ def freeze(model: M, *, tune: Tensor | None = None, graph: bool = False) -> M:
         )
     root = nn.ModuleList([copy.deepcopy(model).eval()])  # a parent for a model that is itself a layer
     replace_units(root)
+    for part in root.modules():
+        # A network of ours built from torch's layers pools and resizes by torch's operations too; its copy need not.
+        if isinstance(part, Encoder):
+            part.switches = dataclasses.replace(part.switches, plain=False)
     _freeze_children(root)
     if graph:
         return graphs.graphed(root[0])  # type: ignore[return-value]

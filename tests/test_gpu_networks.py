@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -14,10 +15,11 @@ from espkernels import backends, gpu, models
 
 pytestmark = pytest.mark.skipif(backends.library is None, reason="the compiled library, with the schemas, is not built")
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "classification": (lambda: models.espnetv2(0.5), 224),
-    "segmentation": (lambda: models.espnetv2_segmentation(0.5, 21), 256),
-    "detection": (lambda: models.espnetv2_detection(0.5, 5, 256), 256),
+Make = Callable[..., nn.Module]
+NETWORKS: dict[str, tuple[Make, int]] = {
+    "classification": (functools.partial(models.espnetv2, 0.5), 224),
+    "segmentation": (functools.partial(models.espnetv2_segmentation, 0.5, 21), 256),
+    "detection": (functools.partial(models.espnetv2_detection, 0.5, 5, 256), 256),
 }
 # New shapes and formats of what is there.
 VIEWS = {"alias", "detach", "expand", "permute", "select", "slice", "squeeze", "unsqueeze", "view", "_unsafe_view"}
@@ -33,10 +35,11 @@ def joined(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     return result if isinstance(result, Tensor) else torch.cat([part.flatten(1) for part in result], 1)
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["ours", "plain"])
 @each_network
-def test_every_layer_has_a_kernel(make: Callable[[], nn.Module], size: int) -> None:
+def test_every_layer_has_a_kernel(make: Make, size: int, plain: bool) -> None:
     # On the meta device every operator is called as on a GPU, and nothing runs.
-    frozen = espkernels.freeze(make().eval()).to("meta")
+    frozen = espkernels.freeze(make(plain=plain).eval()).to("meta")
     with torch.no_grad(), calls() as ran:
         frozen(torch.empty(2, 3, size, size, device="meta"))
     ours = {name.removeprefix("espkernels::") for name in ran.names if name.startswith("espkernels::")}
@@ -49,7 +52,7 @@ def test_every_layer_has_a_kernel(make: Callable[[], nn.Module], size: int) -> N
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_network
-def test_results_on_a_device(make: Callable[[], nn.Module], size: int, dtype: torch.dtype) -> None:
+def test_results_on_a_device(make: Make, size: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model, x = make().eval(), torch.randn(2, 3, size, size)
     with torch.no_grad(), espkernels.use_backend("reference"):

@@ -6,9 +6,8 @@ import triton
 import triton.language as tl
 
 from espkernels.triton.division import divided
-from espkernels.triton.taps import pointers
 
-__all__ = ["mixed"]
+__all__ = ["corners", "mixed"]
 
 
 @triton.jit
@@ -25,29 +24,32 @@ def between(i, size, out_size, TYPE: tl.constexpr):
 
 
 @triton.jit
+def corners(row, column, height, width, out_height, out_width, row_stride, column_stride, TYPE: tl.constexpr):
+    """For outputs (row, column) [P]: the steps from a channel's first pixel to the four around each, then the weights.
+
+    In the order upper left, lower left, upper right, lower right; the weights are of the lower and of the right ones.
+    """
+    upper, lower, down = between(row, height, out_height, TYPE)
+    left, right, across = between(column, width, out_width, TYPE)
+    left *= column_stride
+    right *= column_stride
+    upper *= row_stride
+    lower *= row_stride
+    return upper + left, lower + left, upper + right, lower + right, down, across
+
+
+@triton.jit
 def mixed(
-    x,  # [B, C, H, W]
-    x_strides,  # of image, channel, row, column
-    image,
-    channel,  # [C]
-    valid,  # [C]
-    row,  # [P], of the result
-    column,  # [P]
-    inside,  # [P]
-    height,
-    width,
-    out_height,
-    out_width,
+    first,  # pointers [C] to the first pixels of the channels of an image
+    around,  # what corners() gives
+    needed,  # [C, P]
     TYPE: tl.constexpr,
 ):
     """The pixels [C, P] of the resized map. Bytes: four numbers a number, which neighbours find in L1."""
-    needed = valid[:, None] & inside[None, :]
-    upper, lower, down = between(row, height, out_height, TYPE)
-    left, right, across = between(column, width, out_width, TYPE)
-    upper_left = tl.load(pointers(x, x_strides, image, channel, upper, left), mask=needed, other=0).to(TYPE)
-    lower_left = tl.load(pointers(x, x_strides, image, channel, lower, left), mask=needed, other=0).to(TYPE)
-    upper_right = tl.load(pointers(x, x_strides, image, channel, upper, right), mask=needed, other=0).to(TYPE)
-    lower_right = tl.load(pointers(x, x_strides, image, channel, lower, right), mask=needed, other=0).to(TYPE)
-    first = upper_left + (lower_left - upper_left) * down[None, :]
-    second = upper_right + (lower_right - upper_right) * down[None, :]
-    return first + (second - first) * across[None, :]
+    upper_left = tl.load(first[:, None] + around[0][None, :], mask=needed, other=0).to(TYPE)
+    lower_left = tl.load(first[:, None] + around[1][None, :], mask=needed, other=0).to(TYPE)
+    upper_right = tl.load(first[:, None] + around[2][None, :], mask=needed, other=0).to(TYPE)
+    lower_right = tl.load(first[:, None] + around[3][None, :], mask=needed, other=0).to(TYPE)
+    left = upper_left + (lower_left - upper_left) * around[4][None, :]
+    right = upper_right + (lower_right - upper_right) * around[4][None, :]
+    return left + (right - left) * around[5][None, :]

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from espkernels.layout import empty_pixels
-from espkernels.triton.bilinear import mixed
+from espkernels.triton.bilinear import corners, mixed
 from espkernels.triton.checks import check_map, check_size, check_tensor, check_vectors
 from espkernels.triton.configuration import pyramid_tile
 from espkernels.triton.launch import compute_type, dense_vector, launch, tiles
@@ -45,10 +45,12 @@ def resize_kernel(
     channel, image, row, column = place_channels(program, channels, out_height, out_width, CHANNELS, ROWS, COLUMNS)
     valid = channel < channels
     inside = (row < out_height) & (column < out_width)
-    value = mixed(x, x_strides, image, channel, valid, row, column, inside, height, width, out_height, out_width, TYPE)
+    needed = valid[:, None] & inside[None, :]
+    around = corners(row, column, height, width, out_height, out_width, x_strides[2], x_strides[3], TYPE)
+    value = mixed(x + image * x_strides[0] + channel * x_strides[1], around, needed, TYPE)
     if skip is not None:
         at = pointers(skip, skip_strides, image, channel, row, column)
-        other = tl.load(at, mask=valid[:, None] & inside[None, :], other=0).to(TYPE)
+        other = tl.load(at, mask=needed, other=0).to(TYPE)
         if gate is not None:
             gate_at = gate + image * gate_strides[0] + channel * gate_strides[1]
             other *= tl.sigmoid(tl.load(gate_at, mask=valid, other=0).to(TYPE))[:, None]

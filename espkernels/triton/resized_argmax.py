@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from espkernels.triton.bilinear import mixed
+from espkernels.triton.bilinear import corners, mixed
 from espkernels.triton.checks import check_map, check_size
 from espkernels.triton.configuration import pyramid_tile
 from espkernels.triton.launch import compute_type, launch, tiles
@@ -35,15 +35,15 @@ def resized_argmax_kernel(
     inside = (row < out_height) & (column < out_width)
     best = tl.zeros((1, ROWS * COLUMNS), TYPE)
     winner = tl.zeros((1, ROWS * COLUMNS), tl.int64)
+    around = corners(row, column, height, width, out_height, out_width, x_strides[2], x_strides[3], TYPE)
+    first = x + image * x_strides[0] + tl.zeros((1,), tl.int64)
     for c in range(channels):
-        channel = tl.full((1,), c, tl.int64)
-        value = mixed(
-            x, x_strides, image, channel, channel >= 0, row, column, inside, height, width, out_height, out_width, TYPE
-        )
+        value = mixed(first, around, inside[None, :], TYPE)
         # Of equal numbers the first, and NaN before every number: nothing is larger than a NaN that came first.
         larger = (c == 0) | ((value > best) | (value != value)) & (best == best)
         best = tl.where(larger, value, best)
         winner = tl.where(larger, c, winner)
+        first += x_strides[1]
     to = out + (image * out_height + row) * out_width + column
     tl.store(to[None, :], winner.to(out.dtype.element_ty), mask=inside[None, :])
 
