@@ -16,6 +16,7 @@ from torch.library import Library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espkernels import backends, reference, reference_gradients
+from espkernels.precision import allows_tf32
 
 __all__ = ["OPERATORS", "Interpreted"]
 
@@ -63,7 +64,7 @@ _tf32_allowed = False  # as the library was told last
 def _follow_torch() -> None:
     """Tells the CUDA library whether torch allows tf32, where that has changed: a flag of torch's, for all threads."""
     global _tf32_allowed
-    allowed = torch.backends.cuda.matmul.allow_tf32
+    allowed = allows_tf32()
     if allowed != _tf32_allowed:
         torch.ops.espkernels_cuda.allow_tf32(allowed)
         _tf32_allowed = allowed

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -131,6 +132,7 @@ def test_the_instruction_set_in_use_is_the_best_or_the_one_named() -> None:
 def test_a_library_that_does_not_load_leaves_the_reference() -> None:
     code = """
 import sys
+import textwrap
 sys.modules["espkernels._C"] = None
 import torch, espkernels
 from espkernels import backends
@@ -239,3 +241,24 @@ def test_gradients_of_the_reference_are_those_of_autograd(operator: str) -> None
         with torch.no_grad():
             assert torch.equal(backward_input(grad, weight, *options, *sizes), expected[0])
             assert torch.equal(backward_weight(grad, x, *options), expected[1])
+
+
+def test_tf32_is_what_torch_allows_in_each_of_its_ways() -> None:
+    code = """
+        from espkernels.precision import allows_tf32
+        matmul = torch.backends.cuda.matmul
+        said = [allows_tf32()]
+        for allowed in (True, False):
+            matmul.allow_tf32 = allowed
+            said.append(allows_tf32())
+        for precision in ("high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            said.append(allows_tf32())
+        for precision in ("tf32", "ieee"):
+            matmul.fp32_precision = precision
+            said.append(allows_tf32())
+        print(said)
+    """
+    assert in_a_new_process("import torch, espkernels\n" + textwrap.dedent(code)).stdout.split("\n")[0] == str(
+        [False, True, False, True, False, True, False]
+    )

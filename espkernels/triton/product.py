@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from espkernels.precision import allows_tf32
+
 __all__ = ["multiply_add", "way"]
 
 LEAST_DOT = 16
@@ -46,7 +48,7 @@ def way(x: Tensor, outputs: int, inputs: int, stored: bool) -> str:
         return "sums"
     amd = torch.version.hip is not None
     if x.dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 and not amd else "ieee"
+        return "tf32" if allows_tf32() and not amd else "ieee"
     if knobs.runtime.interpret:
         return "ieee"  # the interpreter's dot knows no bfloat16
     if stored:
