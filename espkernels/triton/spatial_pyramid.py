@@ -12,7 +12,7 @@ from torch import Tensor
 from espkernels.layout import empty_map, layout_of, out_size
 from espkernels.triton.configuration import Tile, pyramid_tile
 from espkernels.triton.launch import compute_type, launch, tiles, within
-from espkernels.triton.taps import convolve, moved, place, taps_around
+from espkernels.triton.taps import convolve, moved, place_channels, pointers, taps_around
 from espkernels.triton.tuning import run_fastest
 
 __all__ = ["spatial_pyramid"]
@@ -43,18 +43,14 @@ def spatial_pyramid_kernel(
     Bytes: d read and K*d' written a pixel (d' for the pixels of the result); the map is loaded 8 times for each run of
     equal dilations and once for the centres, all but the first time from L1. Multiply-adds: 9*K*d for each of those.
     """
-    row, column, rest = place(tl.program_id(0).to(tl.int64), out_height, out_width, ROWS, COLUMNS)
-    blocks = tl.cdiv(channels, CHANNELS)
-    channel = rest % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    image = rest // blocks
+    program = tl.program_id(0).to(tl.int64)
+    channel, image, row, column = place_channels(program, channels, out_height, out_width, CHANNELS, ROWS, COLUMNS)
     valid = channel < channels
     inside = (row < out_height) & (column < out_width)
     from_row = tl.where(inside, row * STRIDE, -(1 << 62))  # no tap of a pixel beyond the result is read
     from_column = column * STRIDE
-    at = x + image * x_strides[0] + channel[:, None] * x_strides[1]
-    at += (row * STRIDE * x_strides[2] + from_column * x_strides[3])[None, :]
-    to = out + image * out_strides[0] + channel[:, None] * out_strides[1]
-    to += (row * out_strides[2] + column * out_strides[3])[None, :]
+    at = pointers(x, x_strides, image, channel, row * STRIDE, from_column)
+    to = pointers(out, out_strides, image, channel, row, column)
     stored = valid[:, None] & inside[None, :]
 
     centre = moved(at, valid[:, None], from_row, from_column, 0, 0, height, width, x_strides[2], x_strides[3], TYPE)

@@ -13,7 +13,7 @@ from espkernels.layout import layout_of
 from espkernels.triton.configuration import pyramid_tile
 from espkernels.triton.launch import compute_type, launch, tiles, within
 from espkernels.triton.partial_sums import add_partials
-from espkernels.triton.taps import moved, place, taps_around
+from espkernels.triton.taps import moved, place_channels, pointers, taps_around
 
 __all__ = ["spatial_pyramid_backward_weight"]
 
@@ -43,21 +43,17 @@ def spatial_pyramid_backward_weight_kernel(
     The gradient of a branch is the suffix sum of those of the outputs, carried in a register from the last.
     Bytes: K*d' + d read a pixel, and 9*K*d partial sums written a tile. Multiply-adds: those of the forward pass.
     """
-    row, column, rest = place(tl.program_id(0).to(tl.int64), out_height, out_width, ROWS, COLUMNS)
+    program = tl.program_id(0).to(tl.int64)
+    channel, image, row, column = place_channels(program, channels, out_height, out_width, CHANNELS, ROWS, COLUMNS)
     across = tl.cdiv(out_width, COLUMNS)
     in_image = tl.cdiv(out_height, ROWS) * across
-    tile = tl.program_id(0).to(tl.int64) % in_image
-    blocks = tl.cdiv(channels, CHANNELS)
-    channel = rest % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    image = rest // blocks
+    tile = program % in_image
     valid = channel < channels
     inside = (row < out_height) & (column < out_width)
     from_row = row * STRIDE
     from_column = column * STRIDE
-    at = x + image * x_strides[0] + channel[:, None] * x_strides[1]
-    at += (from_row * x_strides[2] + from_column * x_strides[3])[None, :]
-    grad_at = grad + image * grad_strides[0] + channel[:, None] * grad_strides[1]
-    grad_at += (row * grad_strides[2] + column * grad_strides[3])[None, :]
+    at = pointers(x, x_strides, image, channel, from_row, from_column)
+    grad_at = pointers(grad, grad_strides, image, channel, row, column)
     # Where the gradient ends the input is not read either: infinity times zero would be a NaN.
     needed = valid[:, None] & inside[None, :]
     to = partials + (image * in_image + tile) * len(DILATIONS) * channels * 9 + channel * 9

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from espkernels.triton.epilogue import epilogue, prelu_affine
+from espkernels.triton.taps import pointers
 
 __all__ = ["add_shortcut", "finish"]
 
@@ -70,9 +71,7 @@ def finish(
     )
     at = residual
     if residual is not None:
-        at += image * residual_strides[0] + output[:, None] * residual_strides[1]
-        at += (row * residual_strides[2] + column * residual_strides[3])[None, :]
+        at = pointers(residual, residual_strides, image, output, row, column)
     sum = epilogue(sum, None, None, at, slope, output, valid, stored, TYPE)
-    to = out + image * out_strides[0] + output[:, None] * out_strides[1]
-    to += (row * out_strides[2] + column * out_strides[3])[None, :]
+    to = pointers(out, out_strides, image, output, row, column)
     tl.store(to, sum.to(out.dtype.element_ty), mask=stored)
