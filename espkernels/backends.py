@@ -139,6 +139,16 @@ def runs_cpu_kernels(device: torch.device) -> bool:
     return device.type == "cpu" and library is not None and _current in (None, "cpu")
 
 
+def trains_whole(operator: str, device: torch.device) -> bool:
+    """Whether kernels of ours run ``operator``, one of whole layers in training, on tensors on ``device``.
+
+    The reference has none of these: there the layers run one by one.
+    """
+    if device.type == "cuda":
+        return library is not None and _current != "cpu" and gpu_backend(operator) != "reference"
+    return runs_cpu_kernels(device) or (device.type == "cpu" and _interpreting())
+
+
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Run the operators inside the ``with`` block on backend ``name``: "cpu", "cuda", "triton" or "reference".

@@ -48,7 +48,7 @@ def norm_prelu(norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(norm, nn.BatchNorm2d)
     assert isinstance(act, nn.PReLU)
     compute = vector_dtype(x.dtype)
-    vectors = weight_of(norm, compute), bias_of(norm, compute), act.weight.to(compute)
-    result, moments = batch_norm_prelu(x, *vectors, *running([norm]), norm.eps, takes_batch(norm))
+    vectors = weight_of(norm, compute, x.device), bias_of(norm, compute, x.device), act.weight.to(compute)
+    result, moments = batch_norm_prelu(x, *vectors, *running([norm], x.device), norm.eps, takes_batch(norm))
     track([norm], moments, [x.numel() // x.shape[1]])
     return result

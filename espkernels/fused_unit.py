@@ -80,9 +80,9 @@ def wanted(unit: Unit, layers: UnitLayers, x: Tensor) -> bool:
 def fits(layers: UnitLayers, x: Tensor) -> bool:
     """Whether :func:`run` does for the map ``x`` what ``layers`` would do.
 
-    That is on the CPU's kernels, and where every layer is just what its class says.
+    That is on kernels that train whole units, and where every layer is just what its class says.
     """
-    if not backends.runs_cpu_kernels(x.device):
+    if not backends.trains_whole("eesp_training", x.device):
         return False
     norms, activations = layers.norms, layers.activations
     if x.dim() != 4 or x.numel() == 0 or x.shape[1] != layers.reduce.in_channels:
@@ -104,7 +104,7 @@ def fits(layers: UnitLayers, x: Tensor) -> bool:
     if hooked(*layers.containers, *norms, *activations, *convolutions):
         return False
     weights = [convolution.weight for convolution in convolutions]
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(x.device.type):
         return x.dtype != torch.float64 and all(weight.dtype != torch.float64 for weight in weights)
     return all(weight.dtype == x.dtype for weight in weights)
 
@@ -117,7 +117,7 @@ def run(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:
     """
     norms, reduce, expand, stride = layers.norms, layers.reduce, layers.expand, layers.stride
     compute = vector_dtype(x.dtype)
-    means, variances = running(norms)
+    means, variances = running(norms, x.device)
     out_shape = (expand.out_channels, *(out_size(size, stride) for size in x.shape[2:]))
     y, moments = eesp_training(
         x.contiguous(memory_format=torch.channels_last),
@@ -127,8 +127,8 @@ def run(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:
         layers.dilations,
         laid_out(expand.weight).flatten(1),
         expand.groups,
-        torch.cat([weight_of(norm, compute) for norm in norms]),
-        torch.cat([bias_of(norm, compute) for norm in norms]),
+        torch.cat([weight_of(norm, compute, x.device) for norm in norms]),
+        torch.cat([bias_of(norm, compute, x.device) for norm in norms]),
         torch.cat([activation.weight.to(compute) for activation in layers.activations]),
         means,
         variances,

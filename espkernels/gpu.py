@@ -31,6 +31,8 @@ OPERATORS = {
     "pyramid_pointwise": "pyramid_pointwise",
     "eesp": "eesp",
     "down_sampler": "down_sampler",
+    "eesp_training": "eesp_training",
+    "eesp_training_backward": "eesp_training",
     "adaptive_average": "adaptive_average",
     "affine": "affine",
     "average_pool": "average_pool",

@@ -20,21 +20,23 @@ def takes_batch(norm: Norm) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def weight_of(norm: Norm, dtype: torch.dtype) -> Tensor:
-    return _parameter(norm.weight, norm, 1.0, dtype)
+def weight_of(norm: Norm, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _parameter(norm.weight, norm, 1.0, dtype, device)
 
 
-def bias_of(norm: Norm, dtype: torch.dtype) -> Tensor:
-    return _parameter(norm.bias, norm, 0.0, dtype)
+def bias_of(norm: Norm, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _parameter(norm.bias, norm, 0.0, dtype, device)
 
 
-def _parameter(parameter: Tensor | None, norm: Norm, otherwise: float, dtype: torch.dtype) -> Tensor:
+def _parameter(
+    parameter: Tensor | None, norm: Norm, otherwise: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     if parameter is None:
-        return torch.full((norm.num_features,), otherwise, dtype=dtype)
+        return torch.full((norm.num_features,), otherwise, dtype=dtype, device=device)
     return parameter.to(dtype)
 
 
-def running(norms: Sequence[Norm]) -> tuple[Tensor | None, Tensor | None]:
+def running(norms: Sequence[Norm], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """The running means and variances of all norms, float64; zeros where the batch's will take their place.
 
     None where that is so of all.
@@ -45,7 +47,7 @@ def running(norms: Sequence[Norm]) -> tuple[Tensor | None, Tensor | None]:
     for norm in norms:
         for part, buffer in zip(parts, (norm.running_mean, norm.running_var), strict=True):
             if takes_batch(norm) or buffer is None:
-                part.append(torch.zeros(norm.num_features, dtype=torch.float64))
+                part.append(torch.zeros(norm.num_features, dtype=torch.float64, device=device))
             else:
                 part.append(buffer.double())
     return torch.cat(parts[0]), torch.cat(parts[1])
@@ -100,6 +102,7 @@ def folded(weight: Tensor, norm: Norm, x: Tensor) -> tuple[Tensor, Tensor, Tenso
         assert norm.running_mean is not None
         assert norm.running_var is not None
         means, variances = norm.running_mean.double(), norm.running_var.double()
-    scale = weight_of(norm, torch.float64) * (variances + norm.eps).rsqrt()
+    scale = weight_of(norm, torch.float64, x.device) * (variances + norm.eps).rsqrt()
     dtype = vector_dtype(x.dtype)
-    return x, (scale[:, None] * wide).to(dtype), (bias_of(norm, torch.float64) - means * scale).to(dtype)
+    shift = bias_of(norm, torch.float64, x.device) - means * scale
+    return x, (scale[:, None] * wide).to(dtype), shift.to(dtype)

@@ -1,6 +1,6 @@
 """The operator of whole EESP units in training: with their batch norms, forward and backward in four passes each.
 
-:mod:`espkernels.nn` calls it through :mod:`espkernels.fused_unit`. It exists for tensors on the CPU.
+:mod:`espkernels.nn` calls it through :mod:`espkernels.fused_unit`.
 """
 
 from __future__ import annotations
@@ -147,4 +147,5 @@ if backends.library is not None:
         "espkernels::eesp_training_backward",
         without_second_derivative("eesp_training", "the unit runs layer by layer and has one"),
     )
-    register_autocast("eesp_training", "cpu", (0, 1, 3, 5))
+    for _device_type in ("cpu", "cuda"):
+        register_autocast("eesp_training", _device_type, (0, 1, 3, 5))

@@ -54,14 +54,15 @@ class NoDriver:
 
 
 @pytest.fixture(params=TARGETS, ids=str)
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Makes every launch a compilation for the target; the kernels that came out, by name."""
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """Makes every launch a compilation for the target; what came out, by the kernel's name."""
     target, _ = TARGETS[request.param]
-    kernels: dict[str, Any] = {}
+    kernels: dict[str, list[Any]] = {}
 
     def compile_instead(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
         assert programs > 0
-        kernels[kernel.__name__] = kernel.warmup(*arguments, grid=(programs,), num_warps=warps, **constants)
+        made = kernel.warmup(*arguments, grid=(programs,), num_warps=warps, **constants)
+        kernels.setdefault(kernel.__name__, []).append(made)
 
     for file in ROOM.glob("*.py"):
         module = importlib.import_module(f"espkernels.triton.{file.stem}") if file.stem != "__init__" else None
@@ -73,10 +74,10 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return kernels
 
 
-def check(kernels: dict[str, Any], target: str, expected: set[str], tmp_path: Path) -> None:
+def check(kernels: dict[str, list[Any]], target: str, expected: set[str], tmp_path: Path) -> None:
     assert set(kernels) == expected
     _, shared = TARGETS[target]
-    for name, kernel in kernels.items():
+    for name, kernel in ((name, kernel) for name, all_of_it in kernels.items() for kernel in all_of_it):
         assert kernel.metadata.shared <= shared, f"{name}: {kernel.metadata.shared} bytes of shared memory"
         assert spilled(kernel, tmp_path) <= SPILLED, f"{name}: {spilled(kernel, tmp_path)} bytes a thread spilled"
 
@@ -125,7 +126,7 @@ class Layer:
 
 @each_variant
 def test_operators(
-    compiled: dict[str, Any], request: pytest.FixtureRequest, dtype: torch.dtype, layout: torch.memory_format,
+    compiled: dict[str, list[Any]], request: pytest.FixtureRequest, dtype: torch.dtype, layout: torch.memory_format,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     from espkernels.triton.group_pointwise import group_pointwise, group_pointwise_backward_input
@@ -165,7 +166,7 @@ def test_operators(
     ],
 )
 def test_units(
-    compiled: dict[str, Any], request: pytest.FixtureRequest, dtype: torch.dtype, layout: torch.memory_format,
+    compiled: dict[str, list[Any]], request: pytest.FixtureRequest, dtype: torch.dtype, layout: torch.memory_format,
     name: str, kernels: set[str], tmp_path: Path,
 ) -> None:  # fmt: skip
     from espkernels.triton.down_sampler import down_sampler
@@ -188,9 +189,34 @@ def test_units(
     check(compiled, target, kernels, tmp_path)
 
 
+@pytest.mark.parametrize("name, dtype", [("s1-224x224-level4", torch.bfloat16), ("s2-224x224-level5_0", torch.float32)])
+def test_units_in_training(
+    compiled: dict[str, list[Any]], request: pytest.FixtureRequest, name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    from espkernels.triton.eesp_training import eesp_training, eesp_training_backward
+
+    layer = Layer(case(name).with_batch(16), dtype, torch.channels_last)
+    c, d, n = layer.case, layer.case.channels, layer.case.out_channels
+    reduce, pyramid, expand = layer.weight(d, c.in_channels // c.k), layer.weight(c.k, d, 3, 3), layer.weight(n, d)
+    weights = reduce, c.k, pyramid, c.dilations, expand, c.k
+    vectors = [layer.vector(d + 2 * n) for _ in range(3)]
+    eps, batch, residual = [1e-5] * 3, [True] * 3, c.stride == 1
+    x = layer.map(c.in_channels)
+    options = (c.stride, True, residual)
+    result, *kept = eesp_training(x, *weights, *vectors, None, None, eps, batch, *options, True)
+    eesp_training_backward(result, x, *kept, *weights, *vectors, eps, batch, *options, [True] * 7)
+    expected = {
+        "affine_kernel", "batch_norm_backward_kernel", "group_pointwise_backward_weight_kernel",
+        "group_pointwise_kernel", "norm_gradient_kernel", "norm_kernel", "normalised_output_backward_kernel",
+        "partial_sums_kernel", "spatial_pyramid_backward_input_kernel", "spatial_pyramid_backward_weight_kernel",
+        "spatial_pyramid_kernel",
+    }  # fmt: skip
+    check(compiled, request.node.callspec.params["compiled"], expected, tmp_path)
+
+
 @each_variant
 def test_layers_around_the_units(
-    compiled: dict[str, Any], request: pytest.FixtureRequest, dtype: torch.dtype, layout: torch.memory_format,
+    compiled: dict[str, list[Any]], request: pytest.FixtureRequest, dtype: torch.dtype, layout: torch.memory_format,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     from espkernels.triton.affine import affine

@@ -13,7 +13,7 @@ from espkernels.triton.launch import compute_type, dense_vector, launch, tiles
 from espkernels.triton.taps import place_channels, pointers
 from espkernels.triton.unit_output import finish
 
-__all__ = ["affine"]
+__all__ = ["affine", "run"]
 
 
 @triton.jit
@@ -54,9 +54,17 @@ def affine(
     """x, residual [B, C, H, W] -> the same in channels_last."""
     check_map("x", x)
     check_tensor("residual", residual, x, x.shape)
+    check_vectors(x, x.shape[1], scale=scale, shift=shift, slope=slope)
+    out = empty_pixels(x, *x.shape[1:])
+    run(x, scale, shift, residual, slope, out)
+    return out
+
+
+def run(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, slope: Tensor | None, out: Tensor
+) -> None:
+    """Writes the map to ``out`` [B, C, H, W], of any strides."""
     batch, channels, height, width = x.shape
-    check_vectors(x, channels, scale=scale, shift=shift, slope=slope)
-    out = empty_pixels(x, channels, height, width)
     tile = pyramid_tile(channels, height, width, True)
     launch(
         affine_kernel, batch * tiles(tile, channels, height, width),
@@ -65,4 +73,3 @@ def affine(
         channels, height, width,
         CHANNELS=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns, TYPE=compute_type(x), warps=tile.warps,
     )  # fmt: skip
-    return out

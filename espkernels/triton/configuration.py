@@ -25,6 +25,7 @@ __all__ = [
     "power_of_two",
     "product_tile",
     "pyramid_tile",
+    "sums_tile",
 ]
 
 # Two programs for each multiprocessor of a large GPU: with fewer, a smaller tile fills more of it.
@@ -87,6 +88,17 @@ def pyramid_tile(channels: int, height: int, width: int, channels_last: bool) ->
     return Tile(block_of(channels, 1, 512 // (rows * columns)), rows, columns)
 
 
+def sums_tile(channels: int, height: int, width: int, channels_last: bool) -> Tile:
+    """The tile of a depthwise kernel that leaves sums of each: four times the pixels of :func:`pyramid_tile`.
+
+    As many warps more, so the same numbers a thread. Of 16 pixels the 36 sums of a weight gradient were nearly as many
+    bytes in bfloat16 as all that was read; of 64 they are a quarter.
+    """
+    small = pyramid_tile(channels, height, width, channels_last)
+    rows, columns = _pixel_tile(4 * small.pixels, height, width, 8 if channels_last else 64)
+    return replace(small, rows=rows, columns=columns, warps=small.warps * max(rows * columns // small.pixels, 1))
+
+
 def average_tile(channels: int, pixels: int, channels_last: bool) -> Tile:
     """The sums of one program of a mean over all pixels: 512 at once, threads along what is dense."""
     if channels_last:
@@ -112,10 +124,14 @@ def pointwise_tile(outputs: int, inputs: int, pixels: int, repeats: int, dot: bo
     return Tile(channels, 1, columns, step)
 
 
-def gradient_tile(outputs: int, inputs: int, dot: bool) -> Tile:
-    """The sums of one program of a pointwise weight gradient, ``columns`` pixels a step."""
+def gradient_tile(outputs: int, inputs: int, dot: bool, in_registers: bool = False) -> Tile:
+    """The sums of one program of a pointwise weight gradient, ``columns`` pixels a step.
+
+    Float32 that passes a batch norm on its way to the product is ``in_registers``: of 64 pixels 4 KB a thread spilled.
+    """
     if dot:
-        return Tile(min(power_of_two(max(outputs, 16)), 64), 1, 64, min(power_of_two(max(inputs, 16)), 64))
+        pixels = 16 if in_registers else 64
+        return Tile(min(power_of_two(max(outputs, 16)), 64), 1, pixels, min(power_of_two(max(inputs, 16)), 64))
     return Tile(min(power_of_two(outputs), 8), 1, 32, min(power_of_two(inputs), 8))
 
 

@@ -1,4 +1,7 @@
-"""1x1 convolution in groups with its epilogue; with the weight turned the same kernel is the gradient of its input."""
+"""1x1 convolution in groups with its epilogue; with the weight turned the same kernel is the gradient of its input.
+
+In training a batch norm stands in front of it (csrc/cpu/normalised_pointwise.cpp is the CPU's) and another behind it.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,18 @@ from espkernels.layout import empty_map, layout_of
 from espkernels.triton.configuration import Tile, pointwise_tile
 from espkernels.triton.epilogue import epilogue
 from espkernels.triton.launch import compute_type, dense_vector, flat_map, launch
+from espkernels.triton.moments import Moments, leave_moments, room_for_moments
+from espkernels.triton.norm_sums import BehindPrelu, in_front_of_prelu, room_for_sums
+from espkernels.triton.normalise import Norm, loaded, normalised
 from espkernels.triton.product import multiply_add, way
 from espkernels.triton.tuning import run_fastest
 
-__all__ = ["group_pointwise", "group_pointwise_backward_input"]
+__all__ = [
+    "group_pointwise",
+    "group_pointwise_backward_input",
+    "normalised_pointwise",
+    "normalised_pointwise_backward_input",
+]
 
 
 @triton.jit
@@ -29,6 +40,9 @@ def group_pointwise_kernel(
     slope,
     out,  # [images, N, pixels]
     out_strides,
+    norm,  # of x, or None: x is read as it is
+    moments,  # of out, a tile a block of pixels, or None
+    behind,  # out is the gradient behind this norm and PReLU, and shall be that between them; or None
     groups,
     inputs,  # M/groups
     outputs,  # N/groups
@@ -41,7 +55,7 @@ def group_pointwise_kernel(
 ):
     """OUTPUTS channels of one group at PIXELS pixels. Programs of one block of pixels follow each other: x stays in L2.
 
-    Bytes: M read and N written a pixel, N more with a residual. Multiply-adds: M * N / groups a pixel.
+    Bytes: M read and N written a pixel, N more with a residual or behind a norm. Multiply-adds: M * N / groups a pixel.
     """
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(outputs, OUTPUTS)
@@ -62,10 +76,11 @@ def group_pointwise_kernel(
             weight_at[:, None] + (input * weight_strides[2])[None, :],
             mask=valid[:, None] & (input < inputs)[None, :], other=0,
         )  # fmt: skip
-        v = tl.load(
-            x_at[None, :] + ((group * inputs + input) * x_strides[1])[:, None],
-            mask=(input < inputs)[:, None] & inside[None, :], other=0,
-        )  # fmt: skip
+        needed = (input < inputs)[:, None] & inside[None, :]
+        v = tl.load(x_at[None, :] + ((group * inputs + input) * x_strides[1])[:, None], mask=needed, other=0)
+        if norm is not None:
+            numbers = loaded(norm, (group * inputs + input)[:, None], (input < inputs)[:, None], TYPE)
+            v = normalised(v.to(TYPE), needed, numbers).to(x.dtype.element_ty)
         sum = multiply_add(w, v, sum, WAY, TYPE)
     channel = group * outputs + output
     stored = valid[:, None] & inside[None, :]
@@ -74,8 +89,15 @@ def group_pointwise_kernel(
         at += image * residual_strides[0] + channel[:, None] * residual_strides[1]
         at += (pixel * residual_strides[2])[None, :]
     sum = epilogue(sum, scale, shift, at, slope, channel, valid, stored, TYPE)
+    if behind is not None:
+        at = behind.map + image * behind.strides[0] + channel[:, None] * behind.strides[1]
+        at += (pixel * behind.strides[2])[None, :]
+        sum = in_front_of_prelu(sum, at, None, behind, channel, valid, inside, rest, groups * outputs, TYPE)
     to = out + image * out_strides[0] + channel[:, None] * out_strides[1] + (pixel * out_strides[2])[None, :]
-    tl.store(to, sum.to(out.dtype.element_ty), mask=stored)
+    written = sum.to(out.dtype.element_ty)
+    tl.store(to, written, mask=stored)
+    if moments is not None:
+        leave_moments(moments, written.to(TYPE), channel, valid, inside, rest, groups * outputs, TYPE)
 
 
 def group_pointwise(
@@ -90,17 +112,87 @@ def group_pointwise(
 ) -> Tensor:
     """x [B, M, H, W], weight [N, M/groups] -> [B, N, H, W] in the format of ``x``; ``packed`` is for CPUs."""
     out = empty_map(x, weight.shape[0], x.shape[2], x.shape[3])
-    strides = weight.shape[0] // groups * weight.stride(0), weight.stride(0), weight.stride(1)
-    _run(x, weight, strides, groups, scale, shift, residual, slope, out)
+    _run(x, weight, _straight(weight, groups), groups, scale, shift, residual, slope, out)
     return out
 
 
-def group_pointwise_backward_input(grad: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """grad [B, N, H, W], weight [N, M/groups] -> [B, M, H, W] in the format of ``grad``."""
+def group_pointwise_backward_input(grad: Tensor, weight: Tensor, groups: int, residual: Tensor | None = None) -> Tensor:
+    """grad [B, N, H, W], weight [N, M/groups] -> [B, M, H, W] in the format of ``grad``, ``residual`` added."""
     out = empty_map(grad, weight.shape[1] * groups, grad.shape[2], grad.shape[3])
-    strides = weight.shape[0] // groups * weight.stride(0), weight.stride(1), weight.stride(0)
-    _run(grad, weight, strides, groups, None, None, None, None, out)
+    _run(grad, weight, _turned(weight, groups), groups, None, None, residual, None, out)
     return out
+
+
+def normalised_pointwise(x: Tensor, norm: Norm | None, weight: Tensor, groups: int, out: Tensor) -> Moments:
+    """Writes the convolution of x [B, M, H, W] behind ``norm`` to ``out`` [B, N, H, W], and returns its moments."""
+    problem = _Problem(x, weight.shape[0], groups, out)
+    moments = room_for_moments(x, problem.tiles(), weight.shape[0])
+    problem.launch(weight, _straight(weight, groups), problem.tile, norm=norm, moments=moments)
+    return moments
+
+
+def normalised_pointwise_backward_input(
+    grad: Tensor, weight: Tensor, groups: int, behind: BehindPrelu, grad_x: Tensor
+) -> Tensor:
+    """Writes the gradient between the norm and PReLU of a convolution's input to ``grad_x`` [B, M, H, W].
+
+    Returns the sums for that norm.
+    """
+    problem = _Problem(grad, weight.shape[1] * groups, groups, grad_x)
+    sums = room_for_sums(grad, problem.tiles(), grad_x.shape[1])
+    problem.launch(weight, _turned(weight, groups), problem.tile, behind=behind.flat(problem.layout, sums))
+    return sums
+
+
+def _straight(weight: Tensor, groups: int) -> tuple[int, int, int]:
+    """Steps from group to group, output to output and input to input of a weight [N, M/groups]."""
+    return weight.shape[0] // groups * weight.stride(0), weight.stride(0), weight.stride(1)
+
+
+def _turned(weight: Tensor, groups: int) -> tuple[int, int, int]:
+    """The same for its gradient, whose outputs are the convolution's inputs."""
+    group, output, input = _straight(weight, groups)
+    return group, input, output
+
+
+class _Problem:
+    """The maps of one call as the kernel sees them, and its tile."""
+
+    def __init__(self, x: Tensor, channels: int, groups: int, out: Tensor) -> None:
+        self.layout, self.groups = layout_of(out), groups
+        self.x, self.out = flat_map(x, self.layout), flat_map(out, self.layout)
+        self.images, inputs, self.pixels = self.x.shape
+        self.inputs, self.outputs = inputs // groups, channels // groups
+        self.way = way(x, self.outputs, self.inputs, stored=True)
+        self.tile = pointwise_tile(self.outputs, self.inputs, self.pixels, self.images * groups, self.way != "sums")
+
+    def tiles(self) -> int:
+        """Blocks of pixels."""
+        return self.images * -(-self.pixels // self.tile.pixels)
+
+    def launch(
+        self,
+        weight: Tensor,
+        weight_strides: tuple[int, int, int],  # of group, output, input
+        tile: Tile,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+        slope: Tensor | None = None,
+        norm: Norm | None = None,
+        moments: Moments | None = None,
+        behind: BehindPrelu | None = None,
+    ) -> None:
+        flat_residual = None if residual is None else flat_map(residual, self.layout)
+        blocks = self.groups * -(-self.outputs // tile.channels) * -(-self.pixels // tile.pixels)
+        launch(
+            group_pointwise_kernel, self.images * blocks, self.x, self.x.stride(), weight, weight_strides,
+            dense_vector(scale), dense_vector(shift),
+            flat_residual, None if flat_residual is None else flat_residual.stride(), dense_vector(slope),
+            self.out, self.out.stride(), norm, moments, behind, self.groups, self.inputs, self.outputs, self.pixels,
+            OUTPUTS=tile.channels, INPUTS=tile.inputs, PIXELS=tile.pixels, WAY=self.way, TYPE=compute_type(self.x),
+            warps=tile.warps,
+        )  # fmt: skip
 
 
 def _run(
@@ -114,23 +206,10 @@ def _run(
     slope: Tensor | None,
     out: Tensor,
 ) -> None:
-    layout = layout_of(out)
-    flat_x, flat_out = flat_map(x, layout), flat_map(out, layout)
-    flat_residual = None if residual is None else flat_map(residual, layout)
-    images, channels, pixels = flat_x.shape
-    inputs, outputs = channels // groups, out.shape[1] // groups
-    how = way(x, outputs, inputs, stored=True)
-    vectors = tuple(map(dense_vector, (scale, shift, slope)))
+    problem = _Problem(x, out.shape[1], groups, out)
 
     def start(tile: Tile) -> None:
-        launch(
-            group_pointwise_kernel, images * groups * -(-outputs // tile.channels) * -(-pixels // tile.pixels),
-            flat_x, flat_x.stride(), weight, weight_strides, vectors[0], vectors[1],
-            flat_residual, None if flat_residual is None else flat_residual.stride(), vectors[2],
-            flat_out, flat_out.stride(), groups, inputs, outputs, pixels,
-            OUTPUTS=tile.channels, INPUTS=tile.inputs, PIXELS=tile.pixels, WAY=how, TYPE=compute_type(x),
-            warps=tile.warps,
-        )  # fmt: skip
+        problem.launch(weight, weight_strides, tile, scale, shift, residual, slope)
 
-    problem = ("group_pointwise", x.shape, x.stride(), x.dtype, x.device, weight.shape, groups, how)
-    run_fastest(problem, pointwise_tile(outputs, inputs, pixels, images * groups, how != "sums"), start)
+    key = ("group_pointwise", x.shape, x.stride(), x.dtype, x.device, weight.shape, groups, problem.way)
+    run_fastest(key, problem.tile, start)

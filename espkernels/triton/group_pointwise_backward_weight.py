@@ -10,6 +10,7 @@ from torch import Tensor
 from espkernels.layout import layout_of
 from espkernels.triton.configuration import gradient_chunks, gradient_tile
 from espkernels.triton.launch import compute_type, flat_map, launch
+from espkernels.triton.normalise import Norm, loaded, normalised
 from espkernels.triton.partial_sums import add_partials
 from espkernels.triton.product import multiply_add, way
 
@@ -22,6 +23,7 @@ def group_pointwise_backward_weight_kernel(
     grad_strides,  # of image, channel, pixel
     x,  # [images, M, pixels]
     x_strides,
+    norm,  # of x, or None: x is read as it is
     partials,  # [chunks, N, M/groups]
     groups,
     inputs,  # M/groups
@@ -52,6 +54,9 @@ def group_pointwise_backward_weight_kernel(
     valid_output = output < outputs
     valid_input = input < inputs
     pixel_blocks = tl.cdiv(pixels, PIXELS)
+    numbers = None
+    if norm is not None:
+        numbers = loaded(norm, (group * inputs + input)[None, :], valid_input[None, :], TYPE)
     sum = tl.zeros((OUTPUTS, INPUTS), TYPE)
     for step in range(chunk * steps_of_chunk, tl.minimum((chunk + 1) * steps_of_chunk, steps)):
         image = step // pixel_blocks
@@ -62,24 +67,27 @@ def group_pointwise_backward_weight_kernel(
             + (pixel * grad_strides[2])[None, :],
             mask=valid_output[:, None] & inside[None, :], other=0,
         )  # fmt: skip
+        needed = inside[:, None] & valid_input[None, :]
         v = tl.load(
             x + image * x_strides[0] + ((group * inputs + input) * x_strides[1])[None, :]
             + (pixel * x_strides[2])[:, None],
-            mask=inside[:, None] & valid_input[None, :], other=0,
+            mask=needed, other=0,
         )  # fmt: skip
+        if norm is not None:
+            v = normalised(v.to(TYPE), needed, numbers).to(x.dtype.element_ty)
         sum = multiply_add(g, v, sum, WAY, TYPE)
     to = partials + ((chunk * groups + group) * outputs + output)[:, None] * inputs + input[None, :]
     tl.store(to, sum, mask=valid_output[:, None] & valid_input[None, :])
 
 
-def group_pointwise_backward_weight(grad: Tensor, x: Tensor, groups: int) -> Tensor:
-    """grad [B, N, H, W], x [B, M, H, W] -> [N, M/groups], dense."""
+def group_pointwise_backward_weight(grad: Tensor, x: Tensor, groups: int, norm: Norm | None = None) -> Tensor:
+    """grad [B, N, H, W], x [B, M, H, W], which the convolution read behind ``norm`` -> [N, M/groups], dense."""
     layout = layout_of(x)
     flat_grad, flat_x = flat_map(grad, layout), flat_map(x, layout)
     images, channels, pixels = flat_x.shape
     inputs, outputs = channels // groups, grad.shape[1] // groups
     how = way(x, outputs, inputs, stored=True)
-    tile = gradient_tile(outputs, inputs, how != "sums")
+    tile = gradient_tile(outputs, inputs, how != "sums", norm is not None and how != "stored")
     blocks = groups * -(-outputs // tile.channels) * -(-inputs // tile.inputs)
     steps = images * -(-pixels // tile.pixels)
     chunks = gradient_chunks(steps, blocks)
@@ -90,7 +98,7 @@ def group_pointwise_backward_weight(grad: Tensor, x: Tensor, groups: int) -> Ten
     partials = torch.empty((chunks, *grad_weight.shape), dtype=type_of_sums, device=x.device)
     launch(
         group_pointwise_backward_weight_kernel, chunks * blocks,
-        flat_grad, flat_grad.stride(), flat_x, flat_x.stride(), partials,
+        flat_grad, flat_grad.stride(), flat_x, flat_x.stride(), norm, partials,
         groups, inputs, outputs, pixels, steps, steps_of_chunk,
         OUTPUTS=tile.channels, INPUTS=tile.inputs, PIXELS=tile.pixels, WAY=how, TYPE=compute_type(x), warps=tile.warps,
     )  # fmt: skip

@@ -10,12 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from espkernels.layout import empty_map, layout_of, out_size
-from espkernels.triton.configuration import Tile, pyramid_tile
+from espkernels.triton.configuration import Tile, pyramid_tile, sums_tile
 from espkernels.triton.launch import compute_type, launch, tiles, within
+from espkernels.triton.moments import Moments, leave_moments, room_for_moments
+from espkernels.triton.normalise import Norm, loaded
 from espkernels.triton.taps import convolve, moved, place_channels, pointers, taps_around
 from espkernels.triton.tuning import run_fastest
 
-__all__ = ["spatial_pyramid"]
+__all__ = ["normalised_pyramid", "spatial_pyramid"]
 
 
 @triton.jit
@@ -25,6 +27,8 @@ def spatial_pyramid_kernel(
     weight,  # [K, d, 3, 3], dense
     out,  # [B, K*d, H', W']
     out_strides,
+    norm,  # of x, or None: x is read as it is
+    moments,  # of out, or None
     channels,  # d
     height,  # H
     width,  # W
@@ -52,39 +56,67 @@ def spatial_pyramid_kernel(
     at = pointers(x, x_strides, image, channel, row * STRIDE, from_column)
     to = pointers(out, out_strides, image, channel, row, column)
     stored = valid[:, None] & inside[None, :]
+    in_image = tl.cdiv(out_height, ROWS) * tl.cdiv(out_width, COLUMNS)
+    tile = image * in_image + program % in_image
+    numbers = None
+    if norm is not None:
+        numbers = loaded(norm, channel[:, None], valid[:, None], TYPE)
 
-    centre = moved(at, valid[:, None], from_row, from_column, 0, 0, height, width, x_strides[2], x_strides[3], TYPE)
+    centre = moved(
+        at, valid[:, None], from_row, from_column, 0, 0, height, width, x_strides[2], x_strides[3], TYPE, numbers
+    )
     sum = tl.zeros_like(centre)
     for k in tl.static_range(len(DILATIONS)):
         if k == 0 or DILATIONS[k] != DILATIONS[k - 1]:
             taps = taps_around(
                 at, centre, valid[:, None], from_row, from_column, height, width, x_strides[2], x_strides[3],
-                DILATIONS[k], TYPE,
+                DILATIONS[k], TYPE, numbers,
             )  # fmt: skip
         branch = convolve(taps, weight + (k * channels + channel) * 9, valid, TYPE)
         if HFF:
             sum += branch
         else:
             sum = branch
-        tl.store(to + tl.full((), k, tl.int64) * channels * out_strides[1], sum.to(out.dtype.element_ty), mask=stored)
+        written = sum.to(out.dtype.element_ty)
+        tl.store(to + tl.full((), k, tl.int64) * channels * out_strides[1], written, mask=stored)
+        if moments is not None:
+            concatenated = k * channels + channel
+            leave_moments(moments, written.to(TYPE), concatenated, valid, inside, tile, len(DILATIONS) * channels, TYPE)
 
 
 def spatial_pyramid(x: Tensor, weight: Tensor, dilations: Sequence[int], stride: int, hff: bool) -> Tensor:
     """x [B, d, H, W], weight [K, d, 3, 3] -> [B, K*d, H', W'] in the format of ``x``."""
-    batch, channels, height, width = x.shape
-    out = empty_map(x, len(dilations) * channels, out_size(height, stride), out_size(width, stride))
-    size = out.shape[2], out.shape[3]
-    dilations, (stride,) = within(dilations, height, width), within([stride], height, width)
-    filters = weight.contiguous()
+    out = empty_map(x, len(dilations) * x.shape[1], out_size(x.shape[2], stride), out_size(x.shape[3], stride))
 
     def start(tile: Tile) -> None:
-        launch(
-            spatial_pyramid_kernel, batch * tiles(tile, channels, *size),
-            x, x.stride(), filters, out, out.stride(), channels, height, width, *size,
-            DILATIONS=dilations, STRIDE=stride, HFF=hff, CHANNELS=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns,
-            TYPE=compute_type(x), warps=tile.warps,
-        )  # fmt: skip
+        _run(x, weight, dilations, stride, hff, out, tile, None, None)
 
-    problem = ("spatial_pyramid", x.shape, x.stride(), x.dtype, x.device, dilations, stride)
-    run_fastest(problem, pyramid_tile(channels, *size, layout_of(x) == torch.channels_last), start)
+    problem = ("spatial_pyramid", x.shape, x.stride(), x.dtype, x.device, tuple(dilations), stride)
+    run_fastest(
+        problem, pyramid_tile(x.shape[1], out.shape[2], out.shape[3], layout_of(x) == torch.channels_last), start
+    )
     return out
+
+
+def normalised_pyramid(
+    x: Tensor, norm: Norm, weight: Tensor, dilations: Sequence[int], stride: int, hff: bool, out: Tensor
+) -> Moments:
+    """Writes the pyramid of x [B, d, H, W] behind ``norm`` to ``out`` [B, K*d, H', W'], and returns its moments."""
+    tile = sums_tile(x.shape[1], out.shape[2], out.shape[3], layout_of(x) == torch.channels_last)
+    moments = room_for_moments(x, x.shape[0] * tiles(tile, 1, *out.shape[2:]), out.shape[1])
+    _run(x, weight, dilations, stride, hff, out, tile, norm, moments)
+    return moments
+
+
+def _run(
+    x: Tensor, weight: Tensor, dilations: Sequence[int], stride: int, hff: bool, out: Tensor, tile: Tile,
+    norm: Norm | None, moments: Moments | None,
+) -> None:  # fmt: skip
+    batch, channels, height, width = x.shape
+    size = out.shape[2], out.shape[3]
+    launch(
+        spatial_pyramid_kernel, batch * tiles(tile, channels, *size),
+        x, x.stride(), weight.contiguous(), out, out.stride(), norm, moments, channels, height, width, *size,
+        DILATIONS=within(dilations, height, width), STRIDE=within([stride], height, width)[0], HFF=hff,
+        CHANNELS=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns, TYPE=compute_type(x), warps=tile.warps,
+    )  # fmt: skip

@@ -10,12 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from espkernels.layout import empty_map, layout_of
-from espkernels.triton.configuration import Tile, pyramid_tile
+from espkernels.triton.configuration import Tile, pyramid_tile, sums_tile
 from espkernels.triton.launch import compute_type, launch, leaders, tiles, within
-from espkernels.triton.taps import moved, place
+from espkernels.triton.norm_sums import BehindPrelu, in_front_of_prelu, room_for_sums
+from espkernels.triton.taps import moved, place, pointers
 from espkernels.triton.tuning import run_fastest
 
-__all__ = ["spatial_pyramid_backward_input"]
+__all__ = ["normalised_pyramid_backward_input", "spatial_pyramid_backward_input"]
 
 
 @triton.jit
@@ -25,6 +26,7 @@ def spatial_pyramid_backward_input_kernel(
     weight,  # [K, d, 3, 3], dense
     grad_x,  # [B, d, H, W]
     x_strides,
+    behind,  # grad_x is the gradient behind this norm and PReLU, and shall be that between them; or None
     channels,  # d
     height,  # H
     width,  # W
@@ -49,13 +51,14 @@ def spatial_pyramid_backward_input_kernel(
     first from L1. Multiply-adds: those of the forward pass.
     """
     program = tl.program_id(0).to(tl.int64)
+    in_class = tl.cdiv(class_height, ROWS) * tl.cdiv(class_width, COLUMNS)
     row, column, rest = place(program, class_height, class_width, ROWS, COLUMNS)
     blocks = tl.cdiv(channels, CHANNELS)
     channel = rest % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    rest = rest // blocks
-    b = rest % STRIDE
-    a = rest // STRIDE % STRIDE
-    image = rest // (STRIDE * STRIDE)
+    pixel_class = rest // blocks
+    b = pixel_class % STRIDE
+    a = pixel_class // STRIDE % STRIDE
+    image = pixel_class // (STRIDE * STRIDE)
     valid = channel < channels
     branch_step = tl.full((), channels, tl.int64) * grad_strides[1]
     at = grad + image * grad_strides[0] + channel[:, None] * grad_strides[1]
@@ -92,9 +95,12 @@ def spatial_pyramid_backward_input_kernel(
 
     row = row * STRIDE + a
     column = column * STRIDE + b
-    to = grad_x + image * x_strides[0] + channel[:, None] * x_strides[1]
-    to += (row * x_strides[2] + column * x_strides[3])[None, :]
+    to = pointers(grad_x, x_strides, image, channel, row, column)
     inside = (row < height) & (column < width)
+    if behind is not None:
+        tile = pixel_class * in_class + program % in_class
+        map_at = pointers(behind.map, behind.strides, image, channel, row, column)
+        sum = in_front_of_prelu(sum, map_at, None, behind, channel, valid, inside, tile, channels, TYPE)
     tl.store(to, sum.to(grad_x.dtype.element_ty), mask=valid[:, None] & inside[None, :])
 
 
@@ -102,21 +108,51 @@ def spatial_pyramid_backward_input(
     grad: Tensor, weight: Tensor, dilations: Sequence[int], stride: int, hff: bool, height: int, width: int
 ) -> Tensor:
     """grad [B, K*d, H', W'], weight [K, d, 3, 3] -> [B, d, height, width] in the format of ``grad``."""
-    channels = weight.shape[1]
-    grad_x = empty_map(grad, channels, height, width)
-    dilations, (stride,) = within(dilations, height, width), within([stride], height, width)
-    size = -(-height // stride), -(-width // stride)
-    filters = weight.contiguous()
+    grad_x = empty_map(grad, weight.shape[1], height, width)
 
     def start(tile: Tile) -> None:
-        launch(
-            spatial_pyramid_backward_input_kernel, grad.shape[0] * stride * stride * tiles(tile, channels, *size),
-            grad, grad.stride(), filters, grad_x, grad_x.stride(),
-            channels, height, width, *size, grad.shape[2], grad.shape[3],
-            DILATIONS=dilations, LEADERS=leaders(dilations), STRIDE=stride, HFF=hff,
-            CHANNELS=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns, TYPE=compute_type(grad), warps=tile.warps,
-        )  # fmt: skip
+        _run(grad, weight, dilations, stride, hff, grad_x, tile, None)
 
-    problem = ("spatial_pyramid_backward_input", grad.shape, grad.stride(), grad.dtype, grad.device, dilations, stride)
-    run_fastest(problem, pyramid_tile(channels, *size, layout_of(grad) == torch.channels_last), start)
+    problem = ("spatial_pyramid_backward_input", grad.shape, grad.stride(), grad.dtype, grad.device, tuple(dilations))
+    size = _class_size(grad_x, stride)
+    tile = pyramid_tile(grad_x.shape[1], *size, layout_of(grad) == torch.channels_last)
+    run_fastest((*problem, stride, height, width), tile, start)
     return grad_x
+
+
+def normalised_pyramid_backward_input(
+    grad: Tensor, weight: Tensor, dilations: Sequence[int], stride: int, hff: bool, behind: BehindPrelu, grad_x: Tensor
+) -> Tensor:
+    """Writes the gradient between the norm and PReLU of the pyramid's input to ``grad_x`` [B, d, H, W].
+
+    Returns the sums for that norm.
+    """
+    batch, channels, *_ = grad_x.shape
+    (stride,) = within([stride], *grad_x.shape[2:])
+    size = _class_size(grad_x, stride)
+    tile = sums_tile(channels, *size, layout_of(grad) == torch.channels_last)
+    sums = room_for_sums(grad, batch * stride * stride * tiles(tile, 1, *size), channels)
+    _run(grad, weight, dilations, stride, hff, grad_x, tile, behind._replace(sums=sums))
+    return sums
+
+
+def _class_size(grad_x: Tensor, stride: int) -> tuple[int, int]:
+    """Rows and columns of the input pixels that meet the same taps."""
+    (stride,) = within([stride], *grad_x.shape[2:])
+    return -(-grad_x.shape[2] // stride), -(-grad_x.shape[3] // stride)
+
+
+def _run(
+    grad: Tensor, weight: Tensor, dilations: Sequence[int], stride: int, hff: bool, grad_x: Tensor, tile: Tile,
+    behind: BehindPrelu | None,
+) -> None:  # fmt: skip
+    batch, channels, height, width = grad_x.shape
+    dilations, (stride,) = within(dilations, height, width), within([stride], height, width)
+    size = _class_size(grad_x, stride)
+    launch(
+        spatial_pyramid_backward_input_kernel, batch * stride * stride * tiles(tile, channels, *size),
+        grad, grad.stride(), weight.contiguous(), grad_x, grad_x.stride(), behind,
+        channels, height, width, *size, grad.shape[2], grad.shape[3],
+        DILATIONS=dilations, LEADERS=leaders(dilations), STRIDE=stride, HFF=hff,
+        CHANNELS=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns, TYPE=compute_type(grad), warps=tile.warps,
+    )  # fmt: skip

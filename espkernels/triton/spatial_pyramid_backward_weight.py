@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from espkernels.layout import layout_of
-from espkernels.triton.configuration import pyramid_tile
+from espkernels.triton.configuration import sums_tile
 from espkernels.triton.launch import compute_type, launch, tiles, within
+from espkernels.triton.normalise import Norm, loaded
 from espkernels.triton.partial_sums import add_partials
 from espkernels.triton.taps import moved, place_channels, pointers, taps_around
 
@@ -24,6 +25,7 @@ def spatial_pyramid_backward_weight_kernel(
     grad_strides,  # of image, channel, row, column
     x,  # [B, d, H, W]
     x_strides,
+    norm,  # of x, or None: x is read as it is
     partials,  # [B * tiles of an image, K, d, 3, 3]
     channels,  # d
     height,  # H
@@ -58,7 +60,11 @@ def spatial_pyramid_backward_weight_kernel(
     needed = valid[:, None] & inside[None, :]
     to = partials + (image * in_image + tile) * len(DILATIONS) * channels * 9 + channel * 9
 
-    centre = moved(at, needed, from_row, from_column, 0, 0, height, width, x_strides[2], x_strides[3], TYPE)
+    numbers = None
+    if norm is not None:
+        numbers = loaded(norm, channel[:, None], valid[:, None], TYPE)
+
+    centre = moved(at, needed, from_row, from_column, 0, 0, height, width, x_strides[2], x_strides[3], TYPE, numbers)
     suffix = tl.zeros_like(centre)
     for k in tl.static_range(len(DILATIONS) - 1, -1, -1):
         step = tl.full((), k, tl.int64) * channels
@@ -69,26 +75,27 @@ def spatial_pyramid_backward_weight_kernel(
             suffix = branch
         if k == len(DILATIONS) - 1 or DILATIONS[k] != DILATIONS[k + 1]:
             taps = taps_around(
-                at, centre, needed, from_row, from_column, height, width, x_strides[2], x_strides[3], DILATIONS[k], TYPE
-            )
+                at, centre, needed, from_row, from_column, height, width, x_strides[2], x_strides[3],
+                DILATIONS[k], TYPE, numbers,
+            )  # fmt: skip
         for t in tl.static_range(9):
             tl.store(to + step * 9 + t, tl.sum(suffix * taps[t], axis=1), mask=valid)
 
 
 def spatial_pyramid_backward_weight(
-    grad: Tensor, x: Tensor, dilations: Sequence[int], stride: int, hff: bool
+    grad: Tensor, x: Tensor, dilations: Sequence[int], stride: int, hff: bool, norm: Norm | None = None
 ) -> Tensor:
-    """grad [B, K*d, H', W'], x [B, d, H, W] -> [K, d, 3, 3], dense."""
+    """grad [B, K*d, H', W'], x [B, d, H, W], which the pyramid read behind ``norm`` -> [K, d, 3, 3], dense."""
     batch, channels, height, width = x.shape
     size = grad.shape[2], grad.shape[3]
-    tile = pyramid_tile(channels, *size, layout_of(x) == torch.channels_last)
+    tile = sums_tile(channels, *size, layout_of(x) == torch.channels_last)
     in_image = tiles(tile, 1, *size)
     grad_weight = x.new_empty((len(dilations), channels, 3, 3))
     type_of_sums = torch.float64 if x.dtype == torch.float64 else torch.float32
     partials = torch.empty((batch * in_image, *grad_weight.shape), dtype=type_of_sums, device=x.device)
     launch(
         spatial_pyramid_backward_weight_kernel, batch * tiles(tile, channels, *size),
-        grad, grad.stride(), x, x.stride(), partials, channels, height, width, *size,
+        grad, grad.stride(), x, x.stride(), norm, partials, channels, height, width, *size,
         DILATIONS=within(dilations, height, width), STRIDE=within([stride], height, width)[0], HFF=hff,
         CHANNELS=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns, TYPE=compute_type(x), warps=tile.warps,
     )  # fmt: skip

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from espkernels.triton.normalise import normalised
+
 __all__ = ["convolve", "moved", "place", "place_channels", "pointers", "taps_around"]
 
 
@@ -54,31 +56,37 @@ def moved(
     row_stride,
     column_stride,
     TYPE: tl.constexpr,
+    norm=None,  # numbers [C, 1] of a batch norm and PReLU, through which the map is seen
 ):
     """The pixels [C, P] at (row + row_shift, column + column_shift) in TYPE, zero outside the map."""
     rows_inside = (row + row_shift >= 0) & (row + row_shift < height)
     columns_inside = (column + column_shift >= 0) & (column + column_shift < width)
     # In int64 before the products: a dilation times a row may be more than 2^31 elements.
     step = tl.full((), row_shift, tl.int64) * row_stride + tl.full((), column_shift, tl.int64) * column_stride
-    return tl.load(at + step, mask=valid & (rows_inside & columns_inside)[None, :], other=0).to(TYPE)
+    there = valid & (rows_inside & columns_inside)[None, :]
+    pixels = tl.load(at + step, mask=there, other=0).to(TYPE)
+    if norm is not None:
+        pixels = normalised(pixels, there, norm)
+    return pixels
 
 
 @triton.jit
 def taps_around(
-    at, centre, valid, row, column, height, width, row_stride, column_stride, DILATION: tl.constexpr, TYPE: tl.constexpr
-):
+    at, centre, valid, row, column, height, width, row_stride, column_stride, DILATION: tl.constexpr,
+    TYPE: tl.constexpr, norm=None,
+):  # fmt: skip
     """The nine tiles [C, P] that a 3x3 filter of this dilation meets, row by row; arguments as in ``moved``."""
     D: tl.constexpr = DILATION
     return (
-        moved(at, valid, row, column, -D, -D, height, width, row_stride, column_stride, TYPE),
-        moved(at, valid, row, column, -D, 0, height, width, row_stride, column_stride, TYPE),
-        moved(at, valid, row, column, -D, D, height, width, row_stride, column_stride, TYPE),
-        moved(at, valid, row, column, 0, -D, height, width, row_stride, column_stride, TYPE),
+        moved(at, valid, row, column, -D, -D, height, width, row_stride, column_stride, TYPE, norm),
+        moved(at, valid, row, column, -D, 0, height, width, row_stride, column_stride, TYPE, norm),
+        moved(at, valid, row, column, -D, D, height, width, row_stride, column_stride, TYPE, norm),
+        moved(at, valid, row, column, 0, -D, height, width, row_stride, column_stride, TYPE, norm),
         centre,
-        moved(at, valid, row, column, 0, D, height, width, row_stride, column_stride, TYPE),
-        moved(at, valid, row, column, D, -D, height, width, row_stride, column_stride, TYPE),
-        moved(at, valid, row, column, D, 0, height, width, row_stride, column_stride, TYPE),
-        moved(at, valid, row, column, D, D, height, width, row_stride, column_stride, TYPE),
+        moved(at, valid, row, column, 0, D, height, width, row_stride, column_stride, TYPE, norm),
+        moved(at, valid, row, column, D, -D, height, width, row_stride, column_stride, TYPE, norm),
+        moved(at, valid, row, column, D, 0, height, width, row_stride, column_stride, TYPE, norm),
+        moved(at, valid, row, column, D, D, height, width, row_stride, column_stride, TYPE, norm),
     )
 
 
