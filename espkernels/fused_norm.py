@@ -18,11 +18,11 @@ __all__ = ["fits", "norm_prelu"]
 
 
 def fits(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
-    """Whether the operator does for the map ``x`` what the two modules would do, on the CPU's kernels.
+    """Whether the operator does for the map ``x`` what the two modules would do, on kernels of ours.
 
     Only where ``x`` is in channels_last: turning another map around and back would cost what the operator saves.
     """
-    if not backends.runs_cpu_kernels(x.device):
+    if not backends.trains_whole("batch_norm_prelu", x.device):
         return False
     if type(norm) is not nn.BatchNorm2d or type(act) is not nn.PReLU or hooked(norm, act):
         return False
@@ -33,7 +33,7 @@ def fits(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
     # A channel of one value has no variance: torch's batch norm says so.
     if x.numel() == x.shape[1] and takes_batch(norm):
         return False
-    return act.weight.dtype == x.dtype or torch.is_autocast_enabled("cpu")
+    return act.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
 
 
 def norm_prelu(norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:

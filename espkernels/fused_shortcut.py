@@ -32,12 +32,12 @@ class DownSampler(Protocol):
 
 
 def fits(unit: DownSampler, x: Tensor, image: Tensor | None) -> bool:
-    """Whether :func:`run` does for the map ``x`` what the layers would do, on the CPU's kernels."""
-    if not backends.runs_cpu_kernels(x.device):
+    """Whether :func:`run` does for the map ``x`` what the layers would do, on kernels of ours."""
+    if not backends.trains_whole("long_range_shortcut", x.device):
         return False
     if x.dim() != 4 or x.numel() == 0 or type(unit.act) is not nn.PReLU or type(unit.avg) is not nn.AvgPool2d:
         return False
-    if not torch.is_autocast_enabled("cpu") and unit.act.weight.dtype != x.dtype:
+    if not torch.is_autocast_enabled(x.device.type) and unit.act.weight.dtype != x.dtype:
         return False
     if hooked(unit.avg, unit.act):
         return False

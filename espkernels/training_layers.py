@@ -1,7 +1,6 @@
 """The operators of training around the units: a batch norm with its PReLU, and the end of a down-sampler.
 
-:mod:`espkernels.nn` calls them through :mod:`espkernels.norms` and :mod:`espkernels.fused_shortcut`. They exist for
-tensors on the CPU.
+:mod:`espkernels.nn` calls them through :mod:`espkernels.fused_norm` and :mod:`espkernels.fused_shortcut`.
 """
 
 from __future__ import annotations
@@ -148,4 +147,5 @@ if backends.library is not None:
         register_autograd(
             f"espkernels::{_name}_backward", without_second_derivative(_name, "the layers run one by one and have one")
         )
-    register_autocast("long_range_shortcut", "cpu", (0, 1, 2))
+    for _device_type in ("cpu", "cuda"):
+        register_autocast("long_range_shortcut", _device_type, (0, 1, 2))

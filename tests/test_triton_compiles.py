@@ -214,6 +214,29 @@ def test_units_in_training(
     check(compiled, request.node.callspec.params["compiled"], expected, tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_training_around_the_units(
+    compiled: dict[str, list[Any]], request: pytest.FixtureRequest, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    from espkernels.triton.batch_norm_prelu import batch_norm_prelu, batch_norm_prelu_backward
+    from espkernels.triton.long_range_shortcut import long_range_shortcut, long_range_shortcut_backward
+
+    layer = Layer(case("s2-224x224-level4").with_batch(16), dtype, torch.channels_last)
+    x, image, both = layer.map(256), layer.map(3), layer.map(512)
+    norm, shift, slope = [layer.vector(256) for _ in range(3)], layer.vector(512), layer.vector(512)
+    _, statistics = batch_norm_prelu(x, *norm, None, None, 1e-5, True)
+    batch_norm_prelu_backward(x, x, statistics, *norm, 1e-5, True, True)
+    end = x, x, image, torch.empty(512, 3, device="meta"), shift, slope
+    long_range_shortcut(*end)
+    long_range_shortcut_backward(both, *end, [True] * 3)
+    expected = {
+        "affine_kernel", "batch_norm_backward_kernel", "group_pointwise_backward_weight_kernel",
+        "group_pointwise_kernel", "long_range_shortcut_backward_kernel", "map_moments_kernel", "norm_gradient_kernel",
+        "norm_kernel", "normalised_output_backward_kernel", "partial_sums_kernel",
+    }  # fmt: skip
+    check(compiled, request.node.callspec.params["compiled"], expected, tmp_path)
+
+
 @each_variant
 def test_layers_around_the_units(
     compiled: dict[str, list[Any]], request: pytest.FixtureRequest, dtype: torch.dtype, layout: torch.memory_format,

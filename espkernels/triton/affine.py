@@ -1,4 +1,4 @@
-"""Batch norm, residual and PReLU of a map that no product makes."""
+"""Batch norm, residual, shortcut and PReLU of a map that no product makes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from espkernels.layout import empty_pixels
 from espkernels.triton.checks import check_map, check_tensor, check_vectors
 from espkernels.triton.configuration import pyramid_tile
-from espkernels.triton.launch import compute_type, dense_vector, launch, tiles
+from espkernels.triton.launch import Shortcut, compute_type, dense_vector, launch, tiles
 from espkernels.triton.taps import place_channels, pointers
 from espkernels.triton.unit_output import finish
 
@@ -25,6 +25,11 @@ def affine_kernel(
     residual,  # [B, C, H, W], or None
     residual_strides,
     slope,
+    picture,  # the shortcut of a down-sampler, or None
+    picture_strides,
+    picture_channels,
+    shortcut_weight,
+    shortcut_shift,
     out,  # [B, C, H, W]
     out_strides,
     channels,
@@ -44,7 +49,7 @@ def affine_kernel(
     value = tl.load(at, mask=valid[:, None] & inside[None, :], other=0).to(TYPE)
     finish(
         value, channel, valid, image, row, column, inside, shift, scale, residual, residual_strides, slope,
-        None, None, None, None, None, out, out_strides, TYPE,
+        picture, picture_strides, picture_channels, shortcut_weight, shortcut_shift, out, out_strides, TYPE,
     )  # fmt: skip
 
 
@@ -61,15 +66,16 @@ def affine(
 
 
 def run(
-    x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, slope: Tensor | None, out: Tensor
-) -> None:
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, slope: Tensor | None, out: Tensor,
+    shortcut: Shortcut | None = None,
+) -> None:  # fmt: skip
     """Writes the map to ``out`` [B, C, H, W], of any strides."""
     batch, channels, height, width = x.shape
     tile = pyramid_tile(channels, height, width, True)
     launch(
         affine_kernel, batch * tiles(tile, channels, height, width),
         x, x.stride(), dense_vector(scale), dense_vector(shift),
-        residual, None if residual is None else residual.stride(), dense_vector(slope), out, out.stride(),
-        channels, height, width,
+        residual, None if residual is None else residual.stride(), dense_vector(slope), *(shortcut or Shortcut()),
+        out, out.stride(), channels, height, width,
         CHANNELS=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns, TYPE=compute_type(x), warps=tile.warps,
     )  # fmt: skip

@@ -80,8 +80,13 @@ def group_pointwise_backward_weight_kernel(
     tl.store(to, sum, mask=valid_output[:, None] & valid_input[None, :])
 
 
-def group_pointwise_backward_weight(grad: Tensor, x: Tensor, groups: int, norm: Norm | None = None) -> Tensor:
-    """grad [B, N, H, W], x [B, M, H, W], which the convolution read behind ``norm`` -> [N, M/groups], dense."""
+def group_pointwise_backward_weight(
+    grad: Tensor, x: Tensor, groups: int, norm: Norm | None = None, out: Tensor | None = None
+) -> Tensor:
+    """grad [B, N, H, W], x [B, M, H, W], which the convolution read behind ``norm`` -> [N, M/groups], dense.
+
+    In ``out`` where it is given, which may be of a wider type than the maps.
+    """
     layout = layout_of(x)
     flat_grad, flat_x = flat_map(grad, layout), flat_map(x, layout)
     images, channels, pixels = flat_x.shape
@@ -93,7 +98,7 @@ def group_pointwise_backward_weight(grad: Tensor, x: Tensor, groups: int, norm: 
     chunks = gradient_chunks(steps, blocks)
     steps_of_chunk = -(-steps // chunks)
     chunks = -(-steps // max(steps_of_chunk, 1))
-    grad_weight = x.new_empty((grad.shape[1], inputs))
+    grad_weight = x.new_empty((grad.shape[1], inputs)) if out is None else out
     type_of_sums = torch.float64 if x.dtype == torch.float64 else torch.float32
     partials = torch.empty((chunks, *grad_weight.shape), dtype=type_of_sums, device=x.device)
     launch(

@@ -36,9 +36,9 @@ class BehindPrelu(NamedTuple):
         return self._replace(map=flat, strides=flat.stride(), sums=sums)
 
 
-def room_for_sums(x: Tensor, tiles: int, channels: int) -> Tensor:
-    """[tiles, 3, C]. Bytes: 12 a channel and tile."""
-    return torch.empty((tiles, 3, channels), dtype=vector_dtype(x.dtype), device=x.device)
+def room_for_sums(x: Tensor, tiles: int, channels: int, numbers: int = 3) -> Tensor:
+    """[tiles, numbers, C]. Bytes: 4 a number, channel and tile."""
+    return torch.empty((tiles, numbers, channels), dtype=vector_dtype(x.dtype), device=x.device)
 
 
 @triton.jit
