@@ -24,9 +24,8 @@ from torch import cuda
 import bench.providers as operators
 from bench import gpu_report
 from bench.cases import IMAGES, NETWORKS, fits, matching
-from bench.engines import OURS
-from bench.gpu_engines import ENGINES, RACES
-from bench.gpu_tasks import Gradients, Inference
+from bench.gpu_engines import RACES
+from bench.gpu_tasks import Gradients, Inference, Task, Training
 from bench.interleave import Run, Timed, interleave
 from bench.layers import network, unit
 from espkernels.info import collect
@@ -35,7 +34,6 @@ __all__ = ["Row", "main", "measured", "results", "rows"]
 
 RESULTS = Path(__file__).parent / "results"
 COPIED = 1 << 30  # bytes of the copy that measures the bandwidth
-OURS_ENGINES = tuple(name for name in ENGINES if name.startswith(OURS))
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Row:
     kind: str
     batch: int
     dtype: str
-    task: Callable[[str], Inference | Gradients]
+    task: Callable[[str], Task]
 
 
 def rows(patterns: Sequence[str] = ()) -> list[Row]:
@@ -67,6 +65,10 @@ def _rows() -> Iterator[Row]:
         shape = (batch, 3, *IMAGES["224x224"][:2])
         task = functools.partial(Inference, functools.partial(network, NETWORKS["s2-224x224-network"]), shape, half)
         yield Row("s2-224x224-network", "network", batch, "bfloat16", task)
+    for case in units:
+        shape = (32, case.in_channels, case.height, case.width)
+        training = functools.partial(Training, functools.partial(unit, case), shape, half)
+        yield Row(case.name, "training", 32, "bfloat16", training)
     case = units[0].with_batch(32)
     for name, make in (("spatial_pyramid", operators.spatial_pyramid), ("group_pointwise", operators.expand)):
         gradients = functools.partial(Gradients, make, case, half)
@@ -123,10 +125,9 @@ def joules(call: Callable[[], object], seconds: float = 1.0) -> float | None:
 def measured(row: Row, race: str, device: str, until: float, seconds: float = 0.4) -> dict[str, Any]:
     """One race of one row: ours and the peers, built and checked while there is time, then timed in turn."""
     task = row.task(device)
-    ours = OURS_ENGINES if isinstance(task, Inference) else (OURS,)
     calls: dict[str, Callable[[], Any]] = {}
     engines: dict[str, dict[str, Any]] = {}
-    for name in (*ours, *task.races[race]):
+    for name in (*task.ours, *task.races[race]):
         if time.monotonic() > until:
             engines[name] = {"refused": gpu_report.NO_TIME}
             continue
@@ -140,10 +141,12 @@ def measured(row: Row, race: str, device: str, until: float, seconds: float = 0.
     samples = interleave({name: _timed(call, device) for name, call in calls.items()}, seconds)
     for name, call in calls.items():
         engines[name] |= {"seconds": samples.median(name)}
+        if isinstance(task, Training):
+            engines[name]["kept"] = task.kept(name)
         if row.kind == "network" and device == "cuda" and time.monotonic() < until:
             engines[name]["joules"] = joules(call)
-    best = min((name for name in ours if name in calls), key=samples.median, default="")
-    over = {name: samples.speedup(best, name) for name in calls if best and name not in ours}
+    best = min((name for name in task.ours if name in calls), key=samples.median, default="")
+    over = {name: samples.speedup(best, name) for name in calls if best and name not in task.ours}
     return {"bytes": task.bytes, "engines": engines, "best of ours": best, "speedup": over}
 
 

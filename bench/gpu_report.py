@@ -20,7 +20,9 @@ GOALS = (
     ("unit", "max-autotune", 3.0),
     ("unit", "eager", 6.0),
     ("operator", "compile", 2.0),
+    ("training", "compile", 2.5),
 )
+KEPT_GOAL = 1 / 3  # of what eager torch keeps for the backward pass of a unit
 FLOOR_GOAL = 1.3  # times the floor, of a unit on at least this many images
 FLOOR_BATCH = 256
 GRAPH_GOAL = 0.15e-3  # seconds of ESPNetv2 s=2.0 for one image in a graph
@@ -80,6 +82,14 @@ def _share(run: dict[str, Any], races: Sequence[dict[str, Any]]) -> float:
     return float(races[0]["bytes"] / _best(races)["seconds"] / run["copy bandwidth"])
 
 
+def _kept_share(races: Sequence[dict[str, Any]]) -> float | None:
+    """What the thriftier of ours keeps for the backward pass, in parts of what eager torch does."""
+    kept = [(name, e["kept"]) for race in races for name, e in race["engines"].items() if e.get("kept")]
+    ours = [bytes for name, bytes in kept if name.startswith(OURS)]
+    eager = [bytes for name, bytes in kept if name.startswith("eager")]
+    return min(ours) / min(eager) if ours and eager else None
+
+
 def _cells(run: dict[str, Any], races: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     first, best = races[0], _best(races)
 
@@ -110,6 +120,11 @@ def _verdicts(run: dict[str, Any]) -> Iterator[str]:
     floors = [1 / _share(run, races) for races in large]
     reached = sum(floor <= FLOOR_GOAL for floor in floors)
     yield f"{said}: {reached} of {len(floors)} rows; most {max(floors):.2f}x" if floors else f"{said}: not measured"
+    shares = [_kept_share(races) for races in rows if races[0]["kind"] == "training"]
+    known = [share for share in shares if share is not None]
+    said = "training: at most a third of what eager keeps for the backward pass"
+    reached = sum(share <= KEPT_GOAL for share in known)
+    yield f"{said}: {reached} of {len(known)} rows; most {max(known):.0%}" if known else f"{said}: not measured"
     one = [races[0]["engines"] for races in rows if races[0]["kind"] == "network" and races[0]["batch"] == 1]
     seconds = [e[f"{OURS} graph"]["seconds"] for e in one if "seconds" in e.get(f"{OURS} graph", {})]
     said = f"network for one image in a graph: under {duration(GRAPH_GOAL)}"

@@ -1,26 +1,31 @@
-"""What is compared on a GPU: inference of units and networks, and both passes of an operator, each checked first."""
+"""What is compared on a GPU: inference, training of units, and both passes of an operator, each checked first."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import bench.providers as operators
+from bench import trainers
 from bench.cases import Case
 from bench.comparison import LAYOUTS, WrongResult
-from bench.engines import OURS
+from bench.engines import OURS, Job, Opened
 from bench.floor import operator_floor
 from bench.gpu_engines import ENGINES, RACES
 from espkernels.problem import Problem
 
-__all__ = ["Gradients", "Inference"]
+__all__ = ["Gradients", "Inference", "Task", "Training"]
 
 CHECKED = 2  # images of a batch whose results are compared with float64
+
+
+_IN_BOTH_LAYOUTS = {race: tuple(f"{race} {layout}" for layout in LAYOUTS) for race in ("eager", "compile")}
 
 
 def _error(result: Tensor, exact: Tensor) -> float:
@@ -35,6 +40,7 @@ class Inference:
     """
 
     races: ClassVar = RACES
+    ours: ClassVar = tuple(name for name in ENGINES if name.startswith(OURS))
 
     def __init__(self, make: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
         self.make, self.shape, self.dtype, self.device = make, shape, dtype, device
@@ -80,7 +86,8 @@ class Inference:
 class Gradients:
     """Forward and backward of one operator of a unit."""
 
-    races: ClassVar = {race: tuple(f"{race} {layout}" for layout in LAYOUTS) for race in ("eager", "compile")}
+    races: ClassVar = _IN_BOTH_LAYOUTS
+    ours: ClassVar = (OURS,)
 
     def __init__(self, make: Callable[[Case, bool], Problem], case: Case, dtype: torch.dtype, device: str) -> None:
         self.make, self.case, self.dtype, self.device = make, case, dtype, device
@@ -115,3 +122,68 @@ class Gradients:
     @property
     def bytes(self) -> int:
         return operator_floor(self.problem, self.dtype, "full").bytes
+
+
+class Training:
+    """Forward and backward of the plain unit of ``make`` with the statistics of the batch, on ``shape`` in ``dtype``.
+
+    Where rounding turns the sign at a PReLU gradients jump, and which do is chance: the error of eager torch's worst in
+    the same dtype, eight times, is what any may have.
+    """
+
+    races: ClassVar = _IN_BOTH_LAYOUTS
+    ours: ClassVar = tuple(name for name in trainers.ENGINES if name.startswith(OURS))
+
+    def __init__(self, make: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.model = make().train().to(device, dtype)
+        self._opened: dict[str, Opened] = {}
+
+    @functools.cached_property
+    def given(self) -> tuple[Tensor, Tensor]:
+        """The input and the gradient of the result."""
+        draw = torch.Generator().manual_seed(2)
+        x = torch.randn(self.shape, generator=draw).to(self.device, self.dtype)
+        with torch.no_grad():
+            result = copy.deepcopy(self.model)(x)
+        return x, torch.randn(result.shape, generator=draw).to(self.device, self.dtype)
+
+    def _open(self, name: str, dtype: torch.dtype) -> Opened:
+        implementation, _, layout = name.rpartition(" ")
+        if name.startswith(OURS):
+            implementation, layout = name, "channels_last"
+        x, gradient = (tensor.to(dtype) for tensor in self.given)
+        model = copy.deepcopy(self.model).to(dtype)
+        job = Job(model, x, torch.get_num_threads(), layout, Path(), gradient, dtype)
+        return trainers.ENGINES[implementation].open(job)
+
+    @functools.cached_property
+    def exact(self) -> list[Tensor]:
+        return self._open("eager channels_last", torch.float64).results()
+
+    @functools.cached_property
+    def allowed(self) -> float:
+        eager = max(map(_error, self._open("eager channels_last", self.dtype).results(), self.exact))
+        return 8 * max(eager, torch.finfo(self.dtype).eps)
+
+    def build(self, name: str) -> Callable[[], Any]:
+        """What is timed as engine ``name``; raises :class:`WrongResult`."""
+        allowed, opened = self.allowed, self._open(name, self.dtype)
+        error = max(map(_error, opened.results(), self.exact))
+        if not error <= allowed:
+            raise WrongResult(f"{name}: off by {error:.2g} in the root mean square, expected at most {allowed:.2g}")
+        self._opened[name] = opened
+        return opened.call
+
+    def kept(self, name: str) -> int | None:
+        """Bytes that the forward pass of an engine that was built keeps for the backward one."""
+        kept = self._opened[name].kept
+        return None if kept is None else kept()
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        """One read of the input and of the result's gradient, one write of the result and of the input's gradient."""
+        return int(2 * sum(tensor.numel() for tensor in self.given) * self.dtype.itemsize)
+
+
+Task = Inference | Gradients | Training

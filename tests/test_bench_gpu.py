@@ -18,7 +18,7 @@ from bench import gpu, gpu_engines, gpu_report
 from bench.cases import matching
 from bench.gpu import Row, measured
 from bench.gpu_engines import ENGINES, RACES, Engine
-from bench.gpu_tasks import Gradients, Inference
+from bench.gpu_tasks import Gradients, Inference, Training
 from bench.layers import unit
 from espkernels import backends
 from espkernels.models import plain
@@ -65,6 +65,17 @@ def test_a_race_of_gradients() -> None:
         assert set(found["speedup"]) == {"eager contiguous", "eager channels_last"}, found
 
 
+@needs_library
+def test_a_race_of_training() -> None:
+    task = functools.partial(Training, functools.partial(unit, CASE), SHAPE, torch.float32)
+    found = measured(row("training", task), "eager", "cpu", soon(), seconds=0.01)
+    ours, peers = {"ours save", "ours recompute"}, {"eager contiguous", "eager channels_last"}
+    assert set(found["engines"]) == ours | peers and set(found["speedup"]) == peers, found
+    assert found["bytes"] == 4 * 3 * CASE.in_channels * CASE.height * CASE.width * 4
+    kept = {name: engine["kept"] for name, engine in found["engines"].items()}
+    assert kept["ours recompute"] < kept["ours save"] < min(kept[peer] for peer in peers)
+
+
 def test_wrong_results_and_late_engines_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(model: nn.Module) -> Any:
         return lambda x: model(x) * 1.01
@@ -80,7 +91,7 @@ def test_wrong_results_and_late_engines_are_not_timed(monkeypatch: pytest.Monkey
 
 
 def test_every_row_can_be_made_and_ours_is_in_every_race() -> None:
-    assert {one.kind for one in gpu.rows()} == {"unit", "network", "operator"}
+    assert {one.kind for one in gpu.rows()} == {"unit", "network", "operator", "training"}
     assert [one.batch for one in gpu.rows(["*-network"])] == [1, 32, 512, 8, 128]
     assert set(RACES) == {"eager", "compile"} and len(ENGINES) == 2 + sum(map(len, RACES.values()))
 
@@ -125,6 +136,11 @@ def fabricated() -> dict[str, Any]:
         one("u", "unit", 256, "compile", 10**9, {"ours": 2e-3, "ours graph": 1e-3, "max-autotune a": 0.5e-3}),
         one("n", "network", 1, "eager", 10**6, {"ours": 3e-4, "ours graph": 1e-4, "streams a": 2e-3}),
     ]
+    step = one("u", "training", 32, "compile", 10**9, {"ours save": 3e-3, "ours recompute": 2e-3, "compile a": 4e-3})
+    eager = one("u", "training", 32, "eager", 10**9, {"ours save": 3e-3, "ours recompute": 2e-3, "eager a": 2e-2})
+    step["engines"]["ours save"]["kept"], eager["engines"]["eager a"]["kept"] = 3 * 2**20, 8 * 2**20
+    step["engines"]["ours recompute"]["kept"] = 2 * 2**20
+    rows += [step, eager]
     rows[0]["engines"]["streams a"] = {"refused": "OutOfMemoryError: too large"}
     rows.append({"row": "n", "kind": "network", "batch": 1, "race": "compile", "refused": gpu_report.NO_TIME})
     versions = {"versions": {"torch": "2.13.0", "espkernels": "0.1.0"}}
@@ -140,6 +156,8 @@ def test_the_report(tmp_path: Path) -> None:
     assert "unit: at least 6x eager: 1 of 1 rows; least 7.00x" in text
     assert "unit: at least 3x max-autotune: 0 of 1 rows; least 0.50x" in text
     assert "operator: at least 2x compile: not measured" in text
+    assert "training: at least 2.5x compile: 0 of 1 rows; least 2.00x" in text
+    assert "at most a third of what eager keeps for the backward pass: 1 of 1 rows; most 25%" in text
     assert "within 1.3x of one read and one write: 0 of 1 rows; most 2.00x" in text
     assert f"under {duration(150e-6)}: {duration(100e-6)}" in text
     assert "NOT TIMED u, batch 256, streams a: OutOfMemoryError: too large" in text
@@ -148,7 +166,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert not any(map(gpu_report.failed, run["rows"]))
     run["rows"][0]["engines"]["ours"] = {"refused": "WrongResult: off"}
     assert gpu_report.failed(run["rows"][0])
-    assert "1.00 ms" in gpu_report.line(run["rows"][1]) and gpu_report.NO_TIME in gpu_report.line(run["rows"][3])
+    assert "1.00 ms" in gpu_report.line(run["rows"][1]) and gpu_report.NO_TIME in gpu_report.line(run["rows"][5])
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
