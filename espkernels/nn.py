@@ -1,8 +1,8 @@
 """The layers of ESPNetv2: the EESP unit and the strided unit that down-samples (paper section 3, Fig. 1c and 2).
 
 Constructors and state_dict keys are those of the official code, so a checkpoint moves both ways unchanged. The
-convolutions run through the operators of this library; batch norms and PReLUs are torch modules, which in training on
-the CPU run through its operators too.
+convolutions run through the operators of this library; batch norms and PReLUs are torch modules, which in training run
+through its operators too.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class EESP(nn.Module):
     ``r_lim`` is the receptive-field limit of :func:`kernel_sizes`. ``hff=False`` concatenates the branches as they are
     (Table 6), ``dilated=False`` makes every dilation 1 (Table 5); neither changes parameters or keys.
 
-    In training on the CPU the whole unit is one operator (:mod:`espkernels.training`), and ``memory`` says what it
+    In training the whole unit is one operator (:mod:`espkernels.training`), and ``memory`` says what it
     keeps for the backward pass besides x: the reduced map, the map in front of the last batch norm and, with "save",
     the concatenated map, which "recompute" makes again. Its gradients have none of their own.
 

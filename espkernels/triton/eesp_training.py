@@ -1,9 +1,9 @@
 """Whole EESP units in training: forward in four passes over maps, backward in ten, norms between them on the device.
 
 Bytes of a stride-1 unit at K = 4, in maps of its own size: forward 7.5 as on the CPU, 1.25 for the reduction, 1.25 for
-the pyramid, 2 for the expansion and 3 for its norm, residual and PReLU. Backward 21.25: 4 in front of the last PReLU,
+the pyramid, 2 for the expansion and 3 for its norm, residual and PReLU. Backward 22: 4 in front of the last PReLU,
 3 each through the norms of the expansion and the pyramid, 3 and 2 for the expansion's two gradients, 1.5 and 1.25 for
-the pyramid's, 0.75 through the reduction's norm, 1.5 and 1.25 for the reduction's. Eager moves about 20 and 45. A
+the pyramid's, 0.75 through the reduction's norm, 2.25 and 1.25 for the reduction's. Eager moves about 20 and 45. A
 gradient is sent through its norm by a pass of its own, because the pyramid's gradient reads each number up to 22 times
 and would send it through as often.
 """
