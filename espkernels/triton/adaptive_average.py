@@ -59,8 +59,8 @@ def adaptive_average_kernel(
             sum += tl.load(at + step, mask=valid[:, None] & there[None, :], other=0).to(TYPE)
     mean = divided(sum, (rows * columns).to(TYPE)[None, :], TYPE)
     finish(
-        mean, channel, valid, image, row, column, inside, shift, scale, None, None, slope,
-        None, None, None, None, None, out, out_strides, TYPE,
+        mean, channel, valid, image, row, column, inside, out, out_strides, TYPE,
+        scale=scale, shift=shift, slope=slope,
     )  # fmt: skip
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from espkernels.layout import empty_pixels
 from espkernels.triton.checks import check_map, check_tensor, check_vectors
 from espkernels.triton.configuration import pyramid_tile
-from espkernels.triton.launch import Shortcut, compute_type, dense_vector, launch, tiles
+from espkernels.triton.launch import compute_type, dense_vector, launch, tiles
 from espkernels.triton.taps import place_channels, pointers
-from espkernels.triton.unit_output import finish
+from espkernels.triton.unit_output import Shortcut, finish
 
 __all__ = ["affine", "run"]
 
@@ -25,11 +25,7 @@ def affine_kernel(
     residual,  # [B, C, H, W], or None
     residual_strides,
     slope,
-    picture,  # the shortcut of a down-sampler, or None
-    picture_strides,
-    picture_channels,
-    shortcut_weight,
-    shortcut_shift,
+    shortcut,  # of a down-sampler, or None
     out,  # [B, C, H, W]
     out_strides,
     channels,
@@ -48,8 +44,8 @@ def affine_kernel(
     at = pointers(x, x_strides, image, channel, row, column)
     value = tl.load(at, mask=valid[:, None] & inside[None, :], other=0).to(TYPE)
     finish(
-        value, channel, valid, image, row, column, inside, shift, scale, residual, residual_strides, slope,
-        picture, picture_strides, picture_channels, shortcut_weight, shortcut_shift, out, out_strides, TYPE,
+        value, channel, valid, image, row, column, inside, out, out_strides, TYPE,
+        scale=scale, shift=shift, slope=slope, residual=residual, residual_strides=residual_strides, shortcut=shortcut,
     )  # fmt: skip
 
 
@@ -75,7 +71,7 @@ def run(
     launch(
         affine_kernel, batch * tiles(tile, channels, height, width),
         x, x.stride(), dense_vector(scale), dense_vector(shift),
-        residual, None if residual is None else residual.stride(), dense_vector(slope), *(shortcut or Shortcut()),
+        residual, None if residual is None else residual.stride(), dense_vector(slope), shortcut,
         out, out.stride(), channels, height, width,
         CHANNELS=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns, TYPE=compute_type(x), warps=tile.warps,
     )  # fmt: skip

@@ -11,9 +11,9 @@ from espkernels.layout import empty_map, layout_of, out_size
 from espkernels.triton.checks import check_map
 from espkernels.triton.configuration import pyramid_tile
 from espkernels.triton.division import divided
-from espkernels.triton.launch import Shortcut, compute_type, dense_vector, launch, tiles
+from espkernels.triton.launch import compute_type, dense_vector, launch, tiles
 from espkernels.triton.taps import moved, place_channels, pointers, taps_around
-from espkernels.triton.unit_output import finish
+from espkernels.triton.unit_output import Shortcut, finish
 
 __all__ = ["average_pool", "run"]
 
@@ -23,11 +23,7 @@ def pooled_kernel(
     x,  # [B, M, H, W]
     x_strides,  # of image, channel, row, column
     slope,  # [M], or None
-    picture,  # [B, few, H', W'], or None
-    picture_strides,
-    picture_channels,
-    shortcut_weight,  # [M, few]
-    shortcut_shift,  # [M]
+    shortcut,  # of a down-sampler, or None
     out,  # [B, M, H', W']
     out_strides,
     channels,  # M
@@ -56,9 +52,8 @@ def pooled_kernel(
     for t in tl.static_range(1, 9):
         sum += taps[t]
     finish(
-        divided(sum, tl.full((), 9, TYPE), TYPE), channel, valid, image, row, column, inside,
-        None, None, None, None, slope,
-        picture, picture_strides, picture_channels, shortcut_weight, shortcut_shift, out, out_strides, TYPE,
+        divided(sum, tl.full((), 9, TYPE), TYPE), channel, valid, image, row, column, inside, out, out_strides, TYPE,
+        slope=slope, shortcut=shortcut,
     )  # fmt: skip
 
 
@@ -66,17 +61,17 @@ def average_pool(x: Tensor) -> Tensor:
     """x [B, M, H, W] -> [B, M, H', W'] in the format of ``x``."""
     check_map("x", x)
     out = empty_map(x, x.shape[1], out_size(x.shape[2], 2), out_size(x.shape[3], 2))
-    run(x, None, Shortcut(), out)
+    run(x, None, None, out)
     return out
 
 
-def run(x: Tensor, slope: Tensor | None, shortcut: Shortcut, out: Tensor) -> None:
+def run(x: Tensor, slope: Tensor | None, shortcut: Shortcut | None, out: Tensor) -> None:
     """Writes the means to ``out`` [B, M, H', W'], of any strides, plus the shortcut and activated where asked."""
     batch, channels, height, width = x.shape
     size = out.shape[2], out.shape[3]
     tile = pyramid_tile(channels, *size, layout_of(x) == torch.channels_last)
     launch(
         pooled_kernel, batch * tiles(tile, channels, *size),
-        x, x.stride(), dense_vector(slope), *shortcut, out, out.stride(), channels, height, width, *size,
+        x, x.stride(), dense_vector(slope), shortcut, out, out.stride(), channels, height, width, *size,
         CHANNELS=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns, TYPE=compute_type(x), warps=tile.warps,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from espkernels.layout import layout_of
 from espkernels.triton.configuration import pyramid_tile
+from espkernels.triton.epilogue import prelu_affine
 from espkernels.triton.launch import compute_type, launch, tiles
 from espkernels.triton.normalise import Norm
 from espkernels.triton.taps import place_channels, pointers
@@ -55,10 +56,9 @@ def batch_norm_backward_kernel(
     value = tl.load(pointers(grad, grad_strides, image, channel, row, column), mask=there, other=0).to(TYPE)
     map = tl.load(pointers(x, x_strides, image, channel, row, column), mask=there, other=0).to(TYPE)
     if norm is not None:
-        scale = tl.load(norm.scale + channel, mask=valid, other=0).to(TYPE)
-        shift = tl.load(norm.shift + channel, mask=valid, other=0).to(TYPE)
-        slope = tl.load(norm.slope + channel, mask=valid, other=0).to(TYPE)
-        value = tl.where(map * scale[:, None] + shift[:, None] > 0, value, value * slope[:, None])
+        before = prelu_affine(map, norm.scale, norm.shift, None, channel, valid, TYPE)
+        slope = tl.load(norm.slope + channel, mask=valid, other=0).to(TYPE)[:, None]
+        value = tl.where(before > 0, value, value * slope)
     value *= tl.load(gradient.of_grad + channel, mask=valid, other=0).to(TYPE)[:, None]
     if gradient.of_map is not None:
         value += map * tl.load(gradient.of_map + channel, mask=valid, other=0).to(TYPE)[:, None]

@@ -80,8 +80,8 @@ def convolution_kernel(
         at += tl.full((), input_step, tl.int64) * x_strides[1]
         filter += FILTER_ROWS * FILTER_COLUMNS
     finish(
-        sum, channel, valid, image, row, column, inside, shift, scale, None, None, slope,
-        None, None, None, None, None, out, out_strides, TYPE,
+        sum, channel, valid, image, row, column, inside, out, out_strides, TYPE,
+        scale=scale, shift=shift, slope=slope,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from espkernels.layout import empty_pixels, out_size
 from espkernels.triton.average_pool import run as run_average_pool
 from espkernels.triton.checks import check_map, check_tensor, check_vectors
 from espkernels.triton.eesp import run as run_eesp
-from espkernels.triton.launch import Shortcut
+from espkernels.triton.unit_output import shortcut_to
 
 __all__ = ["down_sampler"]
 
@@ -36,17 +36,13 @@ def down_sampler(
         check_tensor("shortcut_weight", shortcut_weight, x, (both, image.shape[1]))
     pooled, expanded = out[:, :channels], out[:, channels:]
 
-    def shortcut(first: int, last: int | None) -> Shortcut:
-        if image is None or shortcut_weight is None:
-            return Shortcut()
-        shifts = shortcut_weight.new_zeros(both) if shortcut_shift is None else shortcut_shift
-        weights = shortcut_weight[first:last].contiguous()
-        return Shortcut(image, image.stride(), image.shape[1], weights, shifts[first:last].contiguous())
-
-    run_average_pool(x, slope[:channels], shortcut(0, channels), pooled)
+    of_pooled, of_expanded = (
+        shortcut_to(own, image, shortcut_weight, shortcut_shift) for own in (slice(channels), slice(channels, both))
+    )
+    run_average_pool(x, slope[:channels], of_pooled, pooled)
     run_eesp(
         x, reduce_weight, reduce_groups, reduce_shift, reduce_slope, weight, dilations,
         (pyramid_scale, pyramid_shift, pyramid_slope), expand_weight, groups, shift, None, slope[channels:], 2, hff,
-        shortcut(channels, None), expanded,
+        of_expanded, expanded,
     )  # fmt: skip
     return out

@@ -21,10 +21,10 @@ from espkernels.triton.checks import check_tensor, check_unit, check_vectors
 from espkernels.triton.configuration import eesp_tile
 from espkernels.triton.epilogue import prelu_affine
 from espkernels.triton.group_pointwise import group_pointwise
-from espkernels.triton.launch import Shortcut, compute_type, dense_vector, launch, within
+from espkernels.triton.launch import compute_type, dense_vector, launch, within
 from espkernels.triton.product import multiply_add, way
 from espkernels.triton.pyramid_pointwise import run as run_pyramid_pointwise
-from espkernels.triton.unit_output import finish
+from espkernels.triton.unit_output import Shortcut, finish
 
 __all__ = ["eesp", "run"]
 
@@ -67,11 +67,7 @@ def eesp_kernel(
     residual,  # [B, N, H', W'], or None
     residual_strides,
     slope,  # [N], or None
-    picture,  # the shortcut of a down-sampler, or None
-    picture_strides,
-    picture_channels,
-    shortcut_weight,
-    shortcut_shift,
+    shortcut,  # of a down-sampler, or None
     out,  # [B, N, H', W']
     out_strides,
     reduce_groups,
@@ -156,8 +152,8 @@ def eesp_kernel(
         )  # fmt: skip
         y = multiply_add(w, z, y, WAY, TYPE)
     finish(
-        y, output, valid_output, image, row, column, inside, shift, None, residual, residual_strides,
-        slope, picture, picture_strides, picture_channels, shortcut_weight, shortcut_shift, out, out_strides, TYPE,
+        y, output, valid_output, image, row, column, inside, out, out_strides, TYPE,
+        shift=shift, slope=slope, residual=residual, residual_strides=residual_strides, shortcut=shortcut,
     )  # fmt: skip
 
 
@@ -208,7 +204,7 @@ def run(
         x, x.stride(), reduce_weight.contiguous(), dense_vector(reduce_shift), dense_vector(reduce_slope),
         weight.contiguous(), expand_weight.contiguous(), *map(dense_vector, pyramid), dense_vector(shift),
         residual, None if residual is None else residual.stride(), dense_vector(slope),
-        *(Shortcut() if shortcut is None else shortcut), out, out.stride(),
+        shortcut, out, out.stride(),
         reduce_groups, reduce_inputs, reduced_channels, channels, outputs, height, width, *size,
         DILATIONS=within(dilations, height, width), STRIDE=within([stride], height, width)[0], HFF=hff,
         OUTPUTS=tile.outputs, CHANNELS=tile.channels, INPUTS=tile.inputs, PIXELS=tile.pixels,

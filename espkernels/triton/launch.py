@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -12,17 +12,7 @@ from torch import Tensor
 
 from espkernels.triton.configuration import Tile
 
-__all__ = ["Shortcut", "compute_type", "dense_vector", "flat_map", "launch", "leaders", "tiles", "within"]
-
-
-class Shortcut(NamedTuple):
-    """The pooled image [B, few, H', W'] of a down-sampler and its 1x1 convolution; all None where there is none."""
-
-    image: Tensor | None = None
-    strides: tuple[int, ...] | None = None
-    channels: int | None = None
-    weight: Tensor | None = None  # [channels of the result, few], dense
-    shift: Tensor | None = None  # [channels of the result]
+__all__ = ["compute_type", "dense_vector", "flat_map", "launch", "leaders", "tiles", "within"]
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:

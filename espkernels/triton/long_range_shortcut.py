@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,11 +15,11 @@ from espkernels.triton.checks import check_map, check_tensor, check_vectors
 from espkernels.triton.configuration import sums_tile
 from espkernels.triton.group_pointwise import group_pointwise_backward_input
 from espkernels.triton.group_pointwise_backward_weight import group_pointwise_backward_weight
-from espkernels.triton.launch import Shortcut, compute_type, launch, tiles
+from espkernels.triton.launch import compute_type, launch, tiles
 from espkernels.triton.norm_sums import room_for_sums
 from espkernels.triton.partial_sums import add_partials
 from espkernels.triton.taps import place_channels, pointers
-from espkernels.triton.unit_output import add_shortcut
+from espkernels.triton.unit_output import Shortcut, add_shortcut, shortcut_to
 
 __all__ = ["long_range_shortcut", "long_range_shortcut_backward"]
 
@@ -31,11 +31,7 @@ def long_range_shortcut_backward_kernel(
     x,  # [B, C, H, W], one of the two maps
     x_strides,
     slope,  # [C]
-    picture,  # [B, few, H, W], or None
-    picture_strides,
-    picture_channels,
-    shortcut_weight,  # [C, few]
-    shortcut_shift,  # [C]
+    shortcut,  # of a down-sampler, or None
     grad_x,  # [B, C, H, W]
     grad_x_strides,
     sums,  # [tiles, 2, C]
@@ -59,14 +55,7 @@ def long_range_shortcut_backward_kernel(
     in_image = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
     tile = image * in_image + program % in_image
     value = tl.load(pointers(x, x_strides, image, channel, row, column), mask=there, other=0).to(TYPE)
-    pixels = picture
-    step = 0
-    if picture is not None:
-        pixels += image * picture_strides[0] + row * picture_strides[2] + column * picture_strides[3]
-        step = picture_strides[1]
-    value = add_shortcut(
-        value, pixels, step, picture_channels, shortcut_weight, shortcut_shift, channel, valid, inside, TYPE
-    )
+    value = add_shortcut(value, shortcut, channel, valid, image, row, column, inside, TYPE)
     behind = tl.load(pointers(grad, grad_strides, image, channel, row, column), mask=there, other=0).to(TYPE)
     factor = tl.load(slope + channel, mask=valid, other=0).to(TYPE)[:, None]
     front = tl.where(value > 0, behind, behind * factor)
@@ -94,16 +83,10 @@ def _check(
         check_tensor("weight", weight, pooled, (channels, image.shape[1]))
 
 
-def _parts(
-    pooled: Tensor, expanded: Tensor, image: Tensor | None, weight: Tensor | None, shift: Tensor | None
-) -> Iterator[tuple[Tensor, slice, Shortcut]]:
-    """Each map, which channels of the result are its own, and what the shortcut adds to them."""
-    for map, first in ((pooled, 0), (expanded, pooled.shape[1])):
-        own = slice(first, first + map.shape[1])
-        added = Shortcut()
-        if image is not None and weight is not None and shift is not None:
-            added = Shortcut(image, image.stride(), image.shape[1], weight[own].contiguous(), shift[own].contiguous())
-        yield map, own, added
+def _halves(pooled: Tensor, expanded: Tensor) -> tuple[tuple[Tensor, slice], tuple[Tensor, slice]]:
+    """Each map, and which channels of the result are its own."""
+    channels, both = pooled.shape[1], pooled.shape[1] + expanded.shape[1]
+    return (pooled, slice(channels)), (expanded, slice(channels, both))
 
 
 def long_range_shortcut(
@@ -115,8 +98,8 @@ def long_range_shortcut(
     """
     _check(pooled, expanded, image, weight, shift, slope)
     out = empty_pixels(pooled, len(slope), *pooled.shape[2:])
-    for map, own, added in _parts(pooled, expanded, image, weight, shift):
-        run_affine(map, None, None, None, slope[own], out[:, own], added)
+    for map, own in _halves(pooled, expanded):
+        run_affine(map, None, None, None, slope[own], out[:, own], shortcut_to(own, image, weight, shift))
     return out
 
 
@@ -132,9 +115,10 @@ def long_range_shortcut_backward(
     check_tensor("grad", grad, pooled, (pooled.shape[0], len(slope), *pooled.shape[2:]))
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if weight is not None else None
     fronts, vectors, grad_image = [], [], None
-    for map, own, added in _parts(pooled, expanded, image, weight, shift):
+    for map, own in _halves(pooled, expanded):
+        added = shortcut_to(own, image, weight, shift)
         front, of_vectors = _in_front(grad[:, own], map, added, slope[own])
-        if image is not None and added.weight is not None and grad_weight is not None:
+        if added is not None and image is not None and grad_weight is not None:
             group_pointwise_backward_weight(front, image, 1, out=grad_weight[own])
             if wanted[2]:
                 grad_image = group_pointwise_backward_input(front, added.weight, 1, grad_image)
@@ -151,7 +135,7 @@ def long_range_shortcut_backward(
     )
 
 
-def _in_front(grad: Tensor, x: Tensor, added: Shortcut, slope: Tensor) -> tuple[Tensor, Tensor]:
+def _in_front(grad: Tensor, x: Tensor, added: Shortcut | None, slope: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of one map [B, C, H, W] in channels_last, and of shift and slope [2, C]."""
     batch, channels, height, width = x.shape
     front = empty_pixels(x, channels, height, width)
@@ -159,7 +143,7 @@ def _in_front(grad: Tensor, x: Tensor, added: Shortcut, slope: Tensor) -> tuple[
     sums = room_for_sums(x, batch * tiles(tile, 1, height, width), channels, 2)
     launch(
         long_range_shortcut_backward_kernel, batch * tiles(tile, channels, height, width),
-        grad, grad.stride(), x, x.stride(), slope.contiguous(), *added, front, front.stride(), sums,
+        grad, grad.stride(), x, x.stride(), slope.contiguous(), added, front, front.stride(), sums,
         channels, height, width,
         CHANNELS=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns, TYPE=compute_type(x), warps=tile.warps,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from espkernels.layout import vector_dtype
+from espkernels.triton.epilogue import prelu_affine
 from espkernels.triton.launch import flat_map
 
 __all__ = ["BehindPrelu", "in_front_of_prelu", "room_for_sums"]
@@ -63,8 +64,7 @@ def in_front_of_prelu(
     map = tl.load(at, mask=there, other=0).to(TYPE)
     to = behind.sums + tile * 3 * channels + channel
     if behind.slope is not None:
-        scale = tl.load(behind.scale + channel, mask=valid, other=0).to(TYPE)[:, None]
-        value = map * scale + tl.load(behind.shift + channel, mask=valid, other=0).to(TYPE)[:, None]
+        value = prelu_affine(map, behind.scale, behind.shift, None, channel, valid, TYPE)
         if residual is not None:
             value += tl.load(residual, mask=there, other=0).to(TYPE)
         tl.store(to + 2 * channels, tl.sum(tl.where(there & (value <= 0), grad * value, 0), axis=1), mask=valid)

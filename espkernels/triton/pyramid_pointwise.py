@@ -11,10 +11,10 @@ from torch import Tensor
 from espkernels.layout import empty_map, out_size
 from espkernels.triton.configuration import branches_together, fused_tile, group_tile
 from espkernels.triton.epilogue import prelu_affine
-from espkernels.triton.launch import Shortcut, compute_type, dense_vector, launch, within
+from espkernels.triton.launch import compute_type, dense_vector, launch, within
 from espkernels.triton.product import multiply_add, way
 from espkernels.triton.taps import convolve, moved, place, taps_around
-from espkernels.triton.unit_output import finish
+from espkernels.triton.unit_output import Shortcut, finish
 
 __all__ = ["pyramid_pointwise", "run"]
 
@@ -33,11 +33,7 @@ def all_branches_kernel(
     residual,  # [B, N, H', W']
     residual_strides,
     slope,
-    picture,
-    picture_strides,
-    picture_channels,
-    shortcut_weight,
-    shortcut_shift,
+    shortcut,  # of a down-sampler, or None
     out,  # [B, N, H', W']
     out_strides,
     channels,  # d
@@ -91,9 +87,9 @@ def all_branches_kernel(
             )  # fmt: skip
             y = multiply_add(w, z, tl.zeros((OUTPUTS, ROWS * COLUMNS), TYPE), WAY, TYPE)
             finish(
-                y, output, in_group < outputs, image, row, column, inside, shift, scale, residual, residual_strides,
-                slope, picture, picture_strides, picture_channels, shortcut_weight, shortcut_shift, out, out_strides,
-                TYPE,
+                y, output, in_group < outputs, image, row, column, inside, out, out_strides, TYPE,
+                scale=scale, shift=shift, slope=slope, residual=residual,
+                residual_strides=residual_strides, shortcut=shortcut,
             )  # fmt: skip
 
 
@@ -111,11 +107,7 @@ def one_group_kernel(
     residual,
     residual_strides,
     slope,
-    picture,
-    picture_strides,
-    picture_channels,
-    shortcut_weight,
-    shortcut_shift,
+    shortcut,  # of a down-sampler, or None
     out,
     out_strides,
     channels,  # d
@@ -182,8 +174,8 @@ def one_group_kernel(
         )  # fmt: skip
         y = multiply_add(w, z, y, WAY, TYPE)
     finish(
-        y, output, in_group < outputs, image, row, column, inside, shift, scale, residual, residual_strides,
-        slope, picture, picture_strides, picture_channels, shortcut_weight, shortcut_shift, out, out_strides, TYPE,
+        y, output, in_group < outputs, image, row, column, inside, out, out_strides, TYPE,
+        scale=scale, shift=shift, slope=slope, residual=residual, residual_strides=residual_strides, shortcut=shortcut,
     )  # fmt: skip
 
 
@@ -225,7 +217,7 @@ def run(
     arguments = (
         x, x.stride(), weight.contiguous(), pointwise_weight.contiguous(), *map(dense_vector, pyramid),
         dense_vector(scale), dense_vector(shift), residual, None if residual is None else residual.stride(),
-        dense_vector(slope), *(Shortcut() if shortcut is None else shortcut), out, out.stride(), channels,
+        dense_vector(slope), shortcut, out, out.stride(), channels,
     )  # fmt: skip
     constants = dict(
         DILATIONS=within(dilations, height, width), STRIDE=within([stride], height, width)[0], HFF=hff, WAY=how,

@@ -56,8 +56,8 @@ def resize_kernel(
             other *= tl.sigmoid(tl.load(gate_at, mask=valid, other=0).to(TYPE))[:, None]
         value += other
     finish(
-        value, channel, valid, image, row, column, inside, shift, scale, None, None, slope,
-        None, None, None, None, None, out, out_strides, TYPE,
+        value, channel, valid, image, row, column, inside, out, out_strides, TYPE,
+        scale=scale, shift=shift, slope=slope,
     )  # fmt: skip
 
 

@@ -90,7 +90,9 @@ def norm_gradient_kernel(
         if grad_slope is not None:
             slopes += tl.load(at + 2 * channels, mask=there, other=0).to(tl.float64)
     of_bias = tl.sum(grads, axis=0)
-    of_centred = tl.sum(centred, axis=0)
+    # The kernels took the mean in their own type, which a mean far from zero would show.
+    m = tl.load(mean + channel, mask=valid, other=0)
+    of_centred = tl.sum(centred, axis=0) + (m.to(sums.dtype.element_ty).to(tl.float64) - m) * of_bias
     squares = tl.load(variance + channel, mask=valid, other=1) + tl.full((), EPS, tl.float64)
     deviation = tl.sqrt(squares)
     tl.store(grad_bias + channel, of_bias.to(grad_bias.dtype.element_ty), mask=valid)
@@ -102,7 +104,7 @@ def norm_gradient_kernel(
     if gradient.of_map is not None:
         count = tl.full((), pixels, tl.int64).to(tl.float64)
         of_map = -of_grad * of_centred / (count * squares)
-        constant = -of_grad * of_bias / count - of_map * tl.load(mean + channel, mask=valid, other=0)
+        constant = -of_grad * of_bias / count - of_map * m
         tl.store(gradient.of_map + channel, of_map.to(gradient.of_map.dtype.element_ty), mask=valid)
         tl.store(gradient.constant + channel, constant.to(gradient.constant.dtype.element_ty), mask=valid)
 
