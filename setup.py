@@ -97,6 +97,14 @@ CUDA_SOURCES = [
     "csrc/cuda/eesp.cu",
     "csrc/cuda/down_sampler.cu",
     "csrc/cuda/unit.cu",
+    "csrc/cuda/batch_norm.cu",
+    "csrc/cuda/normalised_pointwise.cu",
+    "csrc/cuda/normalised_pointwise_backward.cu",
+    "csrc/cuda/normalised_pyramid.cu",
+    "csrc/cuda/normalised_pyramid_backward.cu",
+    "csrc/cuda/normalised_output.cu",
+    "csrc/cuda/normalised_output_backward.cu",
+    "csrc/cuda/eesp_training.cu",
 ]
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 

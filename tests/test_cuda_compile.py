@@ -21,6 +21,13 @@ HOT = [
     "group_pointwise_backward_weight_kernel",
     "unit_kernel",
     "ordered_sum_kernel",
+    "take_moments_kernel",
+    "take_gradients_kernel",
+    "normalised_pointwise_kernel",
+    "normalised_pyramid_kernel",
+    "normalised_pyramid_backward_kernel",
+    "normalised_output_kernel",
+    "normalised_output_backward_kernel",
 ]
 ARCHITECTURES = ["8.0", "9.0"]
 

@@ -1,8 +1,9 @@
-// What the torch door sees of the CUDA kernels: one row an operator, over the structs of shapes.h. No torch, no CUDA
+// What the torch door sees of the CUDA kernels: one row an operator, over the structs of shapes.h and training.h. No torch, no CUDA
 // header: pointers are device pointers, a stream is the cudaStream_t as void*.
 #pragma once
 
 #include "../shapes.h"
+#include "training.h"
 
 namespace espk::cuda {
 
@@ -30,5 +31,16 @@ extern const Kernel<GroupPointwiseBackwardWeight> group_pointwise_backward_weigh
 extern const Kernel<PyramidPointwise> pyramid_pointwise;
 extern const Kernel<Eesp> eesp;
 extern const Kernel<DownSampler> down_sampler;
+
+extern const Kernel<EespTraining> eesp_training;
+extern const Kernel<EespTrainingBackward> eesp_training_backward;
+// What these two are made of.
+extern const Kernel<BatchNorm> known_moments;
+extern const Kernel<NormalisedPointwise> normalised_pointwise;
+extern const Kernel<NormalisedPointwiseBackward> normalised_pointwise_backward;
+extern const Kernel<NormalisedPyramid> normalised_pyramid;
+extern const Kernel<NormalisedPyramidBackward> normalised_pyramid_backward;
+extern const Kernel<NormalisedOutput> normalised_output;
+extern const Kernel<NormalisedOutputBackward> normalised_output_backward;
 
 }  // namespace espk::cuda

@@ -6,7 +6,7 @@
 
 #include <mma.h>
 
-#include "elements.cuh"
+#include "normalise.cuh"
 
 namespace espk::cuda {
 
@@ -187,6 +187,54 @@ __device__ void stage(T* to, int pitch, int rows, int depth, const Factor<T>& fr
     T value = {};
     if (r < rows_there && d < depth_there) value = from.first[r * from.row_stride + d * from.depth_stride];
     to[r * pitch + d] = value;
+  }
+}
+
+// The same through a prologue, whose channels begin at `first_channel` and lie along the depth or along the rows, which
+// then divide the threads. A thread stays with its channels, and keeps their numbers while it walks over pixels.
+template <bool kAlongDepth, class T, class Prologue>
+__device__ __forceinline__ void stage(T* to, int pitch, int rows, int depth, const Factor<T>& from, int64_t rows_there,
+                                      int64_t depth_there, bool vectors, const Prologue& prologue,
+                                      int64_t first_channel) {
+  using C = Compute<T>;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  if constexpr (!kChanges<Prologue>) {
+    stage(to, pitch, rows, depth, from, rows_there, depth_there, vectors);
+  } else if constexpr (kAlongDepth) {
+    auto walk = [&](auto width) {
+      constexpr int N = decltype(width)::value;
+      const int of_row = depth / N, step = threads / of_row, d = thread % of_row * N;
+      if (thread >= step * of_row) return;
+      const bool there = d < depth_there;
+      const auto channels = prologue.template channels<N>(first_channel + (there ? d : 0));
+      for (int r = thread / of_row; r < rows; r += step) {
+        C values[N] = {};
+        if (there && r < rows_there) {
+          const T* at = from.first + r * from.row_stride + d;
+          load<N>(values, at);
+          channels(values, at);
+        }
+        store<N>(to + r * pitch + d, values);
+      }
+    };
+    if (vectors) {
+      walk(std::integral_constant<int, kWidest<T>>{});
+    } else {
+      walk(std::integral_constant<int, 1>{});
+    }
+  } else {
+    const int r = thread % rows, step = threads / rows;
+    const bool there = r < rows_there;
+    const auto channels = prologue.template channels<1>(first_channel + (there ? r : 0));
+    for (int d = thread / rows; d < depth; d += step) {
+      C value[1] = {};
+      if (there && d < depth_there) {
+        const T* at = from.first + r * from.row_stride + d * from.depth_stride;
+        load<1>(value, at);
+        channels(value, at);
+      }
+      store<1>(to + r * pitch + d, value);
+    }
   }
 }
 

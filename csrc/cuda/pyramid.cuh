@@ -58,6 +58,9 @@ inline int64_t branch_weight_bytes(const Pyramid& p, const Cut& cut) {
   return round_up(9 * p.branches * cut.channels, 4) * compute;
 }
 
+// The rectangles that a cut makes of the maps, each for all slices of channels.
+inline int64_t rectangles_of(const Pyramid& p, const Cut& cut) { return p.batch * cut.down * cut.across; }
+
 // The weights of a block's channels as [K][9][channels] in the type of the sums; zeros for channels that do not exist.
 template <class T>
 __device__ void load_branch_weights(Compute<T>* to, const T* weight, const PyramidShape& s, int64_t first,

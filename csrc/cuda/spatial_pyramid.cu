@@ -2,7 +2,7 @@
 // touches the map into shared memory once and computes all K branches of it; the sums of hierarchical feature fusion
 // stay in registers from branch to branch.
 // Bytes: d read (and the halo again) + K*d written a pixel; multiply-adds: 9*K*d a pixel. Memory-bound on every device.
-#include "pyramid.cuh"
+#include "spatial_pyramid.cuh"
 
 namespace espk::cuda {
 namespace {
@@ -44,37 +44,8 @@ __global__ void __launch_bounds__(Traits::threads, 1) spatial_pyramid_kernel(con
       const Item at = items[item];
       C sums[kRows][kVector] = {};
       for (int k = 0; k < s.branches; ++k) {
-        C w[9][kVector];
-#pragma unroll
-        for (int tap = 0; tap < 9; ++tap) {
-#pragma unroll
-          for (int v = 0; v < kVector; ++v) w[tap][v] = weights[(k * 9 + tap) * s.cut.channels + at.channel + v];
-        }
-        const int64_t dilation = s.dilations[k];
-#pragma unroll
-        for (int tap = 0; tap < 9; ++tap) {
-          const int i = tap / 3 - 1, j = tap % 3 - 1;
-          if ((i != 0 && dilation >= s.height) || (j != 0 && dilation >= s.width)) continue;
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            const int row = at.row + r * items.row_groups;
-            C values[kVector] = {};
-            if constexpr (Traits::staged) {
-              const int d = static_cast<int>(dilation), stride = static_cast<int>(s.stride);
-              load<kVector>(values, window + (row * stride + s.halo_rows + i * d) * p.window.row_step +
-                                        (at.column * stride + s.halo_columns + j * d) * p.window.column_step +
-                                        at.channel * p.window.channel_step);
-            } else {
-              const int64_t y = (place.row + row) * s.stride + i * dilation;
-              const int64_t x = (place.column + at.column) * s.stride + j * dilation;
-              if (y >= 0 && y < s.height && x >= 0 && x < s.width && at.channel < channels) {
-                values[0] = widen(image[y * s.in.row + x * s.in.column + at.channel * s.in.channel]);
-              }
-            }
-#pragma unroll
-            for (int v = 0; v < kVector; ++v) sums[r][v] += w[tap][v] * values[v];
-          }
-        }
+        add_branch<Traits>(sums, s, k, weights, p.window, window, image, place, channels, at, items.row_groups,
+                           AsItIs{});
         const int64_t channel = k * s.channels + place.channel + at.channel;
         T* out = p.out + place.image * s.out.image + channel * s.out.channel;
 #pragma unroll
@@ -110,14 +81,6 @@ Outcome start(const SpatialPyramid& p, const PyramidPlan& plan, void* stream) {
                 plan.shared_bytes, stream, params);
 }
 
-PyramidPlan forward_plan(const SpatialPyramid& p, const Cut& cut) {
-  PyramidPlan plan = pyramid_plan(p, cut);
-  plan.window = input_window(p, plan.shape);
-  plan.window_bytes = bytes_of(p.type) * plan.window.count();
-  plan.shared_bytes = branch_weight_bytes(p, cut) + plan.window_bytes;
-  return plan;
-}
-
 int64_t no_scratch(const SpatialPyramid&) { return 0; }
 
 Outcome run(const SpatialPyramid& p, void*, void* stream) {
@@ -125,7 +88,7 @@ Outcome run(const SpatialPyramid& p, void*, void* stream) {
     using T = std::remove_pointer_t<decltype(type)>;
     return with_pyramid_traits<T>(
         p, p.out_height, p.out_width, bytes_of(p.type), aligned(p.out, 4 * bytes_of(p.type)),
-        [&](const Cut& cut, auto) { return forward_plan(p, cut); },
+        [&](const Cut& cut, auto) { return forward_plan(p, cut, 0); },
         [&](auto traits, const PyramidPlan& plan) { return start<T, decltype(traits)>(p, plan, stream); });
   });
 }

@@ -1,8 +1,7 @@
 // A rectangle of a map in shared memory, with zeros where it leaves the map, and how maps are cut into rectangles.
 #pragma once
 
-#include "elements.cuh"
-#include "launch.cuh"
+#include "normalise.cuh"
 
 namespace espk::cuda {
 
@@ -80,10 +79,11 @@ struct MapView {
 enum class Fill { replace, add };
 
 // All threads of the block fill the window whose corner is at (row, column) of the map. `vectors` promises that 16-byte
-// loads are aligned and that channels come in whole vectors.
-template <Fill fill, class T, class S>
+// loads are aligned and that channels come in whole vectors. What lies in the map goes through a prologue (normalise.cuh),
+// whose channels begin at `first_channel`; then the map is channels_last and the window has 32 channels at most.
+template <Fill fill, class T, class S, class Prologue = AsItIs>
 __device__ void fill_window(S* to, const Window& window, const MapView<T>& map, int64_t row, int64_t column,
-                            bool vectors) {
+                            bool vectors, const Prologue& prologue = {}, int64_t first_channel = 0) {
   const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   auto put = [](S& element, Compute<T> value) {
@@ -93,7 +93,41 @@ __device__ void fill_window(S* to, const Window& window, const MapView<T>& map, 
       element = narrow<S>(value);
     }
   };
-  if (window.channels_last) {
+  if constexpr (kChanges<Prologue>) {
+    // A lane stays with its channels, and keeps their numbers while it walks over pixels.
+    auto walk = [&](auto width) {
+      constexpr int N = decltype(width)::value;
+      const int of_pixel = window.channels / N, step = 32 / of_pixel, channel = lane % of_pixel * N;
+      if (lane >= step * of_pixel) return;
+      const bool there = channel < map.channels;
+      const auto channels = prologue.template channels<N>(first_channel + (there ? channel : 0));
+      for (int r = warp; r < window.rows; r += warps) {
+        const bool row_inside = row + r >= 0 && row + r < map.height;
+        const T* line = map.first + (row + r) * map.strides.row + channel;
+        for (int c = lane / of_pixel; c < window.columns; c += step) {
+          const int64_t at = column + c;
+          S* element = to + r * window.row_step + c * window.column_step + channel;
+          Compute<T> values[N] = {};
+          if (row_inside && there && at >= 0 && at < map.width) {
+            load<N>(values, line + at * map.strides.column);
+            channels(values, line + at * map.strides.column);
+          }
+          if constexpr (fill == Fill::add) {
+            Compute<T> before[N];
+            load<N>(before, element);
+#pragma unroll
+            for (int i = 0; i < N; ++i) values[i] += before[i];
+          }
+          store<N>(element, values);
+        }
+      }
+    };
+    if (vectors) {
+      walk(std::integral_constant<int, kWidest<T>>{});
+    } else {
+      walk(std::integral_constant<int, 1>{});
+    }
+  } else if (window.channels_last) {
     for (int r = warp; r < window.rows; r += warps) {
       const bool row_inside = row + r >= 0 && row + r < map.height;
       const T* line = map.first + (row + r) * map.strides.row;

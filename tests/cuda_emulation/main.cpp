@@ -4,6 +4,7 @@
 #include "cases.h"
 #include "cuda/kernels.h"
 #include "cuda_runtime.h"
+#include "training.h"
 
 namespace {
 
@@ -230,6 +231,186 @@ void check_units(const Case& s, Type type, Layout layout, const Setting& setting
   }
 }
 
+// How far results may be from the reference, which rounds where the kernels do, relative to a tensor's norm. Sums of up
+// to 2000 numbers err by their square root times half a unit of the compute type; where that turns the rounding of a
+// number that is kept, it is off by one unit of its type, a few in a hundred of them.
+double tolerance(Type type) {
+  switch (type) {
+    case Type::float64: return 1e-12;
+    case Type::float32: return tf32 ? 1e-3 : 2e-5;
+    case Type::float16: return 1e-3;
+    default: return 8e-3;
+  }
+}
+
+std::string differs(const char* what, const std::vector<double>& found, const std::vector<double>& expected,
+                    double tolerance) {
+  double error = 0, size = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    error += (found[i] - expected[i]) * (found[i] - expected[i]);
+    size += expected[i] * expected[i];
+  }
+  // A NaN compares with nothing.
+  if (error <= tolerance * tolerance * size) return "";
+  return std::string(what) + " is off by " + std::to_string(std::sqrt(error / size) / tolerance) + " tolerances; ";
+}
+
+// A vector of the unit's channels in memory.
+Buffer vector_of(Type type, const std::vector<double>& values) {
+  Tensor t({static_cast<int64_t>(values.size())});
+  t.values = values;
+  return Buffer(type, Layout::contiguous, t);
+}
+
+std::vector<double> numbers_in(const Buffer& buffer, int64_t first, int64_t count) {
+  std::vector<double> numbers;
+  for (int64_t i = first; i < first + count; ++i) numbers.push_back(buffer.get(i));
+  return numbers;
+}
+
+void check_training(const UnitCase& u, Type type, const Setting& setting) {
+  constexpr Layout last = Layout::channels_last;
+  const Type compute = type == Type::float64 ? Type::float64 : Type::float32;
+  const Case& s = u.s;
+  // Far from zero, but where the type holds the numbers' differences.
+  const bool holds = type == Type::float64 || (type == Type::float32 && !tf32);
+  UnitReference r = drawn(u, holds ? u.mean : std::fmin(u.mean, 8));
+  // There a number of a map is off by a unit of 1e4, beside a deviation of about one.
+  const bool far = u.mean > 8 && holds;
+  const double close = !far ? tolerance(type) : type == Type::float64 ? 1e-10 : 2e-3;
+  std::vector<double> weights, biases, slopes, means, variances;
+  for (const NormReference& norm : r.norms) {
+    weights.insert(weights.end(), norm.weight.begin(), norm.weight.end());
+    biases.insert(biases.end(), norm.bias.begin(), norm.bias.end());
+    if (norm.has_prelu) slopes.insert(slopes.end(), norm.slope.begin(), norm.slope.end());
+    means.insert(means.end(), norm.mean.begin(), norm.mean.end());
+    variances.insert(variances.end(), norm.variance.begin(), norm.variance.end());
+  }
+  r.run(u, [&](Tensor t) { return rounded(type, std::move(t)); }, [&](const Tensor& t) { return factor(type, t); });
+
+  const Buffer x(type, last, r.x), grad(type, last, r.grad);
+  auto dense = [&](const Tensor& t) { return Buffer(type, Layout::contiguous, t); };
+  const Buffer reduce_weight = dense(r.reduce_weight), weight = dense(r.weight), expand_weight = dense(r.expand_weight);
+  const Buffer norm_weight = vector_of(compute, weights), norm_bias = vector_of(compute, biases);
+  const Buffer slope = vector_of(compute, slopes);
+  const Buffer running_mean = vector_of(Type::float64, means), running_variance = vector_of(Type::float64, variances);
+  auto fill = [&](auto& p) {
+    p.in_channels = u.inputs;
+    p.pointwise_channels = s.outputs;
+    p.reduce_groups = u.reduce_groups;
+    p.groups = s.groups;
+    p.x = x.data();
+    p.reduce_weight = reduce_weight.data();
+    p.weight = weight.data();
+    p.expand_weight = expand_weight.data();
+    p.norm_weight = norm_weight.data();
+    p.norm_bias = norm_bias.data();
+    p.slope = slope.data();
+    for (int i = 0; i < 3; ++i) {
+      p.eps[i] = r.norms[i].eps;
+      p.batch_statistics[i] = r.norms[i].batch_statistics;
+    }
+    p.has_prelu = u.has_prelu;
+    p.residual = u.residual;
+    p.tf32 = tf32;
+  };
+  const int64_t channels = static_cast<int64_t>(weights.size());
+  Buffer result(type, last, r.result.sizes), reduced(type, last, r.reduced.sizes);
+  Buffer concatenated(type, last, r.concatenated.sizes), expanded(type, last, r.expanded.sizes);
+  Buffer statistics(Type::float64, Layout::contiguous, {2, channels});
+  std::string wrong;
+  auto run = [&](const auto& kernel, const auto& problem) {
+    const Scratch scratch(kernel.scratch_bytes(problem));
+    const espk::cuda::Outcome outcome = kernel.run(problem, scratch.data, nullptr);
+    if (outcome.failed()) wrong += std::string(outcome.kernel) + ": " + outcome.reason + "; ";
+  };
+  auto compare = [&](const char* what, const Buffer& found, const Tensor& expected) {
+    wrong += differs(what, numbers_in(found, 0, expected.count()), expected.values, close);
+    if (!found.guards_intact()) wrong += std::string("memory beside ") + what + " was written; ";
+  };
+
+  auto forward = described<kernels::EespTraining>(s, type, last);
+  fill(forward);
+  forward.running_mean = static_cast<const double*>(running_mean.data());
+  forward.running_variance = static_cast<const double*>(running_variance.data());
+  forward.result = result.data();
+  forward.reduced = reduced.data();
+  forward.concatenated = u.saves_concatenated ? concatenated.data() : nullptr;
+  forward.expanded = expanded.data();
+  forward.statistics = static_cast<double*>(statistics.data());
+  run(kernels::eesp_training, forward);
+  compare("result", result, r.result);
+  compare("reduced", reduced, r.reduced);
+  if (u.saves_concatenated) compare("concatenated", concatenated, r.concatenated);
+  compare("expanded", expanded, r.expanded);
+
+  // The moments of the map that was kept, whatever it is: one by one, however far they are from zero.
+  int64_t first = 0;
+  for (int i = 0; i < 3; ++i) {
+    NormReference norm = r.norms[i];
+    const Buffer& map = i == 0 ? reduced : i == 1 ? concatenated : expanded;
+    Tensor kept = i == 0 ? r.reduced : i == 1 ? r.concatenated : r.expanded;
+    if (i != 1 || u.saves_concatenated) kept.values = numbers_in(map, 0, kept.count());
+    norm.take(kept);
+    for (size_t c = 0; c < norm.weight.size(); ++c, ++first) {
+      const double mean = statistics.get(first), variance = statistics.get(channels + first);
+      const double few = i == 1 && !u.saves_concatenated ? close : 1e-5;
+      const bool fine =
+          std::fabs(mean - norm.mean[c]) <= few * (std::fabs(norm.mean[c]) + std::sqrt(norm.variance[c])) &&
+          std::fabs(variance - norm.variance[c]) <= few * norm.variance[c];
+      if (!fine) wrong += "moments of channel " + std::to_string(first) + "; ";
+    }
+  }
+
+  // All gradients, and each alone: what is not wanted must not be missed by what is.
+  for (int wanted = -1; wanted < 5; ++wanted) {
+    auto wants = [&](int i) { return wanted < 0 || wanted == i; };
+    Buffer grad_x(type, last, r.grad_x.sizes), grad_reduce(type, Layout::contiguous, r.reduce_weight.sizes);
+    Buffer grad_weight(type, Layout::contiguous, r.weight.sizes);
+    Buffer grad_expand(type, Layout::contiguous, r.expand_weight.sizes);
+    Buffer grad_norm_weight(compute, Layout::contiguous, {channels});
+    Buffer grad_norm_bias(compute, Layout::contiguous, {channels});
+    Buffer grad_slope(compute, Layout::contiguous, {static_cast<int64_t>(slopes.size())});
+    auto backward = described<kernels::EespTrainingBackward>(s, type, last);
+    fill(backward);
+    backward.grad = grad.data();
+    backward.reduced = reduced.data();
+    backward.concatenated = forward.concatenated;
+    backward.expanded = expanded.data();
+    backward.statistics = forward.statistics;
+    backward.grad_x = wants(0) ? grad_x.data() : nullptr;
+    backward.grad_reduce = wants(1) ? grad_reduce.data() : nullptr;
+    backward.grad_weight = wants(2) ? grad_weight.data() : nullptr;
+    backward.grad_expand = wants(3) ? grad_expand.data() : nullptr;
+    backward.grad_norm_weight = wants(4) ? grad_norm_weight.data() : nullptr;
+    backward.grad_norm_bias = wants(4) ? grad_norm_bias.data() : nullptr;
+    backward.grad_slope = wants(4) ? grad_slope.data() : nullptr;
+    run(kernels::eesp_training_backward, backward);
+    if (wants(0)) compare("grad_x", grad_x, r.grad_x);
+    // Far from zero it is a sum of gradients, which is zero, times 1e4: nothing but rounding.
+    if (wants(1) && !far) compare("grad_reduce", grad_reduce, r.grad_reduce);
+    if (wants(2)) compare("grad_weight", grad_weight, r.grad_weight);
+    if (wants(3)) compare("grad_expand", grad_expand, r.grad_expand);
+    int64_t at = 0;
+    for (const NormReference& norm : r.norms) {
+      const int64_t count = static_cast<int64_t>(norm.weight.size());
+      if (wants(4)) {
+        wrong += differs("grad_norm_weight", numbers_in(grad_norm_weight, at, count), norm.grad_weight, close);
+        wrong += differs("grad_norm_bias", numbers_in(grad_norm_bias, at, count), norm.grad_bias, close);
+        if (norm.has_prelu) {
+          wrong += differs("grad_slope", numbers_in(grad_slope, at, count), norm.grad_slope, close);
+        }
+      }
+      at += count;
+    }
+  }
+  ++checks;
+  if (wrong.empty()) return;
+  ++failures;
+  std::printf("FAIL unit in training, %s, type %d, %s: %s\n", s.name, static_cast<int>(type), setting.name,
+              wrong.c_str());
+}
+
 }  // namespace
 
 // The type to run, as its number in espk::Type, or 4 for float32 in tf32, so that several programmes share the machine's
@@ -252,6 +433,7 @@ int main(int, char** argv) {
         check_units(s, type, layout, setting);
       }
     }
+    for (const UnitCase& u : kUnits) check_training(u, type, setting);
   }
   std::printf("%lld launches, %d checks, %d failures\n", static_cast<long long>(emulation::launches), checks, failures);
   return failures ? 1 : 0;
