@@ -86,7 +86,12 @@ BFLOAT16_SOURCES = ["csrc/cpu/bfloat16_product.cpp"]
 SOURCES = TORCH_SOURCES + PYBIND_SOURCES + DISPATCH_SOURCES + KERNEL_SOURCES + BFLOAT16_SOURCES
 
 # The CUDA library defines the same schemas in a namespace of its own.
-CUDA_TORCH_SOURCES = ["csrc/ops.cpp", "csrc/cuda_door.cpp", "csrc/cuda_inference_door.cpp"]
+CUDA_TORCH_SOURCES = [
+    "csrc/ops.cpp",
+    "csrc/cuda_door.cpp",
+    "csrc/cuda_inference_door.cpp",
+    "csrc/cuda_training_door.cpp",
+]
 CUDA_SOURCES = [
     "csrc/cuda/spatial_pyramid.cu",
     "csrc/cuda/spatial_pyramid_backward_input.cu",

@@ -12,12 +12,9 @@
 namespace espk {
 namespace {
 
-// What both operators take, checked, dense, and with the three norms in place.
-struct Unit {
-  Tensor reduce_weight, weight, expand_weight;
-  int64_t in_channels, out_channels, reduce_groups, groups;
-  bool residual, has_prelu;
-  Pyramid pyramid{};
+// What both operators take, with the three norms in place.
+struct Unit : TrainingUnit {
+  bool has_prelu;
   std::vector<double> norm_weight, norm_bias, slope, moments;
   std::array<TrainingNorm, 3> norms{};
 
@@ -25,31 +22,14 @@ struct Unit {
        const std::vector<int64_t>& dilations, const Tensor& expand, int64_t groups, const Tensor& norm_weights,
        const Tensor& norm_biases, const Tensor& slopes, const std::vector<double>& eps,
        const std::vector<bool>& batch_statistics, int64_t stride, bool hff, bool residual)
-      : reduce_weight(dense_weight(reduce)),
-        weight(dense_weight(branches)),
-        expand_weight(dense_weight(expand)),
-        in_channels(x.size(1)),
-        out_channels(expand.size(0)),
-        reduce_groups(reduce_groups),
-        groups(groups),
-        residual(residual) {
-    for (const Tensor* each : {&reduce, &branches, &expand}) check_same_type(x, *each);
-    STD_TORCH_CHECK(x.numel() > 0, "x: expected at least one image, channel, row and column");
-    check_pointwise_weight(reduce, in_channels, reduce_groups);
-    describe(pyramid, x, Layout::channels_last, {x.size(0), reduce.size(0), x.size(2), x.size(3)}, dilations, stride,
-             hff);
-    check_branch_weight(branches, pyramid);
-    check_pointwise_weight(expand, pyramid.out_channels(), groups);
-    STD_TORCH_CHECK(
-        !residual || (in_channels == out_channels && pyramid.out_height == x.size(2) && pyramid.out_width == x.size(3)),
-        "residual: expected a result of the shape of x");
-    STD_TORCH_CHECK(eps.size() == 3 && batch_statistics.size() == 3, "eps, batch_statistics: expected one a norm");
+      : TrainingUnit(x, reduce, reduce_groups, branches, dilations, expand, groups, eps, batch_statistics, stride, hff,
+                     residual),
+        has_prelu(ends_in_prelu(slopes)) {
     const int64_t channels[3] = {pyramid.channels, pyramid.out_channels(), out_channels};
-    const int64_t inner = channels[0] + channels[1], all = inner + out_channels;
-    has_prelu = slopes.dim() == 1 && slopes.size(0) == all;
+    const int64_t all = norm_channels();
     norm_weight = numbers(norm_weights, all, compute_type(x), "norm_weight");
     norm_bias = numbers(norm_biases, all, compute_type(x), "norm_bias");
-    slope = numbers(slopes, has_prelu ? all : inner, compute_type(x), "slope");
+    slope = numbers(slopes, has_prelu ? all : inner_channels(), compute_type(x), "slope");
     moments.assign(static_cast<size_t>(2 * all), 0.0);
     int64_t first = 0;
     for (int i = 0; i < 3; first += channels[i++]) {
@@ -63,24 +43,6 @@ struct Unit {
       norms[i].mean = moments.data() + first;
       norms[i].variance = moments.data() + all + first;
     }
-  }
-
-  int64_t in_pixels() const { return pyramid.batch * pyramid.height * pyramid.width; }
-  int64_t out_pixels() const { return pyramid.batch * pyramid.out_height * pyramid.out_width; }
-  int64_t norm_channels() const { return static_cast<int64_t>(norm_weight.size()); }
-
-  Tensor in_map(int64_t channels, const Tensor& like) const {
-    return empty_map({pyramid.batch, channels, pyramid.height, pyramid.width}, like, Layout::channels_last);
-  }
-  Tensor out_map(int64_t channels, const Tensor& like) const {
-    return empty_map({pyramid.batch, channels, pyramid.out_height, pyramid.out_width}, like, Layout::channels_last);
-  }
-  void check_kept(const Tensor& map, int64_t channels, bool strided, const char* name) const {
-    STD_TORCH_CHECK(map.is_cpu() && map.dim() == 4 && map.scalar_type() == expand_weight.scalar_type() &&
-                        map.size(0) == pyramid.batch && map.size(1) == channels &&
-                        map.size(2) == (strided ? pyramid.out_height : pyramid.height) &&
-                        map.size(3) == (strided ? pyramid.out_width : pyramid.width),
-                    name, ": expected the map of the forward pass");
   }
 
   // The concatenated map of the reduced one; its moments only where they are asked for.

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "cpu_run.h"
-#include "door.h"
+#include "training_unit.h"
 
 namespace espk {
 
@@ -15,14 +15,9 @@ void run_kernel(const Kernel<Problem>& kernel, const Problem& problem) {
   run_units(kernel, problem, shared);
 }
 
-inline ScalarType compute_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // A vector of `count` numbers in float64.
 inline std::vector<double> numbers(const Tensor& t, int64_t count, ScalarType type, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.size(0) == count && t.scalar_type() == type, name,
-                  ": expected a CPU vector of the unit's channels, float64 for float64 maps and moments, else float32");
+  check_numbers(t, count, type, name);
   const Tensor dense = dense_weight(t);
   if (type == ScalarType::Double) {
     const double* from = static_cast<const double*>(dense.const_data_ptr());
@@ -49,7 +44,5 @@ inline Tensor vector_of(const std::vector<const std::vector<double>*>& parts, co
   }
   return result;
 }
-
-inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, std::vector<int64_t>{0}); }
 
 }  // namespace espk

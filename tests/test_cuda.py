@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +198,154 @@ def test_down_sampler(sample: Sample, with_image: bool) -> None:
         # The pooled half is rounded in the type of the sums, where a ninth of nine is exact.
         assert_exact("output", out.cpu(), reference.epilogue(expected, slope=slope))
         assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A whole unit in training, as the operator takes it."""
+
+    name: str
+    batch: int
+    size: tuple[int, int]
+    inputs: int
+    reduce_groups: int
+    channels: int
+    dilations: tuple[int, ...]
+    outputs: int
+    groups: int
+    stride: int = 1
+    hff: bool = True
+    residual: bool = False
+    has_prelu: bool = True
+    saves: bool = True
+    batch_statistics: tuple[bool, bool, bool] = (True, True, True)
+
+    def __str__(self) -> str:
+        return self.name.replace(" ", "-")
+
+    def arguments(self) -> list[Any]:
+        """Those of the forward pass in float64, on the CPU; vectors and weights that float32 holds."""
+        draw = torch.Generator().manual_seed(self.channels)
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=draw).bfloat16().double()
+
+        concatenated = len(self.dilations) * self.channels
+        inner = self.channels + concatenated
+        slopes = inner + (self.outputs if self.has_prelu else 0)
+        running = None if all(self.batch_statistics) else numbers(inner + self.outputs)
+        return [
+            numbers(self.batch, self.inputs, *self.size).contiguous(memory_format=torch.channels_last),
+            numbers(self.channels, self.inputs // self.reduce_groups), self.reduce_groups,
+            numbers(len(self.dilations), self.channels, 3, 3), list(self.dilations),
+            numbers(self.outputs, concatenated // self.groups), self.groups,
+            1 + numbers(inner + self.outputs) / 4, numbers(inner + self.outputs) / 4, numbers(slopes) / 4,
+            running, None if running is None else running.square() + 1, [1e-5, 1e-4, 1e-3],
+            list(self.batch_statistics), self.stride, self.hff, self.residual, self.saves,
+        ]  # fmt: skip
+
+
+RESIDUAL = Trained("residual", 3, (17, 20), 64, 4, 16, (1, 2, 3, 4), 64, 4, residual=True)
+TRAINED = [
+    RESIDUAL,
+    replace(RESIDUAL, name="recomputed", saves=False),
+    replace(RESIDUAL, name="running", batch_statistics=(False, False, False)),
+    replace(RESIDUAL, name="some running", batch_statistics=(False, True, False), has_prelu=False),
+    replace(RESIDUAL, name="many blocks", batch=8, size=(113, 97)),
+    Trained("strided", 2, (31, 28), 32, 4, 24, (1, 2, 3, 4), 96, 4, stride=2, has_prelu=False),
+    Trained("odd channels", 2, (9, 14), 5, 1, 7, (1, 2, 3), 35, 7, hff=False),
+    Trained("eight branches", 2, (12, 9), 8, 2, 12, (1, 2, 3, 4, 5, 6, 7, 20), 96, 8),
+    Trained("wide groups", 2, (14, 14), 160, 1, 80, (1, 1, 2), 160, 1, residual=True, saves=False),
+    Trained("stride 3", 2, (20, 11), 12, 3, 6, (1, 5), 30, 2, stride=3),
+]
+
+
+def trained_on_device(arguments: list[Any], dtype: torch.dtype) -> list[Any]:
+    """The arguments as the operator takes them: vectors in the type of the sums, running statistics in float64."""
+    there = moved(arguments, dtype, torch.channels_last)
+    for i in (10, 11):
+        there[i] = None if arguments[i] is None else arguments[i].cuda()
+    return there
+
+
+def unit_gradients(library: Any, arguments: list[Any], outputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """All gradients of what the forward pass gave."""
+    x, *weights = arguments[:7]
+    kept, vectors, options = outputs[1:], arguments[7:10], arguments[12:17]
+    found: tuple[Tensor, ...] = library.eesp_training_backward(grad, x, *kept, *weights, *vectors, *options, [True] * 7)
+    return found
+
+
+def everything(library: Any, arguments: list[Any], grad: Tensor) -> tuple[Tensor, ...]:
+    """What both operators give."""
+    outputs = library.eesp_training(*arguments)
+    return (*outputs, *unit_gradients(library, arguments, outputs, grad))
+
+
+def errors(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> list[float]:
+    pairs = zip(found, truth, strict=True)
+    return [float((f.cpu().double() - t).norm() / t.norm().clamp_min(1e-30)) for f, t in pairs if t.numel()]
+
+
+@pytest.mark.parametrize("unit", TRAINED, ids=str)
+def test_eesp_training(unit: Trained) -> None:
+    """Against the operator of the CPU in float64.
+
+    Where rounding chooses the side of a PReLU gradients jump, and their error is the square root of the rounding's. In
+    a half type the worst of the CPU's own errors is the measure.
+    """
+    arguments = unit.arguments()
+    sizes = (unit.batch, unit.outputs, *((size - 1) // unit.stride + 1 for size in unit.size))
+    grad = torch.linspace(-1, 1, math.prod(sizes), dtype=torch.float64).reshape(sizes).cos()
+    truth = everything(torch.ops.espkernels, arguments, grad)
+    for dtype in DTYPES:
+        there = grad.to("cuda", dtype, memory_format=torch.channels_last)
+        found = everything(ops, trained_on_device(arguments, dtype), there)
+        for i, (ours, right) in enumerate(zip(found, truth, strict=True)):
+            assert ours.shape == right.shape and (ours.dim() != 4 or i == 7 or ours.stride() == right.stride()), i
+        bound = {torch.float64: 1e-10, torch.float32: 1e-3}.get(dtype)
+        if bound is None:
+            here = [
+                value.cpu() if isinstance(value, Tensor) else value for value in trained_on_device(arguments, dtype)
+            ]
+            bound = 2 * max(errors(everything(torch.ops.espkernels, here, there.cpu()), truth))
+        assert max(errors(found, truth)) <= bound, (dtype, errors(found, truth))
+
+
+def test_moments_far_from_zero() -> None:
+    arguments = RESIDUAL.arguments()
+    arguments[0] = arguments[0] + 1e4
+    arguments[1] = torch.eye(16).double()  # a channel of x for each
+    for dtype in (torch.float32, torch.float64):
+        _, reduced, concatenated, expanded, statistics = ops.eesp_training(*trained_on_device(arguments, dtype))
+        first = 0
+        for stored in (reduced, concatenated, expanded):
+            double = stored.double().transpose(0, 1).flatten(1)
+            mean, variance = statistics[:, first : first + double.shape[0]]
+            # Some sums of hundreds of numbers in float32, around one of them.
+            torch.testing.assert_close(mean, double.mean(1), rtol=4e-6, atol=4e-6)
+            torch.testing.assert_close(variance, double.var(1, correction=0), rtol=1e-5, atol=0)
+            first += double.shape[0]
+
+
+def test_training_is_the_same_each_time_and_in_a_graph() -> None:
+    unit = replace(RESIDUAL, batch=8, size=(56, 56))
+    there = trained_on_device(unit.arguments(), torch.bfloat16)
+
+    grad = torch.randn(8, 64, 56, 56, device="cuda").bfloat16()
+
+    def step() -> tuple[Tensor, ...]:
+        return everything(ops, there, grad)
+
+    once = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        for tensor in captured:
+            tensor.zero_()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, once, strict=True))
 
 
 def layer(batch: int = 2) -> Sample:
