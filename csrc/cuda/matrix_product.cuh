@@ -207,15 +207,13 @@ __device__ __forceinline__ void stage(T* to, int pitch, int rows, int depth, con
       if (thread >= step * of_row) return;
       const bool there = d < depth_there;
       const auto channels = prologue.template channels<N>(first_channel + (there ? d : 0));
-      for (int r = thread / of_row; r < rows; r += step) {
-        C values[N] = {};
-        if (there && r < rows_there) {
-          const T* at = from.first + r * from.row_stride + d;
-          load<N>(values, at);
-          channels(values, at);
-        }
-        store<N>(to + r * pitch + d, values);
-      }
+      const int first = thread / of_row;
+      each_place<N, T>((rows - first + step - 1) / step, channels,
+                       [&](int i) {
+                         const int r = first + i * step;
+                         return there && r < rows_there ? from.first + r * from.row_stride + d : nullptr;
+                       },
+                       [&](int i, const C(&numbers)[N]) { store<N>(to + (first + i * step) * pitch + d, numbers); });
     };
     if (vectors) {
       walk(std::integral_constant<int, kWidest<T>>{});
@@ -226,15 +224,14 @@ __device__ __forceinline__ void stage(T* to, int pitch, int rows, int depth, con
     const int r = thread % rows, step = threads / rows;
     const bool there = r < rows_there;
     const auto channels = prologue.template channels<1>(first_channel + (there ? r : 0));
-    for (int d = thread / rows; d < depth; d += step) {
-      C value[1] = {};
-      if (there && d < depth_there) {
-        const T* at = from.first + r * from.row_stride + d * from.depth_stride;
-        load<1>(value, at);
-        channels(value, at);
-      }
-      store<1>(to + r * pitch + d, value);
-    }
+    const int first = thread / rows;
+    each_place<1, T>((depth - first + step - 1) / step, channels,
+                     [&](int i) {
+                       const int d = first + i * step;
+                       return there && d < depth_there ? from.first + r * from.row_stride + d * from.depth_stride
+                                                       : nullptr;
+                     },
+                     [&](int i, const C(&number)[1]) { store<1>(to + r * pitch + first + i * step, number); });
   }
 }
 

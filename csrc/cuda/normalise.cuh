@@ -1,7 +1,8 @@
 // What a kernel does to a map on its way in: nothing, a batch norm with its PReLU, or the gradient through a batch norm.
 //
 // Each has channels<N>(first): what a thread keeps of N neighbouring channels, aligned to them, while it walks over
-// pixels. That turns numbers which were read at `at` into those that the kernel works with. vectors() allows 16-byte loads.
+// pixels. That turns numbers which were read at `at` into those that the kernel works with, by the help of what
+// beside(at) has read. vectors() allows 16-byte loads.
 #pragma once
 
 #include "elements.cuh"
@@ -9,11 +10,17 @@
 
 namespace espk::cuda {
 
+struct Nothing {};
+
 struct AsItIs {
   template <int N>
   struct Channels {
-    template <class C, class T>
-    __device__ __forceinline__ void operator()(C (&)[N], const T*) const {}
+    template <class T>
+    __device__ __forceinline__ Nothing beside(const T*) const {
+      return {};
+    }
+    template <class C>
+    __device__ __forceinline__ void operator()(C (&)[N], Nothing) const {}
   };
 
   template <int N>
@@ -45,7 +52,8 @@ struct Normalised {
   struct Channels : NormChannels<C, N> {
     bool given;
 
-    __device__ __forceinline__ void operator()(C (&values)[N], const T*) const {
+    __device__ __forceinline__ Nothing beside(const T*) const { return {}; }
+    __device__ __forceinline__ void operator()(C (&values)[N], Nothing) const {
       if (!given) return;
 #pragma unroll
       for (int i = 0; i < N; ++i) values[i] = this->prelu(i, this->before_prelu(i, values[i]));
@@ -86,16 +94,18 @@ struct ThroughNorm {
     C of_grad[N], of_map[N], constant[N];
     const T *grad, *map;
 
-    __device__ __forceinline__ void operator()(C (&values)[N], const T* at) const {
+    __device__ __forceinline__ Pack<T, N> beside(const T* at) const {
+      if (!map) return {};
+      return *reinterpret_cast<const Pack<T, N>*>(map + (at - grad));
+    }
+    __device__ __forceinline__ void operator()(C (&values)[N], const Pack<T, N>& numbers) const {
       if (!map) {
 #pragma unroll
         for (int i = 0; i < N; ++i) values[i] *= of_grad[i];
         return;
       }
-      C numbers[N];
-      load<N>(numbers, map + (at - grad));
 #pragma unroll
-      for (int i = 0; i < N; ++i) values[i] = values[i] * of_grad[i] + (numbers[i] * of_map[i] + constant[i]);
+      for (int i = 0; i < N; ++i) values[i] = values[i] * of_grad[i] + (widen(numbers.at[i]) * of_map[i] + constant[i]);
     }
   };
 
@@ -120,6 +130,44 @@ ThroughNorm<T> through_norm(const BatchNorm& norm, const void* grad, const void*
   const bool whole = norm.batch_statistics;
   return {static_cast<const C*>(norm.of_grad), whole ? static_cast<const C*>(norm.of_map) : nullptr,
           static_cast<const C*>(norm.constant), static_cast<const T*>(grad), static_cast<const T*>(map)};
+}
+
+template <int N, class T, class Channels>
+__device__ __forceinline__ void load_through(Compute<T> (&to)[N], const T* at, const Channels& channels) {
+  load<N>(to, at);
+  channels(to, channels.beside(at));
+}
+
+// N channels of places 0..count, a few of them at a time so that their loads are under way together: put(i, numbers) gets
+// those of place i, which lie at the address at(i), or zeros where that is null.
+template <int N, class T, class Channels, class At, class Put>
+__device__ __forceinline__ void each_place(int count, const Channels& channels, At at, Put put) {
+  using Beside = decltype(channels.beside(static_cast<const T*>(nullptr)));
+  constexpr int kTogether = N == 1 ? 8 : std::is_same_v<Beside, Nothing> ? 4 : 2;
+  for (int first = 0; first < count; first += kTogether) {
+    Pack<T, N> values[kTogether];
+    Beside beside[kTogether];
+    bool inside[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const T* from = first + i < count ? at(first + i) : nullptr;
+      inside[i] = from;
+      if (!from) continue;
+      values[i] = *reinterpret_cast<const Pack<T, N>*>(from);
+      beside[i] = channels.beside(from);
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (first + i >= count) continue;
+      Compute<T> numbers[N] = {};
+      if (inside[i]) {
+#pragma unroll
+        for (int v = 0; v < N; ++v) numbers[v] = widen(values[i].at[v]);
+        channels(numbers, beside[i]);
+      }
+      put(first + i, numbers);
+    }
+  }
 }
 
 }  // namespace espk::cuda

@@ -39,8 +39,7 @@ __device__ __forceinline__ void add_branch(Compute<T> (&sums)[Traits::rows][Trai
         const int64_t x = (place.column + at.column) * s.stride + j * dilation;
         if (y >= 0 && y < s.height && x >= 0 && x < s.width && at.channel < channels) {
           const T* from = image + y * s.in.row + x * s.in.column + at.channel * s.in.channel;
-          load<kVector>(values, from);
-          prologue.template channels<kVector>(place.channel + at.channel)(values, from);
+          load_through<kVector>(values, from, prologue.template channels<kVector>(place.channel + at.channel));
         }
       }
 #pragma unroll

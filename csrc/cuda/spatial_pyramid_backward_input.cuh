@@ -72,8 +72,7 @@ __device__ __forceinline__ void gather_branches(Compute<T> (&sums)[Traits::rows]
           const T* from = grad + y * s.out.row + x * s.out.column + at.channel * s.out.channel;
           for (int n = k; n < (s.hff ? s.branches : k + 1); ++n) {
             C value[1];
-            load<1>(value, from);
-            prologue.template channels<1>(n * s.channels + place.channel + at.channel)(value, from);
+            load_through<1>(value, from, prologue.template channels<1>(n * s.channels + place.channel + at.channel));
             values[0] += value[0];
             from += s.channels * s.out.channel;
           }

@@ -72,8 +72,7 @@ __global__ void __launch_bounds__(Traits::threads, 1)
               const int64_t y = place.row + at.row + r * items.row_groups, x = place.column + at.column;
               C values[kVector] = {};
               if (y < s.out_height && x < s.out_width) {
-                load<kVector>(values, grad + y * s.out.row + x * s.out.column);
-                of_grad(values, grad + y * s.out.row + x * s.out.column);
+                load_through<kVector>(values, grad + y * s.out.row + x * s.out.column, of_grad);
               }
 #pragma unroll
               for (int v = 0; v < kVector; ++v) gradients[r][v] = s.hff ? gradients[r][v] + values[v] : values[v];
@@ -96,8 +95,7 @@ __global__ void __launch_bounds__(Traits::threads, 1)
                   const int64_t x = (place.column + at.column) * s.stride + j * dilation;
                   if (y >= 0 && y < s.height && x >= 0 && x < s.width) {
                     const T* from = image + y * s.in.row + x * s.in.column + at.channel * s.in.channel;
-                    load<kVector>(values, from);
-                    p.of_x.template channels<kVector>(place.channel + at.channel)(values, from);
+                    load_through<kVector>(values, from, p.of_x.template channels<kVector>(place.channel + at.channel));
                   }
                 }
 #pragma unroll

@@ -101,26 +101,26 @@ __device__ void fill_window(S* to, const Window& window, const MapView<T>& map, 
       if (lane >= step * of_pixel) return;
       const bool there = channel < map.channels;
       const auto channels = prologue.template channels<N>(first_channel + (there ? channel : 0));
-      for (int r = warp; r < window.rows; r += warps) {
-        const bool row_inside = row + r >= 0 && row + r < map.height;
-        const T* line = map.first + (row + r) * map.strides.row + channel;
-        for (int c = lane / of_pixel; c < window.columns; c += step) {
-          const int64_t at = column + c;
-          S* element = to + r * window.row_step + c * window.column_step + channel;
-          Compute<T> values[N] = {};
-          if (row_inside && there && at >= 0 && at < map.width) {
-            load<N>(values, line + at * map.strides.column);
-            channels(values, line + at * map.strides.column);
-          }
-          if constexpr (fill == Fill::add) {
-            Compute<T> before[N];
-            load<N>(before, element);
+      // All rows of the warp, and of each the columns of the lane.
+      const int first = lane / of_pixel, of_row = (window.columns - first + step - 1) / step;
+      each_place<N, T>(
+          of_row > 0 ? (window.rows - warp + warps - 1) / warps * of_row : 0, channels,
+          [&](int i) -> const T* {
+            const int64_t y = row + warp + i / of_row * warps, x = column + first + i % of_row * step;
+            if (!there || y < 0 || y >= map.height || x < 0 || x >= map.width) return nullptr;
+            return map.first + y * map.strides.row + x * map.strides.column + channel;
+          },
+          [&](int i, Compute<T>(&numbers)[N]) {
+            const int r = warp + i / of_row * warps, c = first + i % of_row * step;
+            S* element = to + r * window.row_step + c * window.column_step + channel;
+            if constexpr (fill == Fill::add) {
+              Compute<T> before[N];
+              load<N>(before, element);
 #pragma unroll
-            for (int i = 0; i < N; ++i) values[i] += before[i];
-          }
-          store<N>(element, values);
-        }
-      }
+              for (int v = 0; v < N; ++v) numbers[v] += before[v];
+            }
+            store<N>(element, numbers);
+          });
     };
     if (vectors) {
       walk(std::integral_constant<int, kWidest<T>>{});
