@@ -23,11 +23,14 @@ pytestmark = [
 # Edges of tiles, of the map and of groups; the tool slows a kernel down a hundredfold.
 SAMPLES = named("width 17", "one pixel", "stride 2 odd", "channels 33")
 OPERATORS = ("spatial_pyramid", "group_pointwise", "pyramid_pointwise", "eesp")
+UNITS = ("recomputed", "strided", "odd-channels", "eight-branches")
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_small_cases(tool: str) -> None:
-    tests = [f"{HERE / 'test_cuda.py'}::test_{operator}[{sample}]" for operator in OPERATORS for sample in SAMPLES]
+    names = [f"{operator}[{sample}]" for operator in OPERATORS for sample in SAMPLES]
+    names += [f"eesp_training[{unit}]" for unit in UNITS]
+    tests = [f"{HERE / 'test_cuda.py'}::test_{name}" for name in names]
     command = [TOOL, "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "pytest", "-q", "-x", *tests]
     # Each tensor in an allocation of its own, so that what lies beyond it belongs to nobody.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTEST_ADDOPTS": ""}
