@@ -1,5 +1,5 @@
-// What the torch door sees of the CUDA kernels: one row an operator, over the structs of shapes.h and training.h. No torch, no CUDA
-// header: pointers are device pointers, a stream is the cudaStream_t as void*.
+// What the torch door sees of the CUDA kernels: one row an operator, over the structs of shapes.h and training.h. No torch,
+// no CUDA header: pointers are device pointers, a stream is the cudaStream_t as void*.
 #pragma once
 
 #include "../shapes.h"
