@@ -208,12 +208,13 @@ __device__ __forceinline__ void stage(T* to, int pitch, int rows, int depth, con
       const bool there = d < depth_there;
       const auto channels = prologue.template channels<N>(first_channel + (there ? d : 0));
       const int first = thread / of_row;
-      each_place<N, T>((rows - first + step - 1) / step, channels,
-                       [&](int i) {
-                         const int r = first + i * step;
-                         return there && r < rows_there ? from.first + r * from.row_stride + d : nullptr;
-                       },
-                       [&](int i, const C(&numbers)[N]) { store<N>(to + (first + i * step) * pitch + d, numbers); });
+      each_place<N, N == 1 ? 8 : 4, T>(
+          (rows - first + step - 1) / step, channels,
+          [&](int i) {
+            const int r = first + i * step;
+            return there && r < rows_there ? from.first + r * from.row_stride + d : nullptr;
+          },
+          [&](int i, const C(&numbers)[N]) { store<N>(to + (first + i * step) * pitch + d, numbers); });
     };
     if (vectors) {
       walk(std::integral_constant<int, kWidest<T>>{});
@@ -225,13 +226,13 @@ __device__ __forceinline__ void stage(T* to, int pitch, int rows, int depth, con
     const bool there = r < rows_there;
     const auto channels = prologue.template channels<1>(first_channel + (there ? r : 0));
     const int first = thread / rows;
-    each_place<1, T>((depth - first + step - 1) / step, channels,
-                     [&](int i) {
-                       const int d = first + i * step;
-                       return there && d < depth_there ? from.first + r * from.row_stride + d * from.depth_stride
-                                                       : nullptr;
-                     },
-                     [&](int i, const C(&number)[1]) { store<1>(to + r * pitch + first + i * step, number); });
+    each_place<1, 8, T>((depth - first + step - 1) / step, channels,
+                        [&](int i) {
+                          const int d = first + i * step;
+                          return there && d < depth_there ? from.first + r * from.row_stride + d * from.depth_stride
+                                                          : nullptr;
+                        },
+                        [&](int i, const C(&number)[1]) { store<1>(to + r * pitch + first + i * step, number); });
   }
 }
 

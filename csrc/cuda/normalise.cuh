@@ -138,12 +138,12 @@ __device__ __forceinline__ void load_through(Compute<T> (&to)[N], const T* at, c
   channels(to, channels.beside(at));
 }
 
-// N channels of places 0..count, a few of them at a time so that their loads are under way together: put(i, numbers) gets
+// N channels of places 0..count, `Together` at a time so that their loads are under way together: put(i, numbers) gets
 // those of place i, which lie at the address at(i), or zeros where that is null.
-template <int N, class T, class Channels, class At, class Put>
+template <int N, int Together, class T, class Channels, class At, class Put>
 __device__ __forceinline__ void each_place(int count, const Channels& channels, At at, Put put) {
   using Beside = decltype(channels.beside(static_cast<const T*>(nullptr)));
-  constexpr int kTogether = N == 1 ? 8 : std::is_same_v<Beside, Nothing> ? 4 : 2;
+  constexpr int kTogether = std::is_same_v<Beside, Nothing> || N == 1 ? Together : Together / 2;
   for (int first = 0; first < count; first += kTogether) {
     Pack<T, N> values[kTogether];
     Beside beside[kTogether];

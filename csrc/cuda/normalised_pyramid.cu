@@ -21,8 +21,9 @@ struct Params {
   bool vector_fill;
 };
 
+// 128 registers a thread, so that one block fills its window while another multiplies.
 template <class T, class Traits>
-__global__ void __launch_bounds__(Traits::threads, 1) normalised_pyramid_kernel(const Params<T> p) {
+__global__ void __launch_bounds__(Traits::threads, 512 / Traits::threads) normalised_pyramid_kernel(const Params<T> p) {
   using C = Compute<T>;
   using Sums = ThreadSums<C, Traits, MomentSums<C>>;
   constexpr int kRows = Traits::rows, kVector = Traits::channels;

@@ -103,7 +103,11 @@ __device__ void fill_window(S* to, const Window& window, const MapView<T>& map, 
       const auto channels = prologue.template channels<N>(first_channel + (there ? channel : 0));
       // All rows of the warp, and of each the columns of the lane.
       const int first = lane / of_pixel, of_row = (window.columns - first + step - 1) / step;
-      each_place<N, T>(
+      each_place<N,
+                 N == 1   ? 8
+                 : N <= 4 ? 4
+                          : 2,
+                 T>(
           of_row > 0 ? (window.rows - warp + warps - 1) / warps * of_row : 0, channels,
           [&](int i) -> const T* {
             const int64_t y = row + warp + i / of_row * warps, x = column + first + i % of_row * step;
