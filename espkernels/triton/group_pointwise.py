@@ -17,6 +17,7 @@ from espkernels.triton.moments import Moments, leave_moments, room_for_moments
 from espkernels.triton.norm_sums import BehindPrelu, in_front_of_prelu, room_for_sums
 from espkernels.triton.normalise import Norm, loaded, normalised
 from espkernels.triton.product import multiply_add, way
+from espkernels.triton.taps import flat_pointers
 from espkernels.triton.tuning import run_fastest
 
 __all__ = [
@@ -68,7 +69,6 @@ def group_pointwise_kernel(
     inside = pixel < pixels
     valid = output < outputs
     weight_at = weight + group * weight_strides[0] + output * weight_strides[1]
-    x_at = x + image * x_strides[0] + pixel * x_strides[2]
     sum = tl.zeros((OUTPUTS, PIXELS), TYPE)
     for first in range(0, inputs, INPUTS):
         input = first + tl.arange(0, INPUTS).to(tl.int64)
@@ -77,25 +77,23 @@ def group_pointwise_kernel(
             mask=valid[:, None] & (input < inputs)[None, :], other=0,
         )  # fmt: skip
         needed = (input < inputs)[:, None] & inside[None, :]
-        v = tl.load(x_at[None, :] + ((group * inputs + input) * x_strides[1])[:, None], mask=needed, other=0)
+        of_x = group * inputs + input
+        v = tl.load(flat_pointers(x, x_strides, image, of_x, pixel), mask=needed, other=0)
         if norm is not None:
-            numbers = loaded(norm, (group * inputs + input)[:, None], (input < inputs)[:, None], TYPE)
+            numbers = loaded(norm, of_x[:, None], (input < inputs)[:, None], TYPE)
             v = normalised(v.to(TYPE), needed, numbers).to(x.dtype.element_ty)
         sum = multiply_add(w, v, sum, WAY, TYPE)
     channel = group * outputs + output
     stored = valid[:, None] & inside[None, :]
     at = residual
     if residual is not None:
-        at += image * residual_strides[0] + channel[:, None] * residual_strides[1]
-        at += (pixel * residual_strides[2])[None, :]
+        at = flat_pointers(residual, residual_strides, image, channel, pixel)
     sum = epilogue(sum, scale, shift, at, slope, channel, valid, stored, TYPE)
     if behind is not None:
-        at = behind.map + image * behind.strides[0] + channel[:, None] * behind.strides[1]
-        at += (pixel * behind.strides[2])[None, :]
+        at = flat_pointers(behind.map, behind.strides, image, channel, pixel)
         sum = in_front_of_prelu(sum, at, None, behind, channel, valid, inside, rest, groups * outputs, TYPE)
-    to = out + image * out_strides[0] + channel[:, None] * out_strides[1] + (pixel * out_strides[2])[None, :]
     written = sum.to(out.dtype.element_ty)
-    tl.store(to, written, mask=stored)
+    tl.store(flat_pointers(out, out_strides, image, channel, pixel), written, mask=stored)
     if moments is not None:
         leave_moments(moments, written.to(TYPE), channel, valid, inside, rest, groups * outputs, TYPE)
 

@@ -13,6 +13,7 @@ from espkernels.triton.launch import compute_type, flat_map, launch
 from espkernels.triton.normalise import Norm, loaded, normalised
 from espkernels.triton.partial_sums import add_partials
 from espkernels.triton.product import multiply_add, way
+from espkernels.triton.taps import flat_pointers
 
 __all__ = ["group_pointwise_backward_weight"]
 
@@ -62,11 +63,8 @@ def group_pointwise_backward_weight_kernel(
         image = step // pixel_blocks
         pixel = step % pixel_blocks * PIXELS + tl.arange(0, PIXELS)
         inside = pixel < pixels
-        g = tl.load(
-            grad + image * grad_strides[0] + ((group * outputs + output) * grad_strides[1])[:, None]
-            + (pixel * grad_strides[2])[None, :],
-            mask=valid_output[:, None] & inside[None, :], other=0,
-        )  # fmt: skip
+        g_at = flat_pointers(grad, grad_strides, image, group * outputs + output, pixel)
+        g = tl.load(g_at, mask=valid_output[:, None] & inside[None, :], other=0)
         needed = inside[:, None] & valid_input[None, :]
         v = tl.load(
             x + image * x_strides[0] + ((group * inputs + input) * x_strides[1])[None, :]

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from espkernels.triton.normalise import normalised
 
-__all__ = ["convolve", "moved", "place", "place_channels", "pointers", "taps_around"]
+__all__ = ["convolve", "flat_pointers", "moved", "place", "place_channels", "pointers", "taps_around"]
 
 
 @triton.jit
@@ -41,6 +41,12 @@ def pointers(map, strides, image, channel, row, column):
     """Where the pixels [C, P] of the channels [C] of one image lie; ``strides`` of image, channel, row, column."""
     at = map + image * strides[0] + channel[:, None] * strides[1]
     return at + (row * strides[2] + column * strides[3])[None, :]
+
+
+@triton.jit
+def flat_pointers(map, strides, image, channel, pixel):
+    """The same of maps [images, C, pixels]; ``strides`` of image, channel, pixel."""
+    return map + image * strides[0] + channel[:, None] * strides[1] + (pixel * strides[2])[None, :]
 
 
 @triton.jit
