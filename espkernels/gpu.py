@@ -60,8 +60,12 @@ def _triton(operator: str) -> Callable[..., Tensor]:
 
 @functools.cache
 def _reference(operator: str) -> Callable[..., Tensor]:
-    function: Callable[..., Tensor] | None = getattr(reference, operator, None)
-    return getattr(reference_gradients, operator) if function is None else function
+    function: Callable[..., Tensor] | None
+    for module in (reference, reference_gradients):
+        function = getattr(module, operator, None)
+        if function is not None:
+            return function
+    raise RuntimeError(f"espkernels::{operator} has no reference: without a kernel its layers run one by one")
 
 
 _tf32_allowed = False  # as the library was told last

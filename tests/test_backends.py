@@ -17,7 +17,7 @@ from operator_tests import calls
 from samples import named
 
 import espkernels
-from espkernels import backends
+from espkernels import backends, gpu
 
 OPERATORS = ("spatial_pyramid", "group_pointwise", "pyramid_pointwise")
 
@@ -212,6 +212,22 @@ for default in ("cuda", "triton", "reference"):
     # No CUDA library is loaded here, so its operators are missing and the next in order serves.
     next_best = "reference" if backends._missing("triton") else "triton"
     assert on_a_gpu(asked).splitlines() == [f"{next_best} False", "triton False", "reference True"]
+
+
+def test_layers_train_whole_where_a_kernel_does() -> None:
+    asked = """
+for default in ("triton", "reference"):
+    backends._gpu_default = default
+    print([backends.trains_whole("eesp_training", torch.device(name)) for name in ("cuda", "cpu", "meta")])
+with espkernels.use_backend("cpu"):
+    print(backends.trains_whole("eesp_training", torch.device("cuda")))
+"""
+    assert on_a_gpu(asked).splitlines() == ["[True, True, False]", "[False, True, False]", "False"]
+
+
+def test_an_operator_without_a_reference_says_so() -> None:
+    with pytest.raises(RuntimeError, match="espkernels::eesp_training has no reference"):
+        gpu._reference("eesp_training")
 
 
 def test_a_gpu_is_not_served_by_the_cpu_by_name() -> None:
