@@ -18,9 +18,10 @@ from torch import Tensor, cuda, nn
 from bench.comparison import LAYOUTS
 from bench.engines import OURS
 from espkernels.freeze import freeze
+from espkernels.graphs import captured
 from espkernels.models import plain
 
-__all__ = ["ENGINES", "RACES", "Engine", "captured"]
+__all__ = ["ENGINES", "RACES", "Engine"]
 
 Call = Callable[[Tensor], Any]
 
@@ -38,20 +39,12 @@ class Engine:
         layout = LAYOUTS[self.layout]
         call = self.prepare(model.to(memory_format=layout))  # type: ignore[call-overload]
         x = x.contiguous(memory_format=layout)
-        return captured(call, x) if self.graph else functools.partial(call, x)
+        return _replays(call, x) if self.graph else functools.partial(call, x)
 
 
-def captured(call: Call, x: Tensor) -> Callable[[], Any]:
-    """Replays of one graph of ``call(x)``, which reads ``x`` and writes its result where they stand."""
-    side, here = cuda.Stream(), cuda.current_stream()
-    side.wait_stream(here)
-    with cuda.stream(side):
-        for _ in range(3):
-            call(x)
-    here.wait_stream(side)
-    graph = cuda.CUDAGraph()
-    with cuda.graph(graph, stream=side):
-        result = call(x)
+def _replays(call: Call, x: Tensor) -> Callable[[], Any]:
+    """Replays of one graph of ``call(x)``."""
+    graph, result = captured(call, x)
 
     def replay() -> Any:
         graph.replay()

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from espkernels import backends, replay
 
-__all__ = ["Graphed", "graphed"]
+__all__ = ["Graphed", "captured", "graphed"]
 
 # Graphs of one model, each for another input; each keeps the memory of a forward pass.
 KEPT = 8
@@ -51,19 +51,26 @@ class _Graph:
         return result
 
 
-def _capture(forward: Callable[[Tensor], Any], x: Tensor, hooks: tuple[dict[int, Any], ...]) -> _Graph:
-    given, here = x.detach().clone(), cuda.current_stream(x.device)
-    side = cuda.Stream(x.device)
+def captured(forward: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Any]:
+    """A graph of ``forward(x)``, which reads ``x`` and writes its result where they stand, and that result."""
+    here, side = cuda.current_stream(x.device), cuda.Stream(x.device)
     side.wait_stream(here)
     with cuda.stream(side):
         for _ in range(WARM_UP):
-            forward(given)
+            forward(x)
     here.wait_stream(side)
-    graph, done = cuda.CUDAGraph(), cuda.Event()
+    graph = cuda.CUDAGraph()
     # Other threads may go on using the device.
     with cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-        result = forward(given)
-    done.record(here)
+        result = forward(x)
+    return graph, result
+
+
+def _capture(forward: Callable[[Tensor], Any], x: Tensor, hooks: tuple[dict[int, Any], ...]) -> _Graph:
+    given = x.detach().clone()
+    graph, result = captured(forward, given)
+    done = cuda.Event()
+    done.record(cuda.current_stream(x.device))
     return _Graph(graph, given, result, done, hooks)
 
 

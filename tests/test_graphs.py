@@ -133,8 +133,10 @@ def test_captured_once_and_replayed(cuda: Cuda, network: nn.Module) -> None:
     (graph,) = cuda.graphs
     assert graph.replays == 3
     # The side stream waits for the caller's, the caller's for the warm-up, and only then is the capture.
-    before = cuda.calls[: cuda.calls.index("capture")]
-    assert before == ["current stream", "side stream", "wait for a stream", "on the side", "wait for a stream", "event"]
+    capture = cuda.calls.index("capture")
+    before, behind = cuda.calls[:capture], cuda.calls[capture + 1 : capture + 4]
+    assert before == ["current stream", "side stream", "wait for a stream", "on the side", "wait for a stream"]
+    assert behind == ["event", "current stream", "record"]
 
 
 @torch.no_grad()
