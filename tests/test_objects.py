@@ -199,7 +199,7 @@ def test_squares_and_discs_are_found(
     voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: bool
 ) -> None:
     task = Detection("voc", str(voc), scale=0.5, image_size=SIZE, batch=16, rate=0.004, workers=0, plain=plain)
-    rows = engine.train(task, tmp_path / "run", engine.Settings(20))
+    rows = engine.train(task, tmp_path / "run", engine.Settings(10))
     # Twenty classes, of which two occur; boxes at random places would score next to nothing.
     assert max(row["map"] for row in rows) > 40
     if plain:

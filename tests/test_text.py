@@ -165,7 +165,7 @@ def test_a_text_is_learnt(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFi
     run = str(tmp_path / "run")
     command = ["train", "language", "--data", str(corpus), "--characters", "--embedding", "64", "--hidden", "64"]
     command += ["--layers", "2", "--dropout", "0.1", "--batch", "32", "--steps", "25", "--rate", "4"]
-    assert main([*command, "--epochs", "14", "--folder", run, *(["--plain"] if plain else [])]) == 0
+    assert main([*command, "--epochs", "8", "--folder", run, *(["--plain"] if plain else [])]) == 0
     parts = parts_of(corpus, characters=True)
     # What counting characters would reach: e to the cross-entropy of the valid text under their shares in training.
     counts = Counter(parts["train"])
