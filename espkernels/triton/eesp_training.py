@@ -87,11 +87,12 @@ def eesp_training(
     x = x.contiguous(memory_format=torch.channels_last)
     reduced, concatenated = u.map(x, u.channels, strided=False), u.map(x, u.concatenated)
     expanded, result = u.map(x, u.outputs), u.map(x, u.outputs)
-    moments = normalised_pointwise(x, None, reduce_weight, reduce_groups, reduced)
+    moments = normalised_pointwise(x, None, reduce_weight, reduce_groups, reduced, u.reduce.batch_statistics)
     norm = u.reduce.normalise(moments)
-    moments = normalised_pyramid(reduced, norm, weight, dilations, stride, hff, concatenated)
+    measured = u.pyramid.batch_statistics
+    moments = normalised_pyramid(reduced, norm, weight, dilations, stride, hff, concatenated, measured)
     norm = u.pyramid.normalise(moments)
-    moments = normalised_pointwise(concatenated, norm, expand_weight, groups, expanded)
+    moments = normalised_pointwise(concatenated, norm, expand_weight, groups, expanded, u.expand.batch_statistics)
     norm = u.expand.normalise(moments)
     run_affine(expanded, norm.scale, norm.shift, x if residual else None, norm.slope, result)
     return result, reduced, concatenated if save_concatenated else x.new_empty(0), expanded, statistics
@@ -118,7 +119,7 @@ def eesp_training_backward(
     vectors = any(wants_vectors)
     into_reduced = wants_x or wants_reduce
     grad_x = grad_reduce = grad_weight = grad_expand = x.new_empty(0)
-    grads = [torch.zeros_like(of, memory_format=torch.contiguous_format) for of in (norm_weight, norm_bias, slope)]
+    grads = [torch.empty_like(of, memory_format=torch.contiguous_format) for of in (norm_weight, norm_bias, slope)]
     of_reduce, of_pyramid, of_expand = zip(*(split(each, u.sizes) for each in grads), strict=True)
 
     has_prelu = u.expand.slope is not None
@@ -133,7 +134,7 @@ def eesp_training_backward(
     reduce_norm, pyramid_norm = u.reduce.normalise(), u.pyramid.normalise()
     if concatenated.numel() == 0:
         concatenated = u.map(x, u.concatenated)
-        normalised_pyramid(reduced, reduce_norm, weight, dilations, stride, hff, concatenated)
+        normalised_pyramid(reduced, reduce_norm, weight, dilations, stride, hff, concatenated, measured=False)
     if wants_expand:
         grad_expand = group_pointwise_backward_weight(grad_expanded, concatenated, groups, pyramid_norm)
     if into_reduced or wants_weight or vectors:

@@ -121,10 +121,12 @@ def group_pointwise_backward_input(grad: Tensor, weight: Tensor, groups: int, re
     return out
 
 
-def normalised_pointwise(x: Tensor, norm: Norm | None, weight: Tensor, groups: int, out: Tensor) -> Moments:
-    """Writes the convolution of x [B, M, H, W] behind ``norm`` to ``out`` [B, N, H, W], and returns its moments."""
+def normalised_pointwise(
+    x: Tensor, norm: Norm | None, weight: Tensor, groups: int, out: Tensor, measured: bool
+) -> Moments | None:
+    """Writes the convolution of x [B, M, H, W] behind ``norm`` to ``out`` [B, N, H, W]; its moments if ``measured``."""
     problem = _Problem(x, weight.shape[0], groups, out)
-    moments = room_for_moments(x, problem.tiles(), weight.shape[0])
+    moments = room_for_moments(x, problem.tiles(), weight.shape[0]) if measured else None
     problem.launch(weight, _straight(weight, groups), problem.tile, norm=norm, moments=moments)
     return moments
 

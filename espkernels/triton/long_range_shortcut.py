@@ -18,7 +18,7 @@ from espkernels.triton.group_pointwise_backward_weight import group_pointwise_ba
 from espkernels.triton.launch import compute_type, launch, tiles
 from espkernels.triton.norm_sums import room_for_sums
 from espkernels.triton.partial_sums import add_partials
-from espkernels.triton.taps import place_channels, pointers
+from espkernels.triton.taps import place_channels, pointers, tile_number
 from espkernels.triton.unit_output import Shortcut, add_shortcut, shortcut_to
 
 __all__ = ["long_range_shortcut", "long_range_shortcut_backward"]
@@ -52,8 +52,7 @@ def long_range_shortcut_backward_kernel(
     valid = channel < channels
     inside = (row < height) & (column < width)
     there = valid[:, None] & inside[None, :]
-    in_image = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
-    tile = image * in_image + program % in_image
+    tile = tile_number(program, image, height, width, ROWS, COLUMNS)
     value = tl.load(pointers(x, x_strides, image, channel, row, column), mask=there, other=0).to(TYPE)
     value = add_shortcut(value, shortcut, channel, valid, image, row, column, inside, TYPE)
     behind = tl.load(pointers(grad, grad_strides, image, channel, row, column), mask=there, other=0).to(TYPE)

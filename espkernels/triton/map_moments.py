@@ -11,7 +11,7 @@ from espkernels.layout import layout_of
 from espkernels.triton.configuration import sums_tile
 from espkernels.triton.launch import compute_type, launch, tiles
 from espkernels.triton.moments import Moments, leave_moments, room_for_moments
-from espkernels.triton.taps import place_channels, pointers
+from espkernels.triton.taps import place_channels, pointers, tile_number
 
 __all__ = ["map_moments"]
 
@@ -34,10 +34,10 @@ def map_moments_kernel(
     channel, image, row, column = place_channels(program, channels, height, width, CHANNELS, ROWS, COLUMNS)
     valid = channel < channels
     inside = (row < height) & (column < width)
-    in_image = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
     at = pointers(x, x_strides, image, channel, row, column)
     value = tl.load(at, mask=valid[:, None] & inside[None, :], other=0).to(TYPE)
-    leave_moments(moments, value, channel, valid, inside, image * in_image + program % in_image, channels, TYPE)
+    tile = tile_number(program, image, height, width, ROWS, COLUMNS)
+    leave_moments(moments, value, channel, valid, inside, tile, channels, TYPE)
 
 
 def map_moments(x: Tensor) -> Moments:

@@ -11,7 +11,7 @@ from espkernels.layout import layout_of
 from espkernels.triton.configuration import sums_tile
 from espkernels.triton.launch import compute_type, launch, tiles
 from espkernels.triton.norm_sums import BehindPrelu, in_front_of_prelu, room_for_sums
-from espkernels.triton.taps import place_channels, pointers
+from espkernels.triton.taps import place_channels, pointers, tile_number
 
 __all__ = ["normalised_output_backward"]
 
@@ -39,8 +39,7 @@ def normalised_output_backward_kernel(
     valid = channel < channels
     inside = (row < height) & (column < width)
     there = valid[:, None] & inside[None, :]
-    in_image = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
-    tile = image * in_image + program % in_image
+    tile = tile_number(program, image, height, width, ROWS, COLUMNS)
     value = tl.load(pointers(grad, grad_strides, image, channel, row, column), mask=there, other=0).to(TYPE)
     map_at = pointers(behind.map, behind.strides, image, channel, row, column)
     residual_at = residual

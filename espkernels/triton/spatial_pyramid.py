@@ -14,7 +14,7 @@ from espkernels.triton.configuration import Tile, pyramid_tile, sums_tile
 from espkernels.triton.launch import compute_type, launch, tiles, within
 from espkernels.triton.moments import Moments, leave_moments, room_for_moments
 from espkernels.triton.normalise import Norm, loaded
-from espkernels.triton.taps import convolve, moved, place_channels, pointers, taps_around
+from espkernels.triton.taps import convolve, moved, place_channels, pointers, taps_around, tile_number
 from espkernels.triton.tuning import run_fastest
 
 __all__ = ["normalised_pyramid", "spatial_pyramid"]
@@ -56,8 +56,7 @@ def spatial_pyramid_kernel(
     at = pointers(x, x_strides, image, channel, row * STRIDE, from_column)
     to = pointers(out, out_strides, image, channel, row, column)
     stored = valid[:, None] & inside[None, :]
-    in_image = tl.cdiv(out_height, ROWS) * tl.cdiv(out_width, COLUMNS)
-    tile = image * in_image + program % in_image
+    tile = tile_number(program, image, out_height, out_width, ROWS, COLUMNS)
     numbers = None
     if norm is not None:
         numbers = loaded(norm, channel[:, None], valid[:, None], TYPE)
@@ -99,11 +98,11 @@ def spatial_pyramid(x: Tensor, weight: Tensor, dilations: Sequence[int], stride:
 
 
 def normalised_pyramid(
-    x: Tensor, norm: Norm, weight: Tensor, dilations: Sequence[int], stride: int, hff: bool, out: Tensor
-) -> Moments:
-    """Writes the pyramid of x [B, d, H, W] behind ``norm`` to ``out`` [B, K*d, H', W'], and returns its moments."""
+    x: Tensor, norm: Norm, weight: Tensor, dilations: Sequence[int], stride: int, hff: bool, out: Tensor, measured: bool
+) -> Moments | None:
+    """Writes the pyramid of x [B, d, H, W] behind ``norm`` to ``out`` [B, K*d, H', W']; its moments if ``measured``."""
     tile = sums_tile(x.shape[1], out.shape[2], out.shape[3], layout_of(x) == torch.channels_last)
-    moments = room_for_moments(x, x.shape[0] * tiles(tile, 1, *out.shape[2:]), out.shape[1])
+    moments = room_for_moments(x, x.shape[0] * tiles(tile, 1, *out.shape[2:]), out.shape[1]) if measured else None
     _run(x, weight, dilations, stride, hff, out, tile, norm, moments)
     return moments
 

@@ -13,7 +13,7 @@ from espkernels.layout import empty_map, layout_of
 from espkernels.triton.configuration import Tile, pyramid_tile, sums_tile
 from espkernels.triton.launch import compute_type, launch, leaders, tiles, within
 from espkernels.triton.norm_sums import BehindPrelu, in_front_of_prelu, room_for_sums
-from espkernels.triton.taps import moved, place, pointers
+from espkernels.triton.taps import moved, place, pointers, tile_number
 from espkernels.triton.tuning import run_fastest
 
 __all__ = ["normalised_pyramid_backward_input", "spatial_pyramid_backward_input"]
@@ -51,7 +51,6 @@ def spatial_pyramid_backward_input_kernel(
     first from L1. Multiply-adds: those of the forward pass.
     """
     program = tl.program_id(0).to(tl.int64)
-    in_class = tl.cdiv(class_height, ROWS) * tl.cdiv(class_width, COLUMNS)
     row, column, rest = place(program, class_height, class_width, ROWS, COLUMNS)
     blocks = tl.cdiv(channels, CHANNELS)
     channel = rest % blocks * CHANNELS + tl.arange(0, CHANNELS)
@@ -98,7 +97,7 @@ def spatial_pyramid_backward_input_kernel(
     to = pointers(grad_x, x_strides, image, channel, row, column)
     inside = (row < height) & (column < width)
     if behind is not None:
-        tile = pixel_class * in_class + program % in_class
+        tile = tile_number(program, pixel_class, class_height, class_width, ROWS, COLUMNS)
         map_at = pointers(behind.map, behind.strides, image, channel, row, column)
         sum = in_front_of_prelu(sum, map_at, None, behind, channel, valid, inside, tile, channels, TYPE)
     tl.store(to, sum.to(grad_x.dtype.element_ty), mask=valid[:, None] & inside[None, :])

@@ -14,7 +14,7 @@ from espkernels.triton.configuration import sums_tile
 from espkernels.triton.launch import compute_type, launch, tiles, within
 from espkernels.triton.normalise import Norm, loaded
 from espkernels.triton.partial_sums import add_partials
-from espkernels.triton.taps import moved, place_channels, pointers, taps_around
+from espkernels.triton.taps import moved, place_channels, pointers, taps_around, tile_number
 
 __all__ = ["spatial_pyramid_backward_weight"]
 
@@ -47,9 +47,7 @@ def spatial_pyramid_backward_weight_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     channel, image, row, column = place_channels(program, channels, out_height, out_width, CHANNELS, ROWS, COLUMNS)
-    across = tl.cdiv(out_width, COLUMNS)
-    in_image = tl.cdiv(out_height, ROWS) * across
-    tile = program % in_image
+    tile = tile_number(program, image, out_height, out_width, ROWS, COLUMNS)
     valid = channel < channels
     inside = (row < out_height) & (column < out_width)
     from_row = row * STRIDE
@@ -58,7 +56,7 @@ def spatial_pyramid_backward_weight_kernel(
     grad_at = pointers(grad, grad_strides, image, channel, row, column)
     # Where the gradient ends the input is not read either: infinity times zero would be a NaN.
     needed = valid[:, None] & inside[None, :]
-    to = partials + (image * in_image + tile) * len(DILATIONS) * channels * 9 + channel * 9
+    to = partials + tile * len(DILATIONS) * channels * 9 + channel * 9
 
     numbers = None
     if norm is not None:

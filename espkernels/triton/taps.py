@@ -11,7 +11,7 @@ import triton.language as tl
 
 from espkernels.triton.normalise import normalised
 
-__all__ = ["convolve", "flat_pointers", "moved", "place", "place_channels", "pointers", "taps_around"]
+__all__ = ["convolve", "flat_pointers", "moved", "place", "place_channels", "pointers", "taps_around", "tile_number"]
 
 
 @triton.jit
@@ -34,6 +34,13 @@ def place_channels(program, channels, height, width, CHANNELS: tl.constexpr, ROW
     row, column, rest = place(program, height, width, ROWS, COLUMNS)
     blocks = tl.cdiv(channels, CHANNELS)
     return rest % blocks * CHANNELS + tl.arange(0, CHANNELS), rest // blocks, row, column
+
+
+@triton.jit
+def tile_number(program, group, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which tile of all groups, say images, ``program`` has: where its sums go. The blocks of channels share it."""
+    in_group = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
+    return group * in_group + program % in_group
 
 
 @triton.jit

@@ -126,12 +126,11 @@ class TrainingNorm:
         launch(kernel, -(-channels // CHANNELS), *arguments, EPS=self.eps, TILES=TILES, CHANNELS=CHANNELS)
 
     def normalise(self, moments: Moments | None = None) -> Norm:
-        """How the map is read, by the mean and variance that are there; those of the batch come from ``moments``."""
-        taken = moments if self.batch_statistics else None
+        """How the map is read, by the moments of the batch, or where None are given by those known before."""
         scale, shift = self.weight.new_empty((2, len(self.weight))).unbind()
         self._launch(
-            norm_kernel, taken, self.weight, self.bias, self.mean, self.variance, scale, shift,
-            0 if taken is None else len(taken.counts), len(self.weight),
+            norm_kernel, moments, self.weight, self.bias, self.mean, self.variance, scale, shift,
+            0 if moments is None else len(moments.counts), len(self.weight),
         )  # fmt: skip
         return Norm(scale, shift, self.slope)
 
