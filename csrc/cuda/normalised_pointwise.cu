@@ -8,18 +8,7 @@ namespace espk::cuda {
 namespace {
 
 GroupPointwise product_of(const NormalisedPointwise& p) {
-  GroupPointwise g{};
-  g.type = p.type;
-  g.layout = Layout::channels_last;
-  g.batch = 1;
-  g.pixels = p.pixels;
-  g.in_channels = p.in_channels;
-  g.out_channels = p.out_channels;
-  g.groups = p.groups;
-  g.x = p.x;
-  g.weight = p.weight;
-  g.tf32 = p.tf32;
-  return g;
+  return product_of_pixels(p, p.x, p.in_channels, p.out_channels);
 }
 
 int64_t scratch_bytes(const NormalisedPointwise& p) {

@@ -168,6 +168,23 @@ auto with_parts(const GroupPointwise& p, const Prologue& prologue, const Finish&
   });
 }
 
+// The product of a problem of training, whose pixels are those of the whole batch.
+template <class Problem>
+GroupPointwise product_of_pixels(const Problem& p, const void* x, int64_t inputs, int64_t outputs) {
+  GroupPointwise g{};
+  g.type = p.type;
+  g.layout = Layout::channels_last;
+  g.batch = 1;
+  g.pixels = p.pixels;
+  g.in_channels = inputs;
+  g.out_channels = outputs;
+  g.groups = p.groups;
+  g.x = x;
+  g.weight = p.weight;
+  g.tf32 = p.tf32;
+  return g;
+}
+
 // Room for the sums of all parts.
 inline int64_t pointwise_part_bytes(const GroupPointwise& p) {
   return with_factor_type(p.type, p.tf32, [&](auto* type) {

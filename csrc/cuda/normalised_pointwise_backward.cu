@@ -10,18 +10,8 @@ namespace espk::cuda {
 namespace {
 
 GroupPointwise product_of(const NormalisedPointwiseBackward& p) {
-  GroupPointwise g{};
-  g.type = p.type;
-  g.layout = Layout::channels_last;
-  g.batch = 1;
-  g.pixels = p.pixels;
-  g.in_channels = p.out_channels;
-  g.out_channels = p.in_channels;
-  g.groups = p.groups;
+  GroupPointwise g = product_of_pixels(p, p.grad, p.out_channels, p.in_channels);
   g.weight_transposed = true;
-  g.x = p.grad;
-  g.weight = p.weight;
-  g.tf32 = p.tf32;
   return g;
 }
 

@@ -111,14 +111,6 @@ __global__ void __launch_bounds__(Traits::threads, 512 / Traits::threads) normal
   }
 }
 
-int64_t rectangles_a_part(const NormalisedPyramid& p, const Cut& cut) {
-  return tiles_a_part(rectangles_of(p, cut), cut.slices);
-}
-
-int64_t parts(const NormalisedPyramid& p, const Cut& cut) {
-  return ceil_div(rectangles_of(p, cut), rectangles_a_part(p, cut));
-}
-
 // Calls f(element type, traits, plan) with the variant for the problem.
 template <class F>
 auto with_variant(const NormalisedPyramid& p, F&& f) {
@@ -139,7 +131,7 @@ int64_t scratch_bytes(const NormalisedPyramid& p) {
   if (!p.behind || !p.behind->batch_statistics) return 0;
   return with_variant(p, [&](auto* type, auto, const PyramidPlan& plan) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
-    return part_bytes<C>(parts(p, plan.shape.cut), p.out_channels());
+    return part_bytes<C>(pyramid_parts(p, plan.shape.cut), p.out_channels());
   });
 }
 
@@ -158,13 +150,13 @@ Outcome run(const NormalisedPyramid& p, void* scratch, void* stream) {
     params.normalise = normalised_by<T>(p.front);
     params.window = plan.window;
     params.rectangles = rectangles_of(p, cut);
-    params.rectangles_a_part = rectangles_a_part(p, cut);
-    params.blocks = parts(p, cut) * cut.slices;
+    params.rectangles_a_part = summed_rectangles(p, cut);
+    params.blocks = pyramid_parts(p, cut) * cut.slices;
     params.vector_fill = aligned(p.x, 16) && plan.vector_fill;
     const Outcome outcome = launch("normalised_pyramid", normalised_pyramid_kernel<T, Traits>, params.blocks,
                                    Traits::threads, plan.shared_bytes, stream, params);
     if (outcome.failed() || !p.behind) return outcome;
-    return take_moments(*p.behind, scratch, moments ? parts(p, cut) : 0, stream);
+    return take_moments(*p.behind, scratch, moments ? pyramid_parts(p, cut) : 0, stream);
   });
 }
 

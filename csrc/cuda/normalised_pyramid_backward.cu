@@ -87,14 +87,6 @@ __global__ void __launch_bounds__(Traits::threads, 1) normalised_pyramid_backwar
   }
 }
 
-int64_t rectangles_a_part(const NormalisedPyramidBackward& p, const Cut& cut) {
-  return tiles_a_part(rectangles_of(p, cut), cut.slices);
-}
-
-int64_t parts(const NormalisedPyramidBackward& p, const Cut& cut) {
-  return ceil_div(rectangles_of(p, cut), rectangles_a_part(p, cut));
-}
-
 // Calls f(element type, traits, plan) with the variant for the input's gradient.
 template <class F>
 auto with_variant(const NormalisedPyramidBackward& p, F&& f) {
@@ -129,7 +121,7 @@ int64_t scratch_bytes(const NormalisedPyramidBackward& p) {
   if (!p.grad_x) return of_weight;
   return most(of_weight, with_variant(p, [&](auto* type, auto, const PyramidPlan& plan) {
                 using C = Compute<std::remove_pointer_t<decltype(type)>>;
-                return part_bytes<C>(parts(p, plan.shape.cut), p.channels);
+                return part_bytes<C>(pyramid_parts(p, plan.shape.cut), p.channels);
               }));
 }
 
@@ -158,12 +150,12 @@ Outcome run(const NormalisedPyramidBackward& p, void* scratch, void* stream) {
     params.mean = p.front->mean;
     params.window = plan.window;
     params.rectangles = rectangles_of(p, cut);
-    params.rectangles_a_part = rectangles_a_part(p, cut);
-    params.blocks = parts(p, cut) * cut.slices;
+    params.rectangles_a_part = summed_rectangles(p, cut);
+    params.blocks = pyramid_parts(p, cut) * cut.slices;
     params.vector_fill = aligned(p.grad, 16) && params.through.vectors() && plan.vector_fill;
     const Outcome outcome = launch("normalised_pyramid_backward", normalised_pyramid_backward_kernel<T, Traits>,
                                    params.blocks, Traits::threads, plan.shared_bytes, stream, params);
-    return outcome.failed() ? outcome : take_gradients(*p.front, scratch, parts(p, cut), stream);
+    return outcome.failed() ? outcome : take_gradients(*p.front, scratch, pyramid_parts(p, cut), stream);
   });
 }
 

@@ -63,4 +63,12 @@ __device__ inline int64_t pixels_of(const Place& place, const Cut& cut, int64_t 
   return least(cut.rows, height - place.row) * least(cut.columns, width - place.column);
 }
 
+// Into which parts the rectangles go, and how many of them.
+inline int64_t summed_rectangles(const Pyramid& p, const Cut& cut) {
+  return tiles_a_part(rectangles_of(p, cut), cut.slices);
+}
+inline int64_t pyramid_parts(const Pyramid& p, const Cut& cut) {
+  return ceil_div(rectangles_of(p, cut), summed_rectangles(p, cut));
+}
+
 }  // namespace espk::cuda
