@@ -96,7 +96,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "espkernels", folder / "espkernels", ignore=skip)
     for name in ("models", "csrc", "build/ninja"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    build(folder)
+    done = build(folder)
+    assert done.returncode == 0, done.stdout
     return folder
 
 
@@ -105,16 +106,30 @@ def environment(**changes: str) -> dict[str, str]:
     inherited = {
         name: value for name, value in os.environ.items() if name not in ("ESPKERNELS_BUILD_CUDA", "PYTHONPATH")
     }
-    werror = NINJA_FILE.exists() and " -Werror" in NINJA_FILE.read_text()
-    return {**inherited, "ESPKERNELS_WERROR": "1" if werror else "0", **changes}
+    return {**inherited, **changes}
 
 
-def build(folder: Path) -> str:
-    return succeeds(sys.executable, "setup.py", "build_ext", "--inplace", cwd=folder, env=environment())
+def build(folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=folder, env=environment(**changes))
 
 
-def test_second_build_does_nothing(copy: Path) -> None:
-    assert "no work to do" in build(copy)
+@pytest.mark.parametrize("strict", ["0", "1"])
+def test_second_build_does_nothing(copy: Path, strict: str) -> None:
+    assert "no work to do" in build(copy, ESPKERNELS_WERROR=strict).stdout
+
+
+def test_warnings_end_a_strict_build_and_no_other(copy: Path) -> None:
+    source = copy / "csrc" / "cpu" / "dispatch.cpp"
+    before, text = source.stat(), source.read_text()
+    try:
+        source.write_text(text + "static int nobody_reads_this;\n")
+        strict = build(copy, ESPKERNELS_WERROR="1")
+        assert strict.returncode != 0 and "nobody_reads_this" in strict.stdout
+        assert build(copy, ESPKERNELS_WERROR="0").returncode == 0
+    finally:
+        source.write_text(text)
+        os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert build(copy).returncode == 0
 
 
 def test_a_changed_header_builds_again_what_reads_it_and_nothing_else(copy: Path) -> None:

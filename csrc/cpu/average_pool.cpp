@@ -2,7 +2,7 @@
 // of the long-range shortcut. Bytes: 4 read + 1 written (+ 1 of the residual) for each number of the result.
 #include "image_shortcut.h"
 #include "kernels.h"
-#include "zero_bordered_tile.h"
+#include "row.h"
 
 namespace espk::ESPK_ISA {
 namespace {

@@ -25,37 +25,16 @@ class PieceMoments {
         data_(memory.take<double>(2 * pieces * pitch_)) {}
 
   // Where sums of `piece` begin for channels from `first` on: clears them.
-  void begin(int64_t piece, int64_t first, int64_t channels) const {
-    for (int64_t i = 0; i < channels; ++i) mean(piece)[first + i] = squares(piece)[first + i] = 0;
-  }
+  void begin(int64_t piece, int64_t first, int64_t channels) const;
 
   // Adds `pixels` pixels, `pitch` apart from `map` on, of the channels from `first` on. `origin` is the piece's first pixel.
   template <class T>
   void add(int64_t piece, int64_t first, int64_t channels, const T* origin, const T* map, int64_t pitch,
-           int64_t pixels) const {
-    for_channel_blocks<C>(channels, [&](auto lanes, auto vectors, int64_t channel, auto valid) {
-      constexpr int N = decltype(lanes)::value, J = decltype(vectors)::value;
-      double *sums = mean(piece) + first + channel, *squared = squares(piece) + first + channel;
-      if (valid < N)
-        return add_block<N, 4, 1, true>(sums, squared, origin + channel, map + channel, pitch, pixels, valid);
-      if constexpr (J == 1) {
-        add_block<N, 4, 1, false>(sums, squared, origin + channel, map + channel, pitch, pixels, valid);
-      } else {
-        add_block<N, 1, J, false>(sums, squared, origin + channel, map + channel, pitch, pixels, valid);
-      }
-    });
-  }
+           int64_t pixels) const;
 
   // Turns the sums of `pixels` pixels into moments; `origin` as before.
   template <class T>
-  void finish(int64_t piece, int64_t first, int64_t channels, const T* origin, int64_t pixels) const {
-    for (int64_t i = 0; i < channels; ++i) {
-      double &m = mean(piece)[first + i], &s = squares(piece)[first + i];
-      s = s - m * m / static_cast<double>(pixels);
-      s = s < 0 ? 0 : s;
-      m = static_cast<double>(load_one(origin + i)) + m / static_cast<double>(pixels);
-    }
-  }
+  void finish(int64_t piece, int64_t first, int64_t channels, const T* origin, int64_t pixels) const;
 
   // Merges the pieces, of pixels(piece) pixels each, in order.
   template <class Pixels>
@@ -80,57 +59,6 @@ class PieceMoments {
  private:
   double* mean(int64_t piece) const { return data_ + 2 * piece * pitch_; }
   double* squares(int64_t piece) const { return mean(piece) + pitch_; }
-
-  // P pixels side by side of J vectors: enough sums that none waits for another.
-  template <int N, int P, int J, bool Partial, class T>
-  static void add_block(double* sums, double* squared, const T* origin, const T* map, int64_t pitch, int64_t pixels,
-                        int64_t valid) {
-    using V = Vector<C, N>;
-    auto numbers = [&](const T* from) { return Partial ? load_first<N>(from, valid) : load<N>(from); };
-    constexpr int64_t kTogether = 64;  // pixels summed in the compute type
-    for (int64_t first = 0; first < pixels; first += kTogether) {
-      const int64_t end = least(first + kTogether, pixels);
-      V sum[P][J], square[P][J], center[J];
-      for (int j = 0; j < J; ++j) center[j] = numbers(origin + j * N);
-      for (int p = 0; p < P; ++p) {
-        for (int j = 0; j < J; ++j) sum[p][j] = square[p][j] = V{};
-      }
-      int64_t i = first;
-      for (; i + P <= end; i += P) {
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 4
-          for (int j = 0; j < J; ++j) {
-            const V v = numbers(map + (i + p) * pitch + j * N) - center[j];
-            sum[p][j] += v;
-            square[p][j] += v * v;
-          }
-        }
-      }
-      for (; i < end; ++i) {
-        for (int j = 0; j < J; ++j) {
-          const V v = numbers(map + i * pitch + j * N) - center[j];
-          sum[0][j] += v;
-          square[0][j] += v * v;
-        }
-      }
-      for (int j = 0; j < J; ++j) {
-        for (int p = 1; p < P; ++p) {
-          sum[0][j] += sum[p][j];
-          square[0][j] += square[p][j];
-        }
-        if constexpr (Partial) {
-          for (int64_t lane = 0; lane < valid; ++lane) {
-            sums[lane] += static_cast<double>(sum[0][j][lane]);
-            squared[lane] += static_cast<double>(square[0][j][lane]);
-          }
-        } else {
-          add_to<C, N>(sums + j * N, sum[0][j]);
-          add_to<C, N>(squared + j * N, square[0][j]);
-        }
-      }
-    }
-  }
 
   int64_t channels_, pitch_;
   double* data_;

@@ -4,6 +4,7 @@
 // Bytes: M read + N written a pixel; multiply-adds: M*h*w*N a pixel of the result.
 #include "kernels.h"
 #include "pointwise_weights.h"
+#include "row.h"
 
 namespace espk::ESPK_ISA {
 namespace {

@@ -84,11 +84,12 @@ template <class C, int N, int R, int X, int Count, int Step>
 constexpr int run_kind(int count, int step) { return count * (TapRun::kMostStep + 1) + step; }
 
 // Pixels: all runs alike, where their weights and one more vector fit beside the sums, or tap by tap. Compilers keep sums
-// in registers through a loop, and not through the cases of a switch.
+// in registers through a loop, and not through the cases of a switch. float64, which the other types are checked with,
+// goes tap by tap: the cases are most of the compile time.
 template <class C, int N, int R, int X>
 [[gnu::always_inline]] inline void add_taps(Vector<C, N> (&sum)[R][X], const TapRun* run, const C* tile,
                                             int64_t row_step, const C* weights) {
-  if constexpr (R * X + TapRun::kMostTaps + 1 <= kRegisters) {
+  if constexpr (sizeof(C) < 8 && R * X + TapRun::kMostTaps + 1 <= kRegisters) {
     switch (run_kind(run->count, run->step)) {
       case run_kind(3, 1): return add_alike<C, N, R, X, 3, 1>(sum, run, tile, row_step, weights);
       case run_kind(3, 2): return add_alike<C, N, R, X, 3, 2>(sum, run, tile, row_step, weights);

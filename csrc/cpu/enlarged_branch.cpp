@@ -6,7 +6,7 @@
 #include "affine_prelu.h"
 #include "bilinear.h"
 #include "kernels.h"
-#include "zero_bordered_tile.h"
+#include "row.h"
 
 namespace espk::ESPK_ISA {
 namespace {

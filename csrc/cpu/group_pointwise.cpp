@@ -2,6 +2,7 @@
 // channels_last, weights x planes in contiguous. Bytes: M read + N written a pixel; multiply-adds: M*N/groups a pixel.
 #include "kernels.h"
 #include "pointwise_weights.h"
+#include "row.h"
 
 namespace espk::ESPK_ISA {
 namespace {

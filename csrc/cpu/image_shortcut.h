@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 #include "matrix_product.h"
-#include "zero_bordered_tile.h"
+#include "row.h"
 
 namespace espk::ESPK_ISA {
 

@@ -5,7 +5,7 @@
 #include "joined_maps.h"
 #include "kernels.h"
 #include "pixel_runs.h"
-#include "zero_bordered_tile.h"
+#include "row.h"
 
 namespace espk::ESPK_ISA {
 namespace {

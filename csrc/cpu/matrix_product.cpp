@@ -31,6 +31,50 @@ void store_part(const MatrixProduct<C>& p, const C* sums, int vectors, int64_t r
   }
 }
 
+// A whole block from its registers. A step that is left out multiplies by one or adds nothing, which costs less than to
+// ask for it at each vector, in run time and, most of all, in compile time.
+template <class C, int N, int I, int J>
+[[gnu::always_inline]] inline void store_block(const MatrixProduct<C>& p, const Vector<C, N> (&sum)[I][J], int64_t row,
+                                               int64_t column) {
+  using V = Vector<C, N>;
+  C* out = p.out + row * p.out_row + column;
+  if (p.add) {
+#pragma GCC unroll 16
+    for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) {
+        C* at = out + i * p.out_row + j * N;
+        store<N>(at, sum[i][j] + load<N>(at));
+      }
+    }
+    return;
+  }
+  const C* residual = p.residual ? p.residual + row * p.residual_row + column : nullptr;
+  auto finish = [&](int i, int j, V v, V scale, V shift, V slope) [[gnu::always_inline]] {
+    v = v * scale + shift;
+    if (residual) v = v + load<N>(residual + i * p.residual_row + j * N);
+    store<N>(out + i * p.out_row + j * N, v > V{} ? v : v * slope);
+  };
+  const V one = broadcast<C, N>(C(1));
+  if (p.epilogue_of_columns) {
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) {
+      auto numbers = [&](const C* values, V other) { return values ? load<N>(values + column + j * N) : other; };
+      const V scale = numbers(p.scale, one), shift = numbers(p.shift, V{}), slope = numbers(p.slope, one);
+#pragma GCC unroll 16
+      for (int i = 0; i < I; ++i) finish(i, j, sum[i][j], scale, shift, slope);
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < I; ++i) {
+      auto number = [&](const C* values, V other) { return values ? broadcast<C, N>(values[row + i]) : other; };
+      const V scale = number(p.scale, one), shift = number(p.shift, V{}), slope = number(p.slope, one);
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) finish(i, j, sum[i][j], scale, shift, slope);
+    }
+  }
+}
+
 // One block from (row, column) on. `store_rows` <= I rows reach the result; of the last vector, what `valid` says.
 // PartialB: the vector of b has only `valid` numbers to read. OffsetA: steps of a lie where p.a_offsets says.
 template <class C, int N, int I, int J, bool PartialB, bool OffsetA>
@@ -67,33 +111,7 @@ void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_
       for (int q = 0; q < kQuads; ++q) quad[q] += a_depth;
     }
   }
-  if (store_rows == I && valid % N == 0) {
-    C* out = p.out + row * p.out_row + column;
-    // The whole block from its registers; whether a step is there is asked for each vector, and always guessed right.
-    const C *scale = p.scale, *shift = p.shift, *slope = p.slope;
-    const C* residual = p.residual ? p.residual + row * p.residual_row + column : nullptr;
-    const bool of_columns = p.epilogue_of_columns, add = p.add;
-#pragma GCC unroll 16
-    for (int i = 0; i < I; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < J; ++j) {
-        V v = sum[i][j];
-        if (add) {
-          store<N>(out + i * p.out_row + j * N, v + load<N>(out + i * p.out_row + j * N));
-          continue;
-        }
-        auto parameter = [&](const C* values) {
-          return of_columns ? load<N>(values + column + j * N) : broadcast<C, N>(values[row + i]);
-        };
-        if (scale) v = v * parameter(scale);
-        if (shift) v = v + parameter(shift);
-        if (residual) v = v + load<N>(residual + i * p.residual_row + j * N);
-        if (slope) v = v > V{} ? v : v * parameter(slope);
-        store<N>(out + i * p.out_row + j * N, v);
-      }
-    }
-    return;
-  }
+  if (store_rows == I && valid % N == 0) return store_block<C, N, I, J>(p, sum, row, column);
   C results[I * J * N];
 #pragma GCC unroll 16
   for (int i = 0; i < I; ++i) {
@@ -108,7 +126,9 @@ template <class C, int N, int J, bool PartialB, bool OffsetA>
 void multiply_columns(const MatrixProduct<C>& p, int64_t column, int64_t valid) {
   const C* b = p.b_packed ? p.b + column * p.depth : p.b + column;
   const int64_t b_depth = p.b_packed ? int64_t{J} * N : p.b_depth;
-  if (p.a_packed) {
+  if constexpr (J > kPackedVectors) {
+    // The columns of packed rows come in narrower blocks.
+  } else if (p.a_packed) {
     for (int64_t row = 0; row < p.rows; row += kPackedRows) {
       multiply_block<C, N, kPackedRows, J, PartialB, false>(p, p.a + row * p.depth, 1, kPackedRows, b, b_depth, row,
                                                             column, least(kPackedRows, p.rows - row), valid);
@@ -122,15 +142,18 @@ void multiply_columns(const MatrixProduct<C>& p, int64_t column, int64_t valid) 
                                                   I, valid);
     if (p.ahead) p.ahead->spend(int64_t{I} * J * N * p.depth);
   }
-  constexpr int Half = I / 2;
-  for (; row + Half <= p.rows; row += Half) {
-    multiply_block<C, N, Half, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row,
-                                                     column, Half, valid);
-  }
-  // Two rows at a time hide twice as much of the latency of a multiply-add: 32 rows are 12 + 12 + 6 + 2.
-  for (; row + 2 <= p.rows; row += 2) {
-    multiply_block<C, N, 2, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column,
-                                                  2, valid);
+  // float64 is what the other types are checked with: half the kinds of blocks, which compile in half the time.
+  if constexpr (sizeof(C) < 8) {
+    constexpr int Half = I / 2;
+    for (; row + Half <= p.rows; row += Half) {
+      multiply_block<C, N, Half, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row,
+                                                       column, Half, valid);
+    }
+    // Two rows at a time hide twice as much of the latency of a multiply-add: 32 rows are 12 + 12 + 6 + 2.
+    for (; row + 2 <= p.rows; row += 2) {
+      multiply_block<C, N, 2, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column,
+                                                    2, valid);
+    }
   }
   for (; row < p.rows; ++row) {
     multiply_block<C, N, 1, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column,
@@ -141,7 +164,7 @@ void multiply_columns(const MatrixProduct<C>& p, int64_t column, int64_t valid) 
 template <class C, bool OffsetA>
 void multiply_all(const MatrixProduct<C>& p) {
   // Packed rows come in blocks of the height that suits three vectors.
-  for_column_blocks<C>(p.columns, p.a_packed ? 3 : kMostVectors,
+  for_column_blocks<C>(p.columns, p.a_packed ? kPackedVectors : kMostVectors,
                        [&](int64_t first, int64_t vectors, int lanes, int64_t valid) {
                          constexpr int N = kLanes<C>;
                          if (lanes == N && valid % N == 0) {

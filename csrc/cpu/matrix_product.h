@@ -13,8 +13,9 @@ constexpr int block_rows(int vectors) {
   return vectors == 1 ? 12 : vectors == 2 ? 6 : 4;
 }
 
-// Rows of one packed block of `a` (see pack_rows): those of the widest block of vectors that planes use.
-constexpr int kPackedRows = block_rows(3);
+// Rows of one packed block of `a` (see pack_rows), and the most vectors that a block multiplies them by.
+constexpr int kPackedVectors = 3;
+constexpr int kPackedRows = block_rows(kPackedVectors);
 
 // Memory that is read next, fetched into the second-level cache a line at a time between the blocks of products: while
 // those multiply, the memory would otherwise stand still.

@@ -4,7 +4,7 @@
 #include "far_map.h"
 #include "kernels.h"
 #include "normalise.h"
-#include "zero_bordered_tile.h"
+#include "row.h"
 
 namespace espk::ESPK_ISA {
 

@@ -8,7 +8,6 @@
 #include "kernels.h"
 #include "matrix_product.h"
 #include "narrow_groups.h"
-#include "zero_bordered_tile.h"
 
 namespace espk::ESPK_ISA {
 
@@ -50,29 +49,7 @@ struct PointwiseWeights {
     return total;
   }
 
-  void prepare(const void* weight, void* shared) const {
-    if (in_pairs()) return prepare_pairs(static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(shared));
-    with_type(type, [&](auto* t) {
-      using T = std::remove_pointer_t<decltype(t)>;
-      using C = Compute<T>;
-      if (is_narrow<C>()) {
-        const T* from = static_cast<const T*>(weight);
-        return pack_narrow_groups(narrow<C>(), static_cast<C*>(shared), [&](int64_t g, int64_t o, int64_t i) {
-          return load_one(from + g * in * out + (transposed ? i * out + o : o * in + i));
-        });
-      }
-      for (int64_t g = 0; g < groups; ++g) {
-        const T* from = static_cast<const T*>(weight) + g * in * out;
-        C* to = static_cast<C*>(shared) + g * group_size<C>();
-        const Matrix<T> in_by_out{from, transposed ? out : 1, transposed ? 1 : in};
-        if (pixels) {
-          pack_columns(to, in_by_out, in, out);
-        } else {
-          pack_rows(to, Matrix<T>{from, in_by_out.column, in_by_out.row}, out, in);
-        }
-      }
-    });
-  }
+  void prepare(const void* weight, void* shared) const;
 
   // The product of `rows` pixels, `outputs` channels of each of `groups_now` groups, with weights from prepare.
   Bfloat16Product pairs(int64_t rows, int64_t groups_now, int64_t outputs) const {
@@ -83,13 +60,6 @@ struct PointwiseWeights {
     product.columns = outputs;
     product.b_group = packed_pairs_size(in, out);
     return product;
-  }
-
- private:
-  void prepare_pairs(const uint16_t* weight, uint16_t* to) const {
-    for (int64_t g = 0; g < groups; ++g, weight += in * out, to += packed_pairs_size(in, out)) {
-      pack_pairs(to, in, out, [&](int64_t i, int64_t o) { return weight[transposed ? i * out + o : o * in + i]; });
-    }
   }
 };
 
@@ -114,67 +84,14 @@ inline void set_epilogue(MatrixProduct<C>& product, const Epilogue& epilogue, in
 // none, the product may have one of the compute type. Types other than the compute type go through a map of results.
 // With `narrow`, the product is that of all groups at once.
 template <class T>
-inline void multiply_into(MatrixProduct<Compute<T>>& product, T* out, const T* residual, int64_t out_row,
-                          const NarrowGroups<Compute<T>>* narrow = nullptr) {
-  using C = Compute<T>;
-  auto run = [&] { return narrow ? multiply_narrow_groups(*narrow, product) : multiply(product); };
-  if constexpr (std::is_same_v<T, C>) {
-    product.out = out;
-    product.out_row = out_row;
-    if (residual) {
-      product.residual = residual;
-      product.residual_row = out_row;
-    }
-    run();
-  } else {
-    const int64_t size = product.rows * product.columns;
-    C* results = static_cast<C*>(scratch(Slot::results, 2 * size * static_cast<int64_t>(sizeof(C))));
-    product.out = results;
-    product.out_row = product.columns;
-    if (residual) {
-      for (int64_t i = 0; i < product.rows; ++i) {
-        copy_row(results + size + i * product.columns, residual + i * out_row, product.columns);
-      }
-      product.residual = results + size;
-      product.residual_row = product.columns;
-    }
-    run();
-    for (int64_t i = 0; i < product.rows; ++i) {
-      copy_row(out + i * out_row, results + i * product.columns, product.columns);
-    }
-  }
-}
+void multiply_into(MatrixProduct<Compute<T>>& product, T* out, const T* residual, int64_t out_row,
+                   const NarrowGroups<Compute<T>>* narrow = nullptr);
 
 // Pixels times the packed weights of all groups: `rows` pixels in the compute type, value_row apart, into `out` of stored
 // type T, out_row apart, with the epilogue of all channels, whose residual may also be `added`, one row behind the other.
 template <class T>
-inline void multiply_pixels(const PointwiseWeights& weights, const Compute<T>* packed, const Compute<T>* values,
-                            int64_t value_row, int64_t rows, const Epilogue& epilogue, T* out, int64_t out_row,
-                            Ahead* ahead = nullptr, const Compute<T>* added = nullptr) {
-  using C = Compute<T>;
-  const bool is_narrow = weights.is_narrow<C>();
-  const NarrowGroups<C> narrow = weights.narrow<C>();
-  const T* residual = static_cast<const T*>(epilogue.residual);
-  for (int64_t group = 0; group < (is_narrow ? 1 : weights.groups); ++group) {
-    MatrixProduct<C> product{};
-    product.ahead = ahead;
-    product.rows = rows;
-    product.columns = is_narrow ? weights.groups * weights.out : weights.out;
-    product.depth = weights.in;
-    product.a = values + group * weights.in;
-    product.a_row = value_row;
-    product.a_depth = 1;
-    product.b = packed + group * weights.group_size<C>();
-    product.b_packed = true;
-    const int64_t channel = group * weights.out;
-    set_epilogue(product, epilogue, channel, true);
-    if (added) {
-      product.residual = added + channel;
-      product.residual_row = weights.groups * weights.out;
-    }
-    multiply_into(product, out + channel, residual ? residual + channel : nullptr, out_row,
-                  is_narrow ? &narrow : nullptr);
-  }
-}
+void multiply_pixels(const PointwiseWeights& weights, const Compute<T>* packed, const Compute<T>* values,
+                     int64_t value_row, int64_t rows, const Epilogue& epilogue, T* out, int64_t out_row,
+                     Ahead* ahead = nullptr, const Compute<T>* added = nullptr);
 
 }  // namespace espk::ESPK_ISA

@@ -91,114 +91,150 @@ void multiply_pairs(const PointwiseWeights& weights, const void* packed, const f
   weights.bfloat16->multiply(product);
 }
 
+// One thread's strips: all blocks of channels of a strip go into tiles, then a few rows at a time through the map.
 template <class T>
-void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
+struct UnitStrips {
   using C = Compute<T>;
-  char* memory = static_cast<char*>(shared);
-  const bool pixels = p.layout == Layout::channels_last;
-  const BranchWeights<C> branch_weights(p, memory);
-  const PyramidEpilogue<C> affine(p, memory + epilogue_offset(p));
-  const C* pointwise = reinterpret_cast<const C*>(memory + pointwise_offset(p));
-  const PointwiseWeights weights = weights_of(p);
-  const Strips strips = strips_of<C>(p);
-  const int64_t lanes = pixels ? kLanes<C> : 1, maps = ceil_div(p.channels, lanes);
 
-  // Rows that go through the map together: enough pixels for the register blocks, and a map of at most 128 KiB.
-  const int64_t row_bytes = p.out_channels() * p.out_width * static_cast<int64_t>(sizeof(C));
-  const int64_t few = ceil_div(48, p.out_width), fitting = most(128 * 1024 / row_bytes, 1);
-  const int64_t step = least(strips.rows, least(few, fitting));
-  const int64_t pitch = pixels ? p.out_channels() : round_up(step * p.out_width, kLanes<C>);
+  UnitStrips(const Problem& problem, void* shared)
+      : p(problem),
+        pixels(p.layout == Layout::channels_last),
+        branch_weights(p, shared),
+        affine(p, static_cast<char*>(shared) + epilogue_offset(p)),
+        pointwise(reinterpret_cast<const C*>(static_cast<char*>(shared) + pointwise_offset(p))),
+        weights(weights_of(p)),
+        strips(strips_of<C>(p)),
+        lanes(pixels ? kLanes<C> : 1),
+        blocks(ceil_div(p.channels, lanes)),
+        step(rows_of_map()),
+        pitch(pixels ? p.out_channels() : round_up(step * p.out_width, kLanes<C>)),
+        shortcut(p.shortcut, p.pointwise_channels, step * p.out_width),
+        whole(p, strips.rows, pixels ? least(lanes, p.channels) : p.out_width, step),
+        last(p, strips.rows, pixels ? p.channels - (blocks - 1) * lanes : p.out_width, step),
+        tiles(whole.zeroed_tiles(blocks)) {}
 
-  const ShortcutRows<T> shortcut(p.shortcut, p.pointwise_channels, step * p.out_width);
-
-  // The tiles of all blocks of channels lie behind one another; the last block may be narrower.
-  const PyramidStrip<C> strip(p, strips.rows, pixels ? least(lanes, p.channels) : p.out_width, step);
-  const int64_t last_channels = pixels ? p.channels - (maps - 1) * lanes : p.out_width;
-  const PyramidStrip<C> last_strip(p, strips.rows, last_channels, step);
-  C* tiles = strip.zeroed_tiles(maps);
-  const bool moving = strips.count > 1;
-
-  for (int64_t unit = begin; unit < end; ++unit) {
+  void run(int64_t unit) const {
     const int64_t image = unit / strips.count, first = unit % strips.count * strips.rows;
     const int64_t rows = least(strips.rows, p.out_height - first);
-    if (rows <= 0) continue;
-
-    const T* x = static_cast<const T*>(p.x) + image * p.channels * p.height * p.width;
-    for (int64_t map = 0; map < maps; ++map) {
-      const PyramidStrip<C>& s = map + 1 < maps ? strip : last_strip;
-      C* tile = tiles + map * strip.tile.size();
-      if (pixels) {
-        fill_pixels(s.tile, tile, x + map * lanes, first * p.stride, p.height, {0, p.width}, moving, p.channels,
-                    s.valid);
-      } else {
-        fill_plane(s.tile, tile, x + map * p.height * p.width, first * p.stride, p.height, {0, p.width}, moving);
-      }
-    }
-
+    if (rows <= 0) return;
+    fill_tiles(image, first);
     for (int64_t y = 0; y < rows; y += step) {
       const int64_t map_rows = least(step, rows - y), count = map_rows * p.out_width;
-      const int64_t map_size = pixels ? count * pitch : p.out_channels() * pitch;
-      C* z = static_cast<C*>(scratch(Slot::map, map_size * static_cast<int64_t>(sizeof(C))));
-      for (int64_t map = 0; map < maps; ++map) {
-        const PyramidStrip<C>& s = map + 1 < maps ? strip : last_strip;
-        const C* tile = tiles + map * strip.tile.size() + y * p.stride * s.tile.row_pitch();
-        Sweep<C> sweep =
-            s.sweep(tile, map_rows, pixels ? branch_weights.of_block(map) : branch_weights.of_channel(map));
-        const int64_t channel = map * lanes;
-        sweep.scale = affine.scale + channel;
-        sweep.shift = affine.shift + channel;
-        sweep.slope = affine.slope + channel;
-        sweep.epilogue_segment = p.channels;
-        if (pixels) {
-          sweep.out = z + channel;
-          sweep.out_segment = p.channels;
-          sweep.out_column = pitch;
-          sweep.out_row = p.out_width * pitch;
-        } else {
-          sweep.out = z + channel * pitch;
-          sweep.out_segment = p.channels * pitch;
-          sweep.out_row = p.out_width;
-        }
-        ESPK_ISA::sweep(sweep);
-      }
-
-      const int64_t out_plane = p.out_height * p.out_width, pixel = (first + y) * p.out_width;
+      const int64_t numbers = pixels ? count * pitch : p.out_channels() * pitch;
+      C* map = static_cast<C*>(scratch(Slot::map, numbers * static_cast<int64_t>(sizeof(C))));
+      sweep_into(map, y, map_rows);
       if (pixels) {
-        const int64_t at = (image * out_plane + pixel) * p.out_pixel;
-        Epilogue epilogue = p.epilogue;
-        if (epilogue.residual) epilogue.residual = static_cast<const T*>(epilogue.residual) + at;
-        const C* added = shortcut.of(image * out_plane + pixel, count);
-        T* out = static_cast<T*>(p.out) + at;
-        if constexpr (std::is_same_v<T, bfloat16>) {
-          if (weights.in_pairs()) {
-            multiply_pairs(weights, pointwise, z, count, epilogue, added, reinterpret_cast<uint16_t*>(out),
-                           p.out_pixel);
-            continue;
-          }
-        }
-        multiply_pixels<T>(weights, pointwise, z, pitch, count, epilogue, out, p.out_pixel, nullptr, added);
-        continue;
-      }
-      for (int64_t group = 0; group < p.groups; ++group) {
-        MatrixProduct<C> product{};
-        product.rows = weights.out;
-        product.columns = count;
-        product.depth = weights.in;
-        product.a = pointwise + group * weights.group_size<C>();
-        product.a_packed = true;
-        product.b = z + group * weights.in * pitch;
-        product.b_depth = pitch;
-        set_epilogue(product, p.epilogue, group * weights.out, false);
-        const int64_t at = (image * p.pointwise_channels + group * weights.out) * out_plane + pixel;
-        const T* residual = p.epilogue.residual ? static_cast<const T*>(p.epilogue.residual) + at : nullptr;
-        multiply_into(product, static_cast<T*>(p.out) + at, residual, out_plane);
+        multiply_map_of_pixels(map, image, (first + y) * p.out_width, count);
+      } else {
+        multiply_map_of_planes(map, image, (first + y) * p.out_width, count);
       }
     }
   }
-}
+
+  // Enough pixels for the blocks of the product, and a map of at most 128 KiB.
+  int64_t rows_of_map() const {
+    const int64_t row_bytes = p.out_channels() * p.out_width * static_cast<int64_t>(sizeof(C));
+    return least(strips.rows, least(ceil_div(48, p.out_width), most(128 * 1024 / row_bytes, 1)));
+  }
+
+  // The last block of channels may be narrower.
+  const PyramidStrip<C>& strip_of(int64_t block) const { return block + 1 < blocks ? whole : last; }
+  C* tile_of(int64_t block) const { return tiles + block * whole.tile.size(); }
+
+  void fill_tiles(int64_t image, int64_t first) const {
+    const T* x = static_cast<const T*>(p.x) + image * p.channels * p.height * p.width;
+    const bool moving = strips.count > 1;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const PyramidStrip<C>& strip = strip_of(block);
+      if (pixels) {
+        fill_pixels(strip.tile, tile_of(block), x + block * lanes, first * p.stride, p.height, {0, p.width}, moving,
+                    p.channels, strip.valid);
+      } else {
+        fill_plane(strip.tile, tile_of(block), x + block * p.height * p.width, first * p.stride, p.height, {0, p.width},
+                   moving);
+      }
+    }
+  }
+
+  // All branches of `rows` rows from row `y` of the strip on.
+  void sweep_into(C* map, int64_t y, int64_t rows) const {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const PyramidStrip<C>& strip = strip_of(block);
+      const C* tile = tile_of(block) + y * p.stride * strip.tile.row_pitch();
+      const int64_t channel = block * lanes;
+      Sweep<C> sweep =
+          strip.sweep(tile, rows, pixels ? branch_weights.of_block(block) : branch_weights.of_channel(block));
+      sweep.scale = affine.scale + channel;
+      sweep.shift = affine.shift + channel;
+      sweep.slope = affine.slope + channel;
+      sweep.epilogue_segment = p.channels;
+      if (pixels) {
+        sweep.out = map + channel;
+        sweep.out_segment = p.channels;
+        sweep.out_column = pitch;
+        sweep.out_row = p.out_width * pitch;
+      } else {
+        sweep.out = map + channel * pitch;
+        sweep.out_segment = p.channels * pitch;
+        sweep.out_row = p.out_width;
+      }
+      ESPK_ISA::sweep(sweep);
+    }
+  }
+
+  // `pixel` is the first of `count` in its image.
+  void multiply_map_of_pixels(const C* map, int64_t image, int64_t pixel, int64_t count) const {
+    const int64_t first = image * p.out_height * p.out_width + pixel, at = first * p.out_pixel;
+    Epilogue epilogue = p.epilogue;
+    if (epilogue.residual) epilogue.residual = static_cast<const T*>(epilogue.residual) + at;
+    const C* added = shortcut.of(first, count);
+    T* out = static_cast<T*>(p.out) + at;
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      if (weights.in_pairs()) {
+        return multiply_pairs(weights, pointwise, map, count, epilogue, added, reinterpret_cast<uint16_t*>(out),
+                              p.out_pixel);
+      }
+    }
+    multiply_pixels<T>(weights, pointwise, map, pitch, count, epilogue, out, p.out_pixel, nullptr, added);
+  }
+
+  void multiply_map_of_planes(const C* map, int64_t image, int64_t pixel, int64_t count) const {
+    const int64_t out_plane = p.out_height * p.out_width;
+    for (int64_t group = 0; group < p.groups; ++group) {
+      MatrixProduct<C> product{};
+      product.rows = weights.out;
+      product.columns = count;
+      product.depth = weights.in;
+      product.a = pointwise + group * weights.group_size<C>();
+      product.a_packed = true;
+      product.b = map + group * weights.in * pitch;
+      product.b_depth = pitch;
+      set_epilogue(product, p.epilogue, group * weights.out, false);
+      const int64_t at = (image * p.pointwise_channels + group * weights.out) * out_plane + pixel;
+      const T* residual = p.epilogue.residual ? static_cast<const T*>(p.epilogue.residual) + at : nullptr;
+      multiply_into(product, static_cast<T*>(p.out) + at, residual, out_plane);
+    }
+  }
+
+  const Problem& p;
+  const bool pixels;
+  const BranchWeights<C> branch_weights;
+  const PyramidEpilogue<C> affine;
+  const C* pointwise;
+  const PointwiseWeights weights;
+  const Strips strips;
+  const int64_t lanes, blocks;  // channels in a block, and blocks
+  const int64_t step, pitch;  // rows that go through the map together; from its pixel to pixel, or plane to plane
+  const ShortcutRows<T> shortcut;
+  const PyramidStrip<C> whole, last;
+  C* const tiles;  // those of all blocks, one behind another
+};
 
 void run(const Problem& p, void* shared, int64_t begin, int64_t end) {
-  with_type(p.type, [&](auto* type) { run_type<std::remove_pointer_t<decltype(type)>>(p, shared, begin, end); });
+  with_type(p.type, [&](auto* type) {
+    const UnitStrips<std::remove_pointer_t<decltype(type)>> strips(p, shared);
+    for (int64_t unit = begin; unit < end; ++unit) strips.run(unit);
+  });
 }
 
 }  // namespace

@@ -119,9 +119,83 @@ void fill(const SpatialPyramid& p, const NormaliseVectors<Compute<T>>& normalise
   });
 }
 
-// Whether a map is stored in the type that it is computed in.
+// How the branches, rows and columns of a patch lie in memory; a pixel's channels are side by side.
 template <class T>
-constexpr bool is_direct = std::is_same_v<T, Compute<T>>;
+struct PatchMap {
+  T* first;
+  int64_t branch, row, column;
+
+  T* at(int64_t k, int64_t y, int64_t x) const { return first + k * branch + y * row + x * column; }
+};
+
+// One block of channels of a patch.
+struct Block {
+  int64_t patch, rows, columns, first_channel, channels;
+};
+
+template <class C>
+void sweep_into(Sweep<C> sweep, const PatchMap<C>& to) {
+  sweep.out = to.first;
+  sweep.out_segment = to.branch;
+  sweep.out_row = to.row;
+  sweep.out_column = to.column;
+  ESPK_ISA::sweep(sweep);
+}
+
+// `store(to, from)` for every branch of every pixel, pixel after pixel.
+template <class T, class C, class Store>
+void copy_block(const PatchMap<T>& to, const PatchMap<C>& from, const SpatialPyramid& p, const Block& block,
+                Store&& store) {
+  for (int64_t y = 0; y < block.rows; ++y) {
+    for (int64_t x = 0; x < block.columns; ++x) {
+      for (int64_t k = 0; k < p.branches; ++k) store(to.at(k, y, x), from.at(k, y, x));
+    }
+  }
+}
+
+template <class T>
+void take_moments(const PieceMoments<Compute<T>>& moments, const PatchMap<T>& map, const SpatialPyramid& p,
+                  const Block& block) {
+  for (int64_t k = 0; k < p.branches; ++k) {
+    const int64_t channel = k * p.channels + block.first_channel;
+    const T* origin = map.at(k, 0, 0);
+    moments.begin(block.patch, channel, block.channels);
+    for (int64_t y = 0; y < block.rows; ++y) {
+      moments.add(block.patch, channel, block.channels, origin, map.at(k, y, 0), map.column, block.columns);
+    }
+    moments.finish(block.patch, channel, block.channels, origin, block.rows * block.columns);
+  }
+}
+
+// The branches of a block, from its tile to the result, and in training their moments while they are near.
+template <class T>
+void run_block(const SpatialPyramid& p, const Sweep<Compute<T>>& sweep, const PatchMap<T>& out, const Block& block,
+               const PieceMoments<Compute<T>>& moments) {
+  using C = Compute<T>;
+  constexpr bool kInPlace = std::is_same_v<T, C>;
+  constexpr int N = kLanes<C>;
+  const bool far = kInPlace && p.moments.mean && block.channels == N && p.channels % N == 0 &&
+                   is_far(static_cast<const T*>(p.out), p.batch * p.out_height * p.out_width, p.out_pixel);
+  if constexpr (kInPlace) {
+    if (!far) {
+      sweep_into(sweep, out);
+      if (p.moments.mean) take_moments(moments, out, p, block);
+      return;
+    }
+  }
+  const int64_t pixel = p.branches * block.channels, numbers = block.rows * block.columns * pixel;
+  C* results = static_cast<C*>(scratch(Slot::map, numbers * static_cast<int64_t>(sizeof(C))));
+  const PatchMap<C> near{results, block.channels, block.columns * pixel, pixel};
+  sweep_into(sweep, near);
+  if constexpr (kInPlace) {
+    copy_block(out, near, p, block, [](C* to, const C* from) { store_far<N>(to, load<N>(from)); });
+    finish_far_stores();
+    take_moments(moments, near, p, block);
+  } else {
+    copy_block(out, near, p, block, [&](T* to, const C* from) { copy_row(to, from, block.channels); });
+    if (p.moments.mean) take_moments(moments, out, p, block);
+  }
+}
 
 template <class T>
 void run_pixels(const SpatialPyramid& p, void* memory, int64_t begin, int64_t end) {
@@ -129,7 +203,7 @@ void run_pixels(const SpatialPyramid& p, void* memory, int64_t begin, int64_t en
   const Shared<C> shared(p, memory);
   const BranchWeights<C> weights(p, shared.weights);
   const Patches cut = patches_of<C>(p);
-  const int64_t pixel = p.out_pixel, turns = ceil_div(cut.blocks, cut.blocks_of_unit);
+  const int64_t turns = ceil_div(cut.blocks, cut.blocks_of_unit);
   // The last block of channels may be narrower.
   const PyramidStrip<C> whole(p, cut.strips.rows, least(kLanes<C>, p.channels), cut.strips.rows, cut.columns);
   const PyramidStrip<C> last(p, cut.strips.rows, p.channels - (cut.blocks - 1) * kLanes<C>, cut.strips.rows,
@@ -144,70 +218,23 @@ void run_pixels(const SpatialPyramid& p, void* memory, int64_t begin, int64_t en
     const int64_t columns = least(cut.columns, p.out_width - first_column);
     if (rows <= 0) continue;
     const int64_t first_block = unit % turns * cut.blocks_of_unit;
-    for (int64_t block = first_block; block < first_block + cut.blocks_of_unit; ++block) {
-      const PyramidStrip<C>& strip = block + 1 < cut.blocks ? whole : last;
-      const int64_t first_channel = block * kLanes<C>, channels = strip.valid;
+    for (int64_t number = first_block; number < first_block + cut.blocks_of_unit; ++number) {
+      const PyramidStrip<C>& strip = number + 1 < cut.blocks ? whole : last;
+      const Block block{patch, rows, columns, number * kLanes<C>, strip.valid};
       if (strip.lanes != tile_lanes) {
         tile = strip.zeroed_tiles();
         tile_lanes = strip.lanes;
       }
-      const T* x = static_cast<const T*>(p.x) + image * p.height * p.width * p.channels + first_channel;
+      const T* x = static_cast<const T*>(p.x) + image * p.height * p.width * p.channels + block.first_channel;
       fill(p, shared.normalise, strip.tile, tile, x, first * p.stride, {first_column * p.stride, p.width},
-           cut.strips.count * cut.panels > 1, first_channel, channels, cut.blocks_of_unit > 1 && block == 0);
-      Sweep<C> sweep = strip.sweep(tile, rows, weights.of_block(block));
+           cut.strips.count * cut.panels > 1, block.first_channel, block.channels,
+           cut.blocks_of_unit > 1 && number == 0);
+      Sweep<C> sweep = strip.sweep(tile, rows, weights.of_block(number));
       sweep.columns = columns;
-      set_epilogue(sweep, p, first_channel);
-      T* out = static_cast<T*>(p.out) + ((image * p.out_height + first) * p.out_width + first_column) * pixel +
-               first_channel;
-      // Where the moments find the map: in place, or still in the scratch memory that it leaves for far away.
-      const T* made = out;
-      int64_t made_segment = p.channels, made_column = pixel, made_row = p.out_width * pixel;
-      const bool far = is_direct<T> && p.moments.mean && channels == kLanes<C> && p.channels % kLanes<C> == 0 &&
-                       is_far(static_cast<const T*>(p.out), p.batch * p.out_height * p.out_width, pixel);
-      if (is_direct<T> && !far) {
-        sweep.out = reinterpret_cast<C*>(out);
-        sweep.out_segment = made_segment;
-        sweep.out_column = made_column;
-        sweep.out_row = made_row;
-        ESPK_ISA::sweep(sweep);
-      } else {
-        const int64_t count = rows * columns;
-        C* results =
-            static_cast<C*>(scratch(Slot::map, p.branches * count * channels * static_cast<int64_t>(sizeof(C))));
-        sweep.out = results;
-        sweep.out_segment = channels;
-        sweep.out_column = p.branches * channels;
-        sweep.out_row = columns * sweep.out_column;
-        ESPK_ISA::sweep(sweep);
-        for (int64_t i = 0; i < count; ++i) {
-          T* to = out + (i / columns * p.out_width + i % columns) * pixel;
-          for (int64_t k = 0; k < p.branches; ++k) {
-            const C* from = results + (i * p.branches + k) * channels;
-            if (far) {
-              store_far<kLanes<C>>(to + k * p.channels, load<kLanes<C>>(from));
-            } else {
-              copy_row(to + k * p.channels, from, channels);
-            }
-          }
-        }
-        if (far) {
-          made = reinterpret_cast<const T*>(results);
-          made_segment = sweep.out_segment;
-          made_column = sweep.out_column;
-          made_row = sweep.out_row;
-          finish_far_stores();
-        }
-      }
-      if (!p.moments.mean) continue;
-      for (int64_t k = 0; k < p.branches; ++k) {
-        const int64_t channel = k * p.channels + first_channel;
-        const T* origin = made + k * made_segment;
-        shared.moments.begin(patch, channel, channels);
-        for (int64_t y = 0; y < rows; ++y) {
-          shared.moments.add(patch, channel, channels, origin, origin + y * made_row, made_column, columns);
-        }
-        shared.moments.finish(patch, channel, channels, origin, rows * columns);
-      }
+      set_epilogue(sweep, p, block.first_channel);
+      const int64_t first_pixel = (image * p.out_height + first) * p.out_width + first_column;
+      T* out = static_cast<T*>(p.out) + first_pixel * p.out_pixel + block.first_channel;
+      run_block<T>(p, sweep, {out, p.channels, p.out_width * p.out_pixel, p.out_pixel}, block, shared.moments);
     }
   }
 }

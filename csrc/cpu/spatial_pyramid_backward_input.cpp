@@ -20,6 +20,41 @@ Strips strips_of(const Problem& p) {
                        2 * gradient_reach(p, p.height), p.batch * pyramid_maps<C>(p));
 }
 
+// The gradients of all branches into their tiles, summed as HFF asks.
+template <class T>
+void fill_gradients(const Problem& p, const Tile& tile, Compute<T>* tiles, int64_t image, int64_t first_channel,
+                    int64_t channels, int64_t first_row, bool moving) {
+  const int64_t out_plane = p.out_height * p.out_width;
+  const T* grad = static_cast<const T*>(p.grad) + image * p.out_channels() * out_plane;
+  for (int64_t k = 0; k < p.branches; ++k) {
+    Compute<T>* to = tiles + k * tile.size();
+    const int64_t channel = k * p.channels + first_channel;
+    if (p.layout == Layout::channels_last) {
+      fill_pixels(tile, to, grad + channel, first_row, p.out_height, {0, p.out_width}, moving, p.out_channels(),
+                  channels);
+    } else {
+      fill_plane(tile, to, grad + channel * out_plane, first_row, p.out_height, {0, p.out_width}, moving);
+    }
+  }
+  if (p.hff) sum_suffixes(tiles, p.branches, tile.size());
+}
+
+// rows x columns results of a class, `channels` numbers each, rounded to half types and spread out by the stride.
+template <class T>
+void spread(const Problem& p, T* to, const Compute<T>* results, int64_t rows, int64_t columns, int64_t channels) {
+  const bool pixels = p.layout == Layout::channels_last;
+  const int64_t column = p.stride * (pixels ? p.channels : 1), row = column * p.width;
+  for (int64_t y = 0; y < rows; ++y, to += row, results += columns * channels) {
+    if (column == 1) {
+      copy_row(to, results, columns);
+    } else if (!pixels) {
+      for (int64_t x = 0; x < columns; ++x) store_one(to + x * column, results[x]);
+    } else {
+      for (int64_t x = 0; x < columns; ++x) copy_row(to + x * column, results + x * channels, channels);
+    }
+  }
+}
+
 template <class T>
 void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
   using C = Compute<T>;
@@ -48,19 +83,7 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
       fill_zero(tiles, p.branches * tile.size());
       tile_lanes = lanes;
     }
-    const int64_t out_plane = p.out_height * p.out_width;
-    for (int64_t k = 0; k < p.branches; ++k) {
-      const T* grad = static_cast<const T*>(p.grad) + image * p.out_channels() * out_plane;
-      const int64_t channel = k * p.channels + first_channel;
-      if (pixels) {
-        fill_pixels(tile, tiles + k * tile.size(), grad + channel, first, p.out_height, {0, p.out_width},
-                    strips.count > 1, p.out_channels(), channels);
-      } else {
-        fill_plane(tile, tiles + k * tile.size(), grad + channel * out_plane, first, p.out_height, {0, p.out_width},
-                   strips.count > 1);
-      }
-    }
-    if (p.hff) sum_suffixes(tiles, p.branches, tile.size());
+    fill_gradients<T>(p, tile, tiles, image, first_channel, channels, first, strips.count > 1);
 
     T* grad_x = static_cast<T*>(p.grad_x) + image * p.channels * p.height * p.width +
                 (pixels ? first_channel : map * p.height * p.width);
@@ -95,21 +118,12 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
             continue;
           }
         }
-        // Half types are rounded, and the columns of a strided plane spread out, on the way from here.
         C* results = static_cast<C*>(scratch(Slot::map, rows * columns * channels * static_cast<int64_t>(sizeof(C))));
         sweep.out = results;
         sweep.out_row = columns * channels;
         sweep.out_column = pixels ? channels : lanes;
         ESPK_ISA::sweep(sweep);
-        for (int64_t y = 0; y < rows; ++y, to += s * p.width * column, results += columns * channels) {
-          if (s == 1 && !pixels) {
-            copy_row(to, results, columns);
-          } else if (!pixels) {
-            for (int64_t x = 0; x < columns; ++x) store_one(to + x * s, results[x]);
-          } else {
-            for (int64_t x = 0; x < columns; ++x) copy_row(to + x * s * column, results + x * channels, channels);
-          }
-        }
+        spread(p, to, results, rows, columns, channels);
       }
     }
   }

@@ -6,7 +6,7 @@
 // neighbours for every tap.
 #pragma once
 
-#include "vector.h"
+#include "row.h"
 
 namespace espk::ESPK_ISA {
 
@@ -34,45 +34,6 @@ struct Tile {
   }
 };
 
-template <class C>
-inline void fill_zero(C* p, int64_t n) {
-  __builtin_memset(p, 0, static_cast<std::size_t>(n) * sizeof(C));
-}
-
-// A copy of n numbers into the compute type, or from it, rounded to the stored type.
-template <class To, class From>
-inline void copy_row(To* to, const From* from, int64_t n) {
-  constexpr int N = kLanes<Compute<To>>;
-  int64_t i = 0;
-  for (; i + N <= n; i += N) store<N>(to + i, load<N>(from + i));
-  if (i < n) store_first<N>(to + i, load_first<N>(from + i, n - i), n - i);
-}
-
-// `count` numbers `step` apart.
-template <class T>
-inline void gather_in(Compute<T>* to, const T* from, int64_t count, int64_t step) {
-  constexpr int N = kLanes<Compute<T>>;
-  int64_t i = 0;
-  if (step == 1) return copy_row(to, from, count);
-  if (step == 2) {
-    constexpr std::make_index_sequence<N> lanes{};
-    // The last whole vector ends before the last number wanted, so that nothing behind it is read.
-    for (; i + N < count; i += N) {
-      const T* p = from + 2 * i;
-      store<N>(to + i, every_other<0>(load<N>(p), load<N>(p + N), lanes));
-    }
-    for (; i < count; i += N) {
-      const int64_t left = least(count - i, N), read = 2 * left - 1;
-      const T* p = from + 2 * i;
-      const auto lower = load_first<N>(p, read);
-      const auto upper = read > N ? load_first<N>(p + N, read - N) : decltype(lower){};
-      store_first<N>(to + i, every_other<0>(lower, upper, lanes), left);
-    }
-    return;
-  }
-  for (; i < count; ++i) to[i] = load_one(from + i * step);
-}
-
 // The columns of a map `width` wide that a tile holds: position 0 of its first phase is column first - border_columns.
 struct Columns {
   int64_t first, width;
@@ -92,30 +53,14 @@ inline void for_phases(const Tile& tile, Columns columns, Copy&& copy, Zero&& ze
   }
 }
 
-// The two functions below write the map's rows and columns; the caller zeroes a tile when its memory or its sizes change.
+// The functions below write the map's rows and columns; the caller zeroes a tile when its memory or its sizes change.
 // What lies beside the map stays zero from fill to fill where the tile always starts at the same row and column; `moving`
 // says that it does not, and zeroes it.
 
 // Rows first_row .. of the plane `from` [height][columns.width] into a tile of one lane.
 template <class T>
-inline void fill_plane(const Tile& tile, Compute<T>* to, const T* from, int64_t first_row, int64_t height,
-                       Columns columns, bool moving) {
-  for (int64_t r = 0; r < tile.rows; ++r, to += tile.row_pitch()) {
-    const int64_t y = first_row - tile.border_rows + r;
-    if (y < 0 || y >= height) {
-      if (moving) fill_zero(to, tile.row_pitch());
-      continue;
-    }
-    for_phases(
-        tile, columns,
-        [&](int64_t position, int64_t column, int64_t count) {
-          gather_in(to + position, from + y * columns.width + column, count, tile.stride);
-        },
-        [&](int64_t position, int64_t count) {
-          if (moving) fill_zero(to + position, count);
-        });
-  }
-}
+void fill_plane(const Tile& tile, Compute<T>* to, const T* from, int64_t first_row, int64_t height, Columns columns,
+                bool moving);
 
 // Rows first_row .. of a map, tile.lanes numbers a position: read(pixel) gives those of the map's pixel as a vector of N
 // lanes, the tile's.
@@ -144,23 +89,7 @@ inline void fill_positions(const Tile& tile, C* to, int64_t first_row, int64_t h
 // The same of `channels` channels of a map in memory whose pixels lie `pixel` elements apart. Of a map `far` from the
 // caches, rows are fetched two ahead.
 template <class T>
-inline void fill_pixels(const Tile& tile, Compute<T>* to, const T* from, int64_t first_row, int64_t height,
-                        Columns columns, bool moving, int64_t pixel, int64_t channels, bool far = false) {
-  with_lanes<Compute<T>>(tile.lanes, [&](auto lanes) {
-    constexpr int N = decltype(lanes)::value;
-    if (far) {
-      fill_positions<N>(tile, to, first_row, height, columns, moving, [&](int64_t at) {
-        __builtin_prefetch(from + (at + 2 * columns.width) * pixel, 0, 2);
-        return load_first<N>(from + at * pixel, channels);
-      });
-    } else if (channels == N) {
-      fill_positions<N>(tile, to, first_row, height, columns, moving,
-                        [&](int64_t at) { return load<N>(from + at * pixel); });
-    } else {
-      fill_positions<N>(tile, to, first_row, height, columns, moving,
-                        [&](int64_t at) { return load_first<N>(from + at * pixel, channels); });
-    }
-  });
-}
+void fill_pixels(const Tile& tile, Compute<T>* to, const T* from, int64_t first_row, int64_t height, Columns columns,
+                 bool moving, int64_t pixel, int64_t channels, bool far = false);
 
 }  // namespace espk::ESPK_ISA
