@@ -14,8 +14,9 @@ from espkernels import backends
 
 MACHINE = platform.machine()
 
-# -O1 keeps the vector code and halves the compile time; -fno-sanitize-recover ends the programme at the first finding.
-MEMORY = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# -Og keeps the vector code and takes a third to a half less time to compile than -O1; -fno-sanitize-recover ends the
+# programme at the first finding.
+MEMORY = ["-Og", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 RACES = ["-O1", "-g1", "-fsanitize=thread"]
 
 
