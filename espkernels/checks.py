@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from espkernels.layout import out_size
+
 __all__ = ["check_dilations", "check_group_pointwise", "check_pyramid", "check_pyramid_pointwise", "check_recurrence"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -153,8 +155,8 @@ def check_pyramid_pointwise(
         ("pyramid_slope", pyramid_slope),
     ):
         _check_channel_vector(name, vector, x, concatenated)
-    height, width = (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1
-    _check_epilogue(x, (x.shape[0], pointwise_weight.shape[0], height, width), scale, shift, residual, slope)
+    out_shape = (x.shape[0], pointwise_weight.shape[0], out_size(x.shape[2], stride), out_size(x.shape[3], stride))
+    _check_epilogue(x, out_shape, scale, shift, residual, slope)
 
 
 def check_recurrence(gates: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, cell: Tensor) -> None:

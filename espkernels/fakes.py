@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from espkernels.layout import empty_map, empty_pixels, out_size
+from espkernels.layout import convolved_size, empty_map, empty_pixels, out_size
 
 __all__: list[str] = []
 
@@ -86,8 +86,7 @@ def _(
     x: Tensor, weight: Tensor, shift: Tensor | None, slope: Tensor | None,
     stride: int, padding: int, dilation: int, groups: int,
 ) -> Tensor:  # fmt: skip
-    height, width = ((x.shape[i] + 2 * padding - dilation * (weight.shape[i] - 1) - 1) // stride + 1 for i in (2, 3))
-    return empty_pixels(x, weight.shape[0], height, width)
+    return empty_pixels(x, weight.shape[0], *convolved_size(x, weight, stride, padding, dilation))
 
 
 @register_fake("espkernels::average_pool")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["empty_map", "empty_pixels", "layout_of", "out_size", "vector_dtype"]
+__all__ = ["convolved_size", "empty_map", "empty_pixels", "layout_of", "out_size", "vector_dtype"]
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
@@ -37,3 +37,11 @@ def vector_dtype(dtype: torch.dtype) -> torch.dtype:
 def out_size(size: int, stride: int) -> int:
     """Rows or columns after a stride: H' of H."""
     return (size - 1) // stride + 1
+
+
+def convolved_size(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int) -> tuple[int, int]:
+    """Rows and columns of a map [B, M, H, W] behind a convolution with a weight [N, M/groups, h, w]."""
+    height, width = (
+        (x.shape[i] + 2 * padding - dilation * (weight.shape[i] - 1) - 1) // stride + 1 for i in (2, 3)
+    )  # fmt: skip
+    return height, width

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from espkernels import reference
+from espkernels.layout import out_size
 
 __all__ = ["OPERATORS", "Function", "Problem", "group_pointwise", "pyramid_pointwise", "spatial_pyramid"]
 
@@ -170,7 +171,7 @@ def pyramid_pointwise(
     draw = torch.Generator().manual_seed(seed)
     first = spatial_pyramid(x, dilations, stride, seed=seed)
     concatenated = len(dilations) * x[1]
-    height, width = ((size - 1) // stride + 1 for size in x[2:])
+    height, width = (out_size(size, stride) for size in x[2:])
     tensors = {
         **first.tensors,
         "pointwise_weight": _whole(draw, out_channels, concatenated // groups),

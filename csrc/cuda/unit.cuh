@@ -171,10 +171,64 @@ __device__ void load_unit_branch(Compute<T>* to, const UnitParams<T>& p, int k) 
   }
 }
 
+// What a thread does of every branch: four channels, so that it reads their weights once, of every `step`th pixel.
+struct BranchShare {
+  int channel, first_pixel, step, pixels, pitch;  // pixels of the block; pitch of the concatenated map
+};
+
+// Branch k is added to what the branches before it left in `carried`; affine and PReLU of that are its part of the
+// concatenated map. Tap by tap over all pixels: four weights in registers at a time instead of 36.
+template <class T>
+__device__ __forceinline__ void fuse_branch(const UnitParams<T>& p, int k, const BranchShare share, const T* window,
+                                            const int* centers, const Compute<T>* branch,
+                                            Compute<T> (&carried)[kCarried][kCarriedChannels], T* concatenated) {
+  using C = Compute<T>;
+  constexpr int kVector = kCarriedChannels;
+  const PyramidShape& s = p.shape;
+  const bool tall = s.dilations[k] < s.height, wide = s.dilations[k] < s.width;
+  const int d = tall || wide ? static_cast<int>(s.dilations[k]) : 0;
+  int center[kCarried];  // pixels that are none look at the first
+#pragma unroll
+  for (int i = 0; i < kCarried; ++i) {
+    const int pixel = share.first_pixel + i * share.step;
+    center[i] = centers[pixel < share.pixels ? pixel : 0];
+  }
+#pragma unroll
+  for (int tap = 0; tap < 9; ++tap) {
+    const int up = tap / 3 - 1, along = tap % 3 - 1;
+    if ((up != 0 && !tall) || (along != 0 && !wide)) continue;
+    const T* from = window + up * d * p.window.row_step + along * d * p.window.column_step + share.channel;
+    C w[kVector];
+    load<kVector>(w, branch + tap * p.padded + share.channel);
+#pragma unroll
+    for (int i = 0; i < kCarried; ++i) {
+      C values[kVector];
+      load<kVector>(values, from + center[i]);
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) carried[i][v] += w[v] * values[v];
+    }
+  }
+  C scale[kVector], shift[kVector], slope[kVector];
+  load<kVector>(scale, branch + 9 * p.padded + share.channel);
+  load<kVector>(shift, branch + 10 * p.padded + share.channel);
+  load<kVector>(slope, branch + 11 * p.padded + share.channel);
+#pragma unroll
+  for (int i = 0; i < kCarried; ++i) {
+    C results[kVector];
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      const C value = carried[i][v] * scale[v] + shift[v];
+      results[v] = value <= 0 ? value * slope[v] : value;
+      if (!s.hff) carried[i][v] = 0;
+    }
+    const int pixel = share.first_pixel + i * share.step;
+    if (pixel < share.pixels) store<kVector>(concatenated + pixel * share.pitch + share.channel, results);
+  }
+}
+
 template <class T, class Traits>
 __global__ void __launch_bounds__(Traits::threads, Traits::blocks) unit_kernel(const UnitParams<T> p) {
   using C = Compute<T>;
-  constexpr int kVector = kCarriedChannels;
   const PyramidShape& s = p.shape;
   unsigned char* memory = shared_memory();
   T* window = reinterpret_cast<T*>(memory);
@@ -184,10 +238,10 @@ __global__ void __launch_bounds__(Traits::threads, Traits::blocks) unit_kernel(c
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   C* patches = reinterpret_cast<C*>(memory + p.memory.patches) + warp * kUnitColumns * kPatchElements;
 
-  // A thread stays with four channels, so that it reads their weights once a branch.
-  const int vectors = p.padded / kVector, channel = thread % vectors * kVector;
-  const int step = Traits::threads / vectors, first_pixel = thread / vectors;
   const int pixels = s.cut.rows * s.cut.columns, pitch = p.padded + kPad<T>;
+  const int vectors = p.padded / kCarriedChannels;
+  const BranchShare share{thread % vectors * kCarriedChannels, thread / vectors, Traits::threads / vectors, pixels,
+                          pitch};
   const int depth = static_cast<int>(round_up(p.depth, 16)), expand_pitch = depth + kPad<T>;
 
   // Where each pixel's own tap lies in the window: looked up, since eight of them in registers would cost more.
@@ -210,52 +264,12 @@ __global__ void __launch_bounds__(Traits::threads, Traits::blocks) unit_kernel(c
     }
     if (p.pooling.map) pool_rectangle(p.pooling, s, place);
 
-    C carried[kCarried][kVector] = {};
+    C carried[kCarried][kCarriedChannels] = {};
     for (int k = 0; k < s.branches; ++k) {
       __syncthreads();
       load_unit_branch(branch, p, k);
       __syncthreads();
-      if (first_pixel < step) {
-        // Tap by tap over all pixels: four weights in registers at a time instead of 36.
-        const bool tall = s.dilations[k] < s.height, wide = s.dilations[k] < s.width;
-        const int d = tall || wide ? static_cast<int>(s.dilations[k]) : 0;
-        int center[kCarried];  // pixels that are none look at the first
-#pragma unroll
-        for (int i = 0; i < kCarried; ++i) {
-          center[i] = centers[first_pixel + i * step < pixels ? first_pixel + i * step : 0];
-        }
-#pragma unroll
-        for (int tap = 0; tap < 9; ++tap) {
-          const int up = tap / 3 - 1, along = tap % 3 - 1;
-          if ((up != 0 && !tall) || (along != 0 && !wide)) continue;
-          const T* from = window + up * d * p.window.row_step + along * d * p.window.column_step + channel;
-          C w[kVector];
-          load<kVector>(w, branch + tap * p.padded + channel);
-#pragma unroll
-          for (int i = 0; i < kCarried; ++i) {
-            C values[kVector];
-            load<kVector>(values, from + center[i]);
-#pragma unroll
-            for (int v = 0; v < kVector; ++v) carried[i][v] += w[v] * values[v];
-          }
-        }
-        C scale[kVector], shift[kVector], slope[kVector];
-        load<kVector>(scale, branch + 9 * p.padded + channel);
-        load<kVector>(shift, branch + 10 * p.padded + channel);
-        load<kVector>(slope, branch + 11 * p.padded + channel);
-#pragma unroll
-        for (int i = 0; i < kCarried; ++i) {
-          C results[kVector];
-#pragma unroll
-          for (int v = 0; v < kVector; ++v) {
-            const C value = carried[i][v] * scale[v] + shift[v];
-            results[v] = value <= 0 ? value * slope[v] : value;
-            if (!s.hff) carried[i][v] = 0;
-          }
-          const int pixel = first_pixel + i * step;
-          if (pixel < pixels) store<kVector>(concatenated + pixel * pitch + channel, results);
-        }
-      }
+      if (share.first_pixel < share.step) fuse_branch(p, k, share, window, centers, branch, carried, concatenated);
       for (int j = 0; j < p.groups_a_branch; ++j) {
         const int64_t group = int64_t{k} * p.groups_a_branch + j;
         for (int64_t n = 0; n < p.outputs; n += p.staged_outputs) {

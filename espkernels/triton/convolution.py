@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from espkernels.layout import empty_pixels
+from espkernels.layout import convolved_size, empty_pixels
 from espkernels.triton.checks import check_map, check_size, check_tensor, check_vectors
 from espkernels.triton.configuration import pyramid_tile
 from espkernels.triton.launch import compute_type, dense_vector, launch, tiles
@@ -105,9 +105,7 @@ def convolution(
     check_vectors(x, outputs, shift=shift, slope=slope)
     if min(stride, dilation) < 1 or padding < 0:
         raise RuntimeError(f"stride, padding, dilation: got {stride}, {padding}, {dilation}, expected 1, 0, 1 or more")
-    height, width = (
-        (x.shape[i] + 2 * padding - dilation * (weight.shape[i] - 1) - 1) // stride + 1 for i in (2, 3)
-    )  # fmt: skip
+    height, width = convolved_size(x, weight, stride, padding, dilation)
     check_size(height, width)
     out = empty_pixels(x, outputs, height, width)
     run(x, weight, None, shift, slope, stride, padding, dilation, groups, (inputs, 1), out)
