@@ -208,12 +208,12 @@ def test_an_elastic_restart_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 def test_digits_are_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: bool) -> None:
     run = str(tmp_path / "run")
     command = ["train", "classification", "--data", "digits", "--scale", "0.5", "--batch", "64", "--workers", "0"]
-    command += ["--schedule", "steps", "--rate", "0.05", "--epochs", "8", "--seed", "1", "--folder", run]
+    command += ["--schedule", "steps", "--rate", "0.05", "--epochs", "12", "--seed", "1", "--folder", run]
     assert main([*command, *(["--plain"] if plain else [])]) == 0
     with open(tmp_path / "run" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     # Chance is 10 %; a linear classifier gets 90 % of these digits, the nearest neighbour 97 %.
-    assert max(float(row["top1"]) for row in rows) > 91
+    assert max(float(row["top1"]) for row in rows) > 93
     assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["options"]["plain"] is plain

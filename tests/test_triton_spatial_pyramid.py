@@ -6,7 +6,7 @@ import pytest
 import torch
 from closeness import assert_exact
 from evaluation import answers
-from samples import named
+from samples import Sample, named
 from triton_tests import DEVICE, LAYOUTS, compare_exactly, compare_within_rounding, gpu_or_interpreter
 from views import MAP_VIEWS
 
@@ -29,17 +29,10 @@ def test_exact_on_integers(position: int) -> None:
     compare_exactly("spatial_pyramid", EDGES[position], dtype, layout)
 
 
-@pytest.mark.parametrize(
-    "name, dtype",
-    [
-        ("width 17", torch.float32), ("stride 2 odd", torch.float32),
-        ("stride 2 odd", torch.bfloat16), ("channels 20", torch.bfloat16),
-        ("channels 20", torch.float16), ("width 17", torch.float16),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_reals_err_by_rounding(name: str, dtype: torch.dtype) -> None:
-    compare_within_rounding("spatial_pyramid", named(name)[0], dtype, torch.channels_last)
+@pytest.mark.parametrize("sample", named("width 17", "stride 2 odd", "channels 20"), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_reals_err_by_rounding(sample: Sample, dtype: torch.dtype) -> None:
+    compare_within_rounding("spatial_pyramid", sample, dtype, torch.channels_last)
 
 
 @pytest.mark.parametrize("view", ["slice of channels_last channels", "rows and columns transposed", "expanded map"])

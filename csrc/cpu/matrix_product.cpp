@@ -126,14 +126,15 @@ template <class C, int N, int J, bool PartialB, bool OffsetA>
 void multiply_columns(const MatrixProduct<C>& p, int64_t column, int64_t valid) {
   const C* b = p.b_packed ? p.b + column * p.depth : p.b + column;
   const int64_t b_depth = p.b_packed ? int64_t{J} * N : p.b_depth;
-  if constexpr (J > kPackedVectors) {
-    // The columns of packed rows come in narrower blocks.
-  } else if (p.a_packed) {
-    for (int64_t row = 0; row < p.rows; row += kPackedRows) {
-      multiply_block<C, N, kPackedRows, J, PartialB, false>(p, p.a + row * p.depth, 1, kPackedRows, b, b_depth, row,
-                                                            column, least(kPackedRows, p.rows - row), valid);
+  // The columns of packed rows come in blocks that are no wider.
+  if constexpr (J <= kPackedVectors) {
+    if (p.a_packed) {
+      for (int64_t row = 0; row < p.rows; row += kPackedRows) {
+        multiply_block<C, N, kPackedRows, J, PartialB, false>(p, p.a + row * p.depth, 1, kPackedRows, b, b_depth, row,
+                                                              column, least(kPackedRows, p.rows - row), valid);
+      }
+      return;
     }
-    return;
   }
   constexpr int I = block_rows(J);
   int64_t row = 0;
