@@ -54,7 +54,9 @@ KERNEL_SOURCES = [
     "csrc/cpu/pointwise_weights.cpp",
     "csrc/cpu/branch_weights.cpp",
     "csrc/cpu/zero_bordered_tile.cpp",
+    "csrc/cpu/normalise.cpp",
     "csrc/cpu/channel_sums.cpp",
+    "csrc/cpu/pyramid_gradient.cpp",
     "csrc/cpu/spatial_pyramid.cpp",
     "csrc/cpu/spatial_pyramid_backward_input.cpp",
     "csrc/cpu/spatial_pyramid_backward_weight.cpp",
@@ -86,6 +88,9 @@ KERNEL_SOURCES = [
     "csrc/cpu/recurrence_backward.cpp",
     "csrc/cpu/kernels.cpp",
 ]
+
+# Under csrc; every kernel reads it, and reading it takes longer than compiling a small one.
+PRECOMPILED = "cpu/intrinsics.h"
 
 BFLOAT16_SOURCES = ["csrc/cpu/bfloat16_product.cpp"]
 SOURCES = TORCH_SOURCES + PYBIND_SOURCES + DISPATCH_SOURCES + KERNEL_SOURCES + BFLOAT16_SOURCES
@@ -151,6 +156,12 @@ rule cxx
   deps = gcc
   description = compile $out
 
+rule precompile
+  command = {cxx} {flags} $flags $$CXX_STRICT -MD -MF $out.d -x c++-header -include $in /dev/null -o $out
+  depfile = $out.d
+  deps = gcc
+  description = precompile $out
+
 rule nvcc
   command = {nvcc} {nvcc_flags} $flags $$NVCC_STRICT -MD -MF $out.d -c $in -o $out
   depfile = $out.d
@@ -165,16 +176,25 @@ rule link
 
 @dataclass
 class Compilation:
-    """One object file: the rule that makes it from a source, and the flags it has beyond the common ones."""
+    """One object file: the rule that makes it from a source, and the flags it has beyond the common ones.
+
+    ``precompiled`` ones read the header of that name that was compiled with the same flags, where the compiler accepts
+    it, and csrc's where not.
+    """
 
     source: str
     variant: str
     flags: list[str]
     rule: str = "cxx"
+    precompiled: bool = False
 
     @property
     def object(self) -> str:
         return str(BUILD / self.variant / Path(self.source).with_suffix(".o").name)
+
+    @property
+    def header(self) -> str:
+        return str(BUILD / self.variant / f"{PRECOMPILED}.gch")
 
 
 @dataclass
@@ -204,7 +224,8 @@ def cpu_library() -> Library:
         for name, flags in table.items():
             # -Wno-psabi: vectors are passed between functions of one object only, so their calling convention is free.
             flags = [*flags, f"-DESPK_ISA={name}", "-Wno-psabi"]
-            compilations += [Compilation(source, name, flags) for source in sources]
+            precompiled = sources is KERNEL_SOURCES
+            compilations += [Compilation(source, name, flags, precompiled=precompiled) for source in sources]
     # No rpath: espkernels imports torch first, so the loader already has torch's libraries.
     return Library("_C", compilations, [f"-L{torch}/lib", "-ltorch_cpu", "-ltorch", "-lc10"])
 
@@ -357,8 +378,15 @@ def ninja_text(libraries: list[Library]) -> str:
         ldflags=quote(shlex.split(os.environ.get("LDFLAGS", ""))),
     )
     for library in libraries:
+        headers = {one.header: one.flags for one in library.compilations if one.precompiled}
+        for header, flags in headers.items():
+            text += f"\nbuild {header}: precompile csrc/{PRECOMPILED}\n  flags = {quote(flags)}\n"
         for one in library.compilations:
-            text += f"\nbuild {one.object}: {one.rule} {one.source}\n  flags = {quote(one.flags)}\n"
+            before, flags = "", one.flags
+            if one.precompiled:
+                before = f" | {one.header}"
+                flags = ["-iquote", str(BUILD / one.variant), "-include", PRECOMPILED, *flags]
+            text += f"\nbuild {one.object}: {one.rule} {one.source}{before}\n  flags = {quote(flags)}\n"
         objects = " ".join(one.object for one in library.compilations)
         text += f"\nbuild {library.file}: link {objects}\n  flags = {quote(library.link_flags)}\n"
     return text

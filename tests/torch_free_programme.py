@@ -25,6 +25,10 @@ rule cxx
   command = {compiler} $flags -MD -MF $out.d -x c++ -c $in -o $out
   depfile = $out.d
   deps = gcc
+rule precompile
+  command = {compiler} $flags -MD -MF $out.d -x c++-header -include $in /dev/null -o $out
+  depfile = $out.d
+  deps = gcc
 rule link
   command = {compiler} {flags} $in -o $out
 """
@@ -85,17 +89,22 @@ def compile_programme(name: str, compiler: str, flags: list[str], sources: list[
     flags = [*flags, *(SANITIZERS[flag] for flag in flags if flag in SANITIZERS)]
     own_flags = " ".join([*(flag for flag in flags if "sanitize" not in flag and not flag.startswith("-O")), "-O2"])
     text = NINJA.format(compiler=compiler, flags=" ".join(flags))
-    objects = []
+    here, objects, header = folder.relative_to(ROOT), [], setup_table()["PRECOMPILED"]
+    text += f"build {here}/{header}.gch: precompile csrc/{header}\n"
     for source in sources:
-        objects.append(str(folder.relative_to(ROOT) / Path(source).with_suffix(".o").as_posix().replace("/", "_")))
-        text += f"build {objects[-1]}: cxx {source}\n"
+        objects.append(str(here / Path(source).with_suffix(".o").as_posix().replace("/", "_")))
+        if source in setup_table()["KERNEL_SOURCES"]:
+            text += f"build {objects[-1]}: cxx {source} | {here}/{header}.gch\n"
+            text += f"  flags = -iquote {here} -include {header} $flags\n"
+        else:
+            text += f"build {objects[-1]}: cxx {source}\n"
         if source == MAIN:
             text += f"  flags = {own_flags}\n"
     programme = folder / "main"
-    text += f"build {programme.relative_to(ROOT)}: link {' '.join(objects)}\n"
+    text += f"build {here}/main: link {' '.join(objects)}\n"
     ninja_file = folder / "build.ninja"
     # builddir holds ninja's log of what is up to date: one each, so that builds do not mix.
-    ninja_file.write_text(f"builddir = {folder.relative_to(ROOT)}\n{text}")
+    ninja_file.write_text(f"builddir = {here}\n{text}")
     ninja: str = setup_table()["ninja_program"]()
     result = subprocess.run([ninja, "-f", str(ninja_file), "-j", "2"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -89,6 +89,31 @@ void PieceMoments<C>::finish(int64_t piece, int64_t first, int64_t channels, con
   }
 }
 
+template <class C>
+void PieceSums<C>::begin(int64_t piece, int64_t first, int64_t channels) const {
+  for (int s = 0; s < 3; ++s) {
+    for (int64_t i = 0; i < channels; ++i) of(piece, s)[first + i] = 0;
+  }
+}
+
+template <class C>
+void PieceSums<C>::merge(const NormSums& to, int64_t pieces) const {
+  double* results[3] = {to.grad, to.grad_centred, to.slope};
+  for (int s = 0; s < 3; ++s) {
+    if (!results[s]) continue;
+    for (int64_t i = 0; i < channels_; ++i) results[s][i] = 0;
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      for (int64_t i = 0; i < channels_; ++i) results[s][i] += of(piece, s)[i];
+    }
+  }
+  // The kernel's mean is rounded to its type, which a mean far from zero would show.
+  for (int64_t i = 0; i < channels_; ++i) {
+    to.grad_centred[i] += (static_cast<double>(mean[i]) - to.mean[i]) * to.grad[i];
+  }
+}
+
+template class PieceSums<float>;
+template class PieceSums<double>;
 template class PieceMoments<float>;
 template class PieceMoments<double>;
 template void PieceMoments<float>::add(int64_t, int64_t, int64_t, const float*, const float*, int64_t, int64_t) const;

@@ -96,11 +96,7 @@ class PieceSums {
         pitch_(padded<double>(padded<C>(channels))),
         data_(memory.take<double>(3 * pieces * pitch_)) {}
 
-  void begin(int64_t piece, int64_t first, int64_t channels) const {
-    for (int s = 0; s < 3; ++s) {
-      for (int64_t i = 0; i < channels; ++i) of(piece, s)[first + i] = 0;
-    }
-  }
+  void begin(int64_t piece, int64_t first, int64_t channels) const;
 
   template <int N>
   NormSumLanes<C, N> at(int64_t channel) const {
@@ -123,20 +119,8 @@ class PieceSums {
     }
   }
 
-  void merge(const NormSums& to, int64_t pieces) const {
-    double* results[3] = {to.grad, to.grad_centred, to.slope};
-    for (int s = 0; s < 3; ++s) {
-      if (!results[s]) continue;
-      for (int64_t i = 0; i < channels_; ++i) results[s][i] = 0;
-      for (int64_t piece = 0; piece < pieces; ++piece) {
-        for (int64_t i = 0; i < channels_; ++i) results[s][i] += of(piece, s)[i];
-      }
-    }
-    // The kernel's mean is rounded to its type, which a mean far from zero would show.
-    for (int64_t i = 0; i < channels_; ++i) {
-      to.grad_centred[i] += (static_cast<double>(mean[i]) - to.mean[i]) * to.grad[i];
-    }
-  }
+  // Adds the pieces in order.
+  void merge(const NormSums& to, int64_t pieces) const;
 
  private:
   double* of(int64_t piece, int s) const { return data_ + (3 * piece + s) * pitch_; }

@@ -112,13 +112,14 @@ template <class C, int N, int R, int X>
 }
 
 // The results of one segment of a block that reaches beyond the map: out of the way of whole blocks, whose loop would
-// otherwise keep the places and masks of each.
-template <class C, int N, bool Pixels, int R, int X>
-[[gnu::noinline]] void store_part(const Sweep<C>& s, int segment, int64_t y, int64_t x, const C* sums) {
+// otherwise keep the places and masks of each. `sums` are block.rows x block.columns vectors.
+template <class C, int N, bool Pixels>
+[[gnu::noinline]] void store_part(const Sweep<C>& s, BlockShape block, int segment, int64_t y, int64_t x,
+                                  const C* sums) {
   C* out = s.out + segment * s.out_segment + y * s.out_row + x * s.out_column;
-  for (int64_t r = 0; r < least(R, s.rows - y); ++r) {
-    for (int64_t i = 0; i < least(X, s.columns - x); ++i) {
-      Vector<C, N> v = load<N>(sums + (r * X + i) * N);
+  for (int64_t r = 0; r < least(block.rows, s.rows - y); ++r) {
+    for (int64_t i = 0; i < least(block.columns, s.columns - x); ++i) {
+      Vector<C, N> v = load<N>(sums + (r * block.columns + i) * N);
       if (s.scale) v = AffinePrelu<C, N, Pixels>(s, segment * s.epilogue_segment)(v);
       store_first<N>(out + r * s.out_row + i * s.out_column, v, s.valid - (x + i) * s.valid_step);
     }
@@ -158,7 +159,7 @@ void sweep_blocks(const Sweep<C>& given) {
 #pragma GCC unroll 16
             for (int i = 0; i < X; ++i) store<N>(sums + (r * X + i) * N, sum[r][i]);
           }
-          store_part<C, N, Pixels, R, X>(given, g, y, x, sums);
+          store_part<C, N, Pixels>(given, {R, X}, g, y, x, sums);
           continue;
         }
         C* out = s.out + g * s.out_segment + y * s.out_row + x * s.out_column;

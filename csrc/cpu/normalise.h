@@ -41,21 +41,19 @@ inline int64_t padded(int64_t channels) {
 
 // A float64 vector of channels in the compute type; `otherwise` where there is none, zeros behind its end.
 template <class C>
-inline void fill_vector(C* to, const double* from, int64_t channels, C otherwise) {
-  for (int64_t i = 0; i < padded<C>(channels); ++i) {
-    to[i] = i >= channels ? C(0) : from ? static_cast<C>(from[i]) : otherwise;
-  }
-}
+void fill_vector(C* to, const double* from, int64_t channels, C otherwise);
 
 // Calls f(Lanes<N>, Lanes<J>, first channel, valid) for blocks of J vectors of N channels; only the last vector of all may
 // have fewer than N valid ones, for the others `valid` is a constant. Few vectors at a time keep their channels' numbers in
-// registers over all pixels.
+// registers over all pixels; float64, which the other types are checked with, goes vector by vector.
 template <class C, class F>
 inline void for_channel_blocks(int64_t channels, F&& f) {
   constexpr int N = kLanes<C>;
   constexpr std::integral_constant<int64_t, N> all{};
   int64_t first = 0;
-  for (; first + 4 * N <= channels; first += 4 * N) f(Lanes<N>{}, Lanes<4>{}, first, all);
+  if constexpr (sizeof(C) < 8) {
+    for (; first + 4 * N <= channels; first += 4 * N) f(Lanes<N>{}, Lanes<4>{}, first, all);
+  }
   for (; first + N <= channels; first += N) f(Lanes<N>{}, Lanes<1>{}, first, all);
   if (first < channels) {
     with_lanes<C>(channels - first, [&](auto lanes) { f(lanes, Lanes<1>{}, first, channels - first); });

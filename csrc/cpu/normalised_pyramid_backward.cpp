@@ -105,8 +105,8 @@ struct Block {
     fill_zero(sums, 9 * p.branches * kLanes<C>);
     for (int64_t y = 0; y < rows; ++y) {
       for (int64_t k = 0; k < p.branches; ++k) {
-        add_row<C, N>(sums, gradients + k * tile.size() + tile.offset(y, 0),
-                      input + y * p.stride * strip.tile.row_pitch(), strip.taps, k, p.out_width, N);
+        add_row(N, sums, gradients + k * tile.size() + tile.offset(y, 0), input + y * p.stride * strip.tile.row_pitch(),
+                strip.taps, k, p.out_width, N);
       }
     }
   }

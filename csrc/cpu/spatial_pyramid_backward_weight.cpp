@@ -31,7 +31,7 @@ void add_strip(const PyramidStrip<C>& strip, C* sums, const C* tile, int64_t row
       }
       const C* at = tile + y * p.stride * strip.tile.row_pitch();
       for (int64_t k = 0; k < p.branches; ++k) {
-        add_row<C, N>(sums, row + k * pitch, at, strip.taps, k, columns, last);
+        add_row(N, sums, row + k * pitch, at, strip.taps, k, columns, last);
       }
     }
   });

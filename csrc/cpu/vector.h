@@ -9,11 +9,9 @@
 #include <cstdint>
 #include <type_traits>
 #include <utility>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include "../shapes.h"
+#include "intrinsics.h"
 
 namespace espk::ESPK_ISA {
 
