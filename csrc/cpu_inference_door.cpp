@@ -9,16 +9,8 @@ namespace {
 
 Tensor average_pool(const Tensor& x) {
   check_map(x, "x");
-  STD_TORCH_CHECK(x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1, "x: expected one channel, row and column");
-  AveragePool p{};
-  p.type = type_of(x);
+  AveragePool p = describe_pool(x);
   p.layout = layout_of(x);
-  p.batch = x.size(0);
-  p.channels = x.size(1);
-  p.height = x.size(2);
-  p.width = x.size(3);
-  p.out_height = (p.height - 1) / 2 + 1;
-  p.out_width = (p.width - 1) / 2 + 1;
   p.out_pixel = p.channels;
   const Tensor map = dense_map(x, p.layout);
   Tensor out = result_map({p.batch, p.channels, p.out_height, p.out_width}, x, p.layout);
@@ -175,7 +167,7 @@ Tensor pyramid_pooling(const Tensor& x, const Tensor& weight, std::vector<int64_
                       merge_weight.size(2) == 3 && merge_weight.size(3) == 3,
                   "merge_weight: expected [p, S, 3, 3]");
   const int64_t height = x.size(2), width = x.size(3);
-  STD_TORCH_CHECK(height >= 1 && width >= 1, "x: expected at least one row and column");
+  STD_TORCH_CHECK(channels >= 1 && height >= 1 && width >= 1, "x: expected at least one channel, row and column");
   const Tensor map = dense_map(x, Layout::channels_last), filters = dense_weight(weight);
   const std::vector<int64_t> concatenated{x.size(0), branches * channels, height, width};
   const EpilogueTensors whole =
@@ -220,8 +212,7 @@ Tensor convolution(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
                    int64_t stride, int64_t padding, int64_t dilation, int64_t groups) {
   check_map(x, "x");
   check_same_type(x, weight);
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) >= 1 && weight.size(2) >= 1 && weight.size(3) >= 1,
-                  "weight: expected [N, M/groups, h, w]");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0, "weight: expected [N, M/groups, h, w], none of them 0");
   STD_TORCH_CHECK(stride >= 1 && padding >= 0 && dilation >= 1, "stride, padding, dilation: too small");
   const bool depthwise = groups == x.size(1) && weight.size(0) == groups && weight.size(1) == 1 &&
                          weight.size(2) == 3 && weight.size(3) == 3 && padding == dilation;

@@ -31,6 +31,20 @@ void launch(const char* name, const Kernel<Problem>& kernel, const Problem& prob
   run_units(kernel, problem, shared);
 }
 
+// The 3x3 average pooling of stride 2 of `x` [B, C, H, W]: all but its maps and their layout.
+inline AveragePool describe_pool(const Tensor& x) {
+  STD_TORCH_CHECK(x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1, "x: expected one channel, row and column");
+  AveragePool p{};
+  p.type = type_of(x);
+  p.batch = x.size(0);
+  p.channels = x.size(1);
+  p.height = x.size(2);
+  p.width = x.size(3);
+  p.out_height = (p.height - 1) / 2 + 1;
+  p.out_width = (p.width - 1) / 2 + 1;
+  return p;
+}
+
 // What a pack was made for; it stands in front of the prepared weights and takes one cache line of them.
 struct alignas(64) PackLabel {
   const Kernels* kernels;  // one table an instruction set, and none of another process

@@ -108,11 +108,12 @@ Tensor down_sampler(const Tensor& x, std::optional<Tensor> image, const Tensor& 
                   "image, shortcut_weight, shortcut_shift: expected all three or none");
   STD_TORCH_CHECK(expand_weight.dim() == 2 && slope.dim() == 1,
                   "expand_weight, slope: expected [N, K*d/groups], [M+N]");
-  const int64_t pooled_channels = x.size(1), unit_channels = expand_weight.size(0);
+  AveragePool a = describe_pool(x);
+  const int64_t pooled_channels = a.channels, unit_channels = expand_weight.size(0);
   const int64_t channels = pooled_channels + unit_channels;
   STD_TORCH_CHECK(slope.size(0) == channels, "slope: expected one number a channel of the result");
   const Tensor map = dense_map(x, Layout::channels_last);
-  const int64_t height = (x.size(2) - 1) / 2 + 1, width = (x.size(3) - 1) / 2 + 1;
+  const int64_t height = a.out_height, width = a.out_width;
   const std::vector<int64_t> sizes{x.size(0), channels, height, width};
   Tensor out = result_map(sizes, x, Layout::channels_last);
 
@@ -141,15 +142,7 @@ Tensor down_sampler(const Tensor& x, std::optional<Tensor> image, const Tensor& 
   const EpilogueTensors pooled_epilogue =
       dense_epilogue(x, Layout::channels_last, {x.size(0), pooled_channels, height, width}, std::nullopt, std::nullopt,
                      std::nullopt, pooled_slope);
-  AveragePool a{};
-  a.type = type_of(x);
   a.layout = Layout::channels_last;
-  a.batch = x.size(0);
-  a.channels = pooled_channels;
-  a.height = x.size(2);
-  a.width = x.size(3);
-  a.out_height = height;
-  a.out_width = width;
   a.x = map.const_data_ptr();
   a.epilogue = pointers(pooled_epilogue);
   a.out_pixel = channels;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <stdexcept>
 #include <thread>
 
@@ -153,7 +154,8 @@ void Plan::run_alone(const std::vector<char*>& buffers) const {
 // All threads go through the steps side by side. Each takes the units of its own share first, so that what it wrote in one
 // step is in its cache for the next, then what is left of the others'; a step ends when all its units are done, not when
 // all threads have come: one that the pool starts late, or never, is not waited for. A step costs two waits on a cache
-// line, where going back to the pool after each costs several microseconds.
+// line, where going back to the pool after each costs several microseconds. What a thread throws (memory for its scratch) ends
+// them all, since they would wait for its units.
 void Plan::run_together(const std::vector<char*>& buffers, int64_t threads, double* seconds) const {
   struct alignas(kAlign) Share {
     std::atomic<int64_t> next{0};
@@ -168,6 +170,8 @@ void Plan::run_together(const std::vector<char*>& buffers, int64_t threads, doub
     progress[s].units = steps[s]->units(threads);
     progress[s].shares = std::vector<Share>(static_cast<std::size_t>(threads));
   }
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure;
   const auto start = std::chrono::steady_clock::now();
   auto work = [&](int64_t thread) {
     for (std::size_t s = 0; s < steps.size(); ++s) {
@@ -179,7 +183,7 @@ void Plan::run_together(const std::vector<char*>& buffers, int64_t threads, doub
         std::atomic<int64_t>& next = now.shares[static_cast<std::size_t>(owner)].next;
         for (;;) {
           const int64_t from = first + next.fetch_add(few, std::memory_order_relaxed);
-          if (from >= end) break;
+          if (from >= end || failed.load(std::memory_order_relaxed)) break;
           const int64_t to = std::min(from + few, end);
           steps[s]->run(buffers.data(), threads, from, to);
           // Ahead of the last unit's count, and by whichever thread did it: thread 0 may come when all is done.
@@ -190,15 +194,26 @@ void Plan::run_together(const std::vector<char*>& buffers, int64_t threads, doub
           }
         }
       }
-      for (int64_t waits = 0; now.done.load(std::memory_order_acquire) < now.units; ++waits) wait_a_moment(waits);
+      for (int64_t waits = 0; now.done.load(std::memory_order_acquire) < now.units; ++waits) {
+        if (failed.load(std::memory_order_relaxed)) return;
+        wait_a_moment(waits);
+      }
+    }
+  };
+  auto work_or_fail = [&](int64_t thread) {
+    try {
+      work(thread);
+    } catch (...) {
+      if (!failed.exchange(true)) failure = std::current_exception();
     }
   };
   parallel_for(
       threads, 1,
       [](void* given, int64_t begin, int64_t end) {
-        for (int64_t thread = begin; thread < end; ++thread) (*static_cast<decltype(work)*>(given))(thread);
+        for (int64_t thread = begin; thread < end; ++thread) (*static_cast<decltype(work_or_fail)*>(given))(thread);
       },
-      &work);
+      &work_or_fail);
+  if (failure) std::rethrow_exception(failure);
 }
 
 Bytes Plan::take_arena() const {

@@ -278,6 +278,7 @@ struct ChangeLayout {
   void* out;
 
   int64_t multiply_adds() const { return 0; }
+  int64_t numbers() const { return batch * rows * columns; }
 };
 
 // One map of a concatenation: `rows` rows of `row` numbers, each into a row of out that begins `out_row` numbers after the
@@ -289,6 +290,7 @@ struct Concatenate {
   void* out;
 
   int64_t multiply_adds() const { return 0; }
+  int64_t numbers() const { return rows * row; }
 };
 
 // x [B, C, H, W] resized bilinearly to inner_height x inner_width, convolved depthwise 3x3 with weight [C, 3, 3], averaged

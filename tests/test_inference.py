@@ -295,6 +295,10 @@ def test_wrong_arguments_of_units_are_refused(operator: str) -> None:
                    {"groups": 5}, {"reduce_groups": 0}, {"reduce_groups": 7}):  # fmt: skip
         with pytest.raises(RuntimeError, match="expected"):
             getattr(inference, operator)(**given | change)
+    without = dict.fromkeys({"residual", "image", "shortcut_weight", "shortcut_shift"} & given.keys())
+    for x in (given["x"][:, :, :0], given["x"][..., :0]):
+        with pytest.raises(RuntimeError, match="expected"):
+            getattr(inference, operator)(**given | without | {"x": x})
     if operator == "eesp":
         with pytest.raises(RuntimeError, match="stride: expected at least 1"):
             inference.eesp(**given | {"stride": 0})
@@ -322,6 +326,7 @@ def test_wrong_arguments_of_layers_are_refused() -> None:
         (x, weight, None, None, 1, 2**63 - 1, 1, 1),
         (x, torch.randn(3, 1, 3, 3), None, None, 1, 1, 2, 3),
         (torch.randn(1, 3, 0, 6), torch.randn(3, 1, 3, 3), None, None, 1, 1, 1, 3),
+        (x[:, :0], weight[:, :0], None, None, 1, 1, 1, 1),
     ]  # fmt: skip
     for arguments in wrong:
         with pytest.raises(RuntimeError):

@@ -55,6 +55,13 @@ def test_against_the_reference(isa: str, size: tuple[int, int], channels: int) -
             assert error <= (5 * stored + 80 * summed) * bound, (name, scales)
 
 
+def test_no_channels_are_refused() -> None:
+    x, none, weight = torch.empty(1, 0, 4, 4), torch.empty(0), torch.empty(1, 0, 3, 3)
+    merge = torch.empty(0, 1, 3, 3)
+    with pytest.raises(RuntimeError, match="expected"):
+        inference.pyramid_pooling(x, weight, [8, 8], 1, none, none, none, merge, none, none)
+
+
 def test_an_infinity_reaches_no_further_than_its_windows(isa: str) -> None:
     tensors, sizes, enlarged = arguments(10, (8, 40), (2.0,))
     tensors = [t.float() for t in tensors]

@@ -76,6 +76,18 @@ def test_the_first_nan_wins(isa: str) -> None:
             assert_classes(inference.resized_argmax(x.to(dtype), 11, 17), expected)
 
 
+def test_masked_classes_stay_behind(isa: str) -> None:
+    x = torch.randint(-2, 3, (1, 20, 4, 9)).double()
+    x[:, [3, 19]] = -torch.inf
+    resized = reference.resize(x, 7, 33)
+    # Where a weight is 0, its product with an infinity is NaN, and wins: so it does in torch.
+    known = ~resized.isnan().any(1)
+    assert known.sum() > 50
+    for dtype in DTYPES.values():
+        assert torch.equal(inference.resize(x.to(dtype), 7, 33).double()[resized.isinf()], resized[resized.isinf()])
+        assert_classes(inference.resized_argmax(x.to(dtype), 7, 33)[known], resized.argmax(1)[known].to(torch.uint8))
+
+
 @each_view
 def test_views(view: Callable[[Tensor], Tensor]) -> None:
     x = view(torch.randint(-2, 3, (2, 18, 6, 5)).float())

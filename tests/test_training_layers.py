@@ -103,6 +103,15 @@ def test_norm_with_a_mean_far_from_zero() -> None:
     assert torch.allclose(statistics[1], x.double().var((0, 2, 3), unbiased=False), rtol=1e-5)
 
 
+def test_an_infinity_is_none_of_the_slopes(isa: str) -> None:
+    inputs = norm_inputs((2, 3, 4, 5), torch.float64)
+    inputs[0][0, 1, 2, 3], inputs[1][1] = torch.inf, 2.0
+    running = (torch.randn(3).double(), torch.rand(3).double() + 0.5)
+    ours, plain = leaves(*inputs), leaves(*inputs)
+    result = batch_norm_prelu(*ours, *running, 1e-3, False)[0]
+    torch.testing.assert_close(gradients(result, ours)[3], gradients(norm_in_torch(plain, running), plain)[3])
+
+
 # --- the end of a down-sampler ----------------------------------------------------------------------------------------
 
 
@@ -124,6 +133,14 @@ def end_in_torch(inputs: list[Any]) -> Tensor:
     if image is not None:
         joined = joined + F.conv2d(image, weight[:, :, None, None], shift)
     return F.prelu(joined, slope)
+
+
+def test_an_infinity_at_the_end_is_none_of_the_slopes(isa: str) -> None:
+    given = end_inputs((2, 3, 4, 5), 3, torch.float64)
+    given[0][0, 1, 2, 3] = torch.inf  # type: ignore[index]
+    ours, plain = leaves(*given), leaves(*given)
+    actual, expected = gradients(long_range_shortcut(*ours), ours), gradients(end_in_torch(plain), plain)
+    torch.testing.assert_close(actual[5], expected[5])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))

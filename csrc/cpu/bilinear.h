@@ -18,6 +18,12 @@ struct Between {
   }
 };
 
+// Two vectors mixed as torch does it: two equal infinities stay what they are, which their difference is not.
+template <class V, class C>
+inline V mix(V first, V second, C weight_of_second) {
+  return first * (C(1) - weight_of_second) + second * weight_of_second;
+}
+
 // Where all columns lie, the same for every row: a division each.
 inline void place_columns(Between* to, int64_t width, int64_t out_width) {
   for (int64_t x = 0; x < out_width; ++x) to[x] = Between(x, width, out_width);
@@ -29,10 +35,10 @@ inline void mix_rows(Compute<T>* mixed, const T* map, const Between& rows, int64
   using C = Compute<T>;
   constexpr int N = kLanes<C>;
   const T *upper = map + rows.first * row, *lower = map + rows.second * row;
-  const auto down = broadcast<C, N>(static_cast<C>(rows.weight));
+  const C down = static_cast<C>(rows.weight);
   for_whole_vectors<N>(row, [&](int64_t i, int64_t valid) {
     const Vector<C, N> a = load_first<N>(upper + i, valid), b = load_first<N>(lower + i, valid);
-    store_first<N>(mixed + i, a + (b - a) * down, valid);
+    store_first<N>(mixed + i, mix(a, b, down), valid);
   });
 }
 

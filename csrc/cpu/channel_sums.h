@@ -73,8 +73,7 @@ struct NormSumLanes {
   // `behind` is the gradient behind the PReLU, `before` what is in front of the PReLU, and `map` of the norm. Returns the
   // gradient between the two.
   V add(V behind, V before, V map, V slopes) {
-    const V negative = before > V{} ? V{} : behind;
-    slope += negative * before;
+    slope += before > V{} ? V{} : behind * before;  // the product first: nothing times infinity is no number
     return add(before > V{} ? behind : behind * slopes, map);
   }
   V add(V between, V map) {

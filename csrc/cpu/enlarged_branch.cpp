@@ -53,7 +53,7 @@ void prepare(const Problem& p, void* shared) {
 void before(const Problem& p, void* shared) {
   with_type(p.type, [&](auto* type) { prepare<std::remove_pointer_t<decltype(type)>>(p, shared); });
   Between* columns = reinterpret_cast<Between*>(static_cast<char*>(shared) + columns_offset(p));
-  for (int64_t i = 0; i < p.inner_width; ++i) columns[i] = Between(i, p.width, p.inner_width);
+  place_columns(columns, p.width, p.inner_width);
   int64_t* windows = reinterpret_cast<int64_t*>(static_cast<char*>(shared) + windows_offset(p));
   for (int64_t i = 0; i < p.width; ++i) windows[i] = AdaptiveWindow(i, p.inner_width, p.width).first;
 }
@@ -73,17 +73,17 @@ void resize_row(const Problem& p, const Between* places, const T* x, int64_t row
   const Between rows(row, p.height, p.inner_height);
   const T* upper = x + (rows.first * p.width + left) * p.channels;
   const T* lower = x + (rows.second * p.width + left) * p.channels;
-  const auto down = broadcast<C, N>(static_cast<C>(rows.weight));
+  const C down = static_cast<C>(rows.weight);
   for (int64_t i = 0; i < right - left; ++i) {
     const Vector<C, N> a = load_first<N>(upper + i * p.channels, valid);
-    store<N>(mixed + i * N, a + (load_first<N>(lower + i * p.channels, valid) - a) * down);
+    store<N>(mixed + i * N, mix(a, load_first<N>(lower + i * p.channels, valid), down));
   }
   fill_zero(to, (begin - first) * N);
   fill_zero(to + (stop - first) * N, (end - stop) * N);
   for (int64_t i = begin; i < stop; ++i) {
     const Vector<C, N> a = load<N>(mixed + (places[i].first - left) * N);
     const Vector<C, N> b = load<N>(mixed + (places[i].second - left) * N);
-    store<N>(to + (i - first) * N, a + (b - a) * broadcast<C, N>(static_cast<C>(places[i].weight)));
+    store<N>(to + (i - first) * N, mix(a, b, static_cast<C>(places[i].weight)));
   }
 }
 

@@ -84,7 +84,7 @@ void run_part(const Problem& p, const Shared<Compute<T>>& shared, const JoinedPa
       for (int j = 0; j < J; ++j) {
         const V v = joined<N>(vectors, images, image, in_result + j * N, load_first<N>(part.map + at + j * N, valid));
         const V g = load_first<N>(grad + j * N, valid);
-        of_slope[j] += (v > V{} ? V{} : g) * v;
+        of_slope[j] += v > V{} ? V{} : g * v;
         between[j] = v > V{} ? g : g * slope[j];
         alone[j] += between[j];
         if (part.grad) store_rows<N>(part.grad + at + j * N, between[j], valid, far);

@@ -10,10 +10,12 @@ template <class C, int N>
 void store_part(const MatrixProduct<C>& p, const C* sums, int vectors, int64_t row, int64_t column, int64_t rows,
                 int64_t valid) {
   using V = Vector<C, N>;
+  const V one = broadcast<C, N>(C(1));
   for (const int64_t end = row + rows; row < end; ++row) {
     for (int j = 0; j < vectors; ++j, sums += N) {
       const int64_t count = vectors == 1 ? valid : N, first = column + j * N;
-      auto parameter = [&](const C* values) {
+      auto parameter = [&](const C* values, V other) {
+        if (!values) return other;
         return p.epilogue_of_columns ? load_first<N>(values + first, count) : broadcast<C, N>(values[row]);
       };
       C* out = p.out + row * p.out_row + first;
@@ -21,10 +23,10 @@ void store_part(const MatrixProduct<C>& p, const C* sums, int vectors, int64_t r
       if (p.add) {
         v += load_first<N>(out, count);
       } else {
-        if (p.scale) v = v * parameter(p.scale);
-        if (p.shift) v = v + parameter(p.shift);
+        // The very steps of store_block: which of the two a number meets depends on how the rows are cut.
+        v = v * parameter(p.scale, one) + parameter(p.shift, V{});
         if (p.residual) v = v + load_first<N>(p.residual + row * p.residual_row + first, count);
-        if (p.slope) v = v > V{} ? v : v * parameter(p.slope);
+        v = v > V{} ? v : v * parameter(p.slope, one);
       }
       store_first<N>(out, v, count);
     }

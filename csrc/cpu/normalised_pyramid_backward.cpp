@@ -76,11 +76,12 @@ struct Block {
   const Shared<C>& shared;
   int64_t piece, image, first, rows, map, first_channel, channels;
   bool moving;
-  const Tile& tile;  // of one branch's gradient
-  const PyramidStrip<C>& strip;  // of the input
+  GradientStrip<C>& strip;
+  const PyramidStrip<C>& input_strip;
   C *gradients, *input;  // K tiles, and one
 
   void fill_gradients() const {
+    const Tile& tile = strip.tile;
     const int64_t pitch = p.out_channels(), at = image * p.out_height * p.out_width * pitch + first_channel;
     for (int64_t k = 0; k < p.branches; ++k) {
       const T* grad = static_cast<const T*>(p.grad) + at + k * p.channels;
@@ -99,19 +100,19 @@ struct Block {
   void add_to_weights() const {
     const auto normalise = shared.normalise.template at<N>(first_channel);
     const T* from = x();
-    fill_positions<N>(strip.tile, input, first * p.stride, p.height, {0, p.width}, moving,
+    fill_positions<N>(input_strip.tile, input, first * p.stride, p.height, {0, p.width}, moving,
                       [&](int64_t pixel) { return normalise(load_first<N>(from + pixel * p.channels, channels)); });
     C* sums = shared.weight_sums + piece * Shared<C>::weight_size(p) + map * 9 * p.branches * kLanes<C>;
     fill_zero(sums, 9 * p.branches * kLanes<C>);
     for (int64_t y = 0; y < rows; ++y) {
       for (int64_t k = 0; k < p.branches; ++k) {
-        add_row(N, sums, gradients + k * tile.size() + tile.offset(y, 0), input + y * p.stride * strip.tile.row_pitch(),
-                strip.taps, k, p.out_width, N);
+        add_row(N, sums, gradients + k * strip.tile.size() + strip.tile.offset(y, 0),
+                input + y * p.stride * input_strip.tile.row_pitch(), input_strip.taps, k, p.out_width, N);
       }
     }
   }
 
-  void pass_to_input(const BlockShape& shape) const {
+  void pass_to_input() const {
     const int64_t s = p.stride;
     const BranchWeights<C> weights(p, shared.weights);
     const auto normalise = shared.normalise.template at<N>(first_channel);
@@ -120,20 +121,8 @@ struct Block {
       for (int64_t b = 0; b < s; ++b) {
         const int64_t columns = class_size(p, p.width, b);
         if (class_rows <= 0 || columns <= 0) continue;
-        const TapList taps = class_taps(p, tile, a, b);
         C* behind = static_cast<C*>(scratch(Slot::map, class_rows * columns * N * static_cast<int64_t>(sizeof(C))));
-        Sweep<C> sweep{};
-        sweep.lanes = N;
-        sweep.pixels = true;
-        sweep.shape = shape;
-        sweep.tile = gradients;
-        sweep.row_step = tile.row_pitch();
-        sweep.rows = class_rows;
-        sweep.columns = columns;
-        sweep.panel = panel_columns(p.branches * (2 * tile.border_rows + 1), tile.border_columns,
-                                    N * static_cast<int64_t>(sizeof(C)));
-        sweep.taps = &taps;
-        sweep.weights = weights.of_block(map);
+        Sweep<C> sweep = strip.sweep(a, b, class_rows, gradients, weights.of_block(map));
         sweep.valid = N;
         sweep.out = behind;
         sweep.out_row = columns * N;
@@ -162,19 +151,21 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
   const Shared<C> shared(p, memory);
   const Strips strips = strips_of<C>(p);
   const int64_t map_count = pyramid_maps<C>(p);
+  // The last block of channels may be narrower.
+  const int64_t of_whole = least(kLanes<C>, p.channels), of_last = p.channels - (map_count - 1) * kLanes<C>;
+  GradientStrip<C> whole(p, strips.rows, of_whole), last(p, strips.rows, of_last);
+  const PyramidStrip<C> whole_input(p, strips.rows, of_whole), last_input(p, strips.rows, of_last);
   C* tiles = nullptr;
   int tile_lanes = 0;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t piece = unit / map_count, map = unit % map_count;
     const int64_t first = piece % strips.count * strips.rows, rows = least(strips.rows, p.out_height - first);
-    const int64_t first_channel = map * kLanes<C>, channels = least(kLanes<C>, p.channels - first_channel);
+    GradientStrip<C>& strip = map + 1 < map_count ? whole : last;
+    const PyramidStrip<C>& input_strip = map + 1 < map_count ? whole_input : last_input;
+    const int64_t first_channel = map * kLanes<C>, channels = strip.channels;
     shared.sums.begin(piece, first_channel, channels);
-    const PyramidStrip<C> strip(p, strips.rows, channels);
-    const BlockShape shape = choose_block(true, strips.rows, class_size(p, p.width, 0));
-    const Tile tile(1, strip.lanes, gradient_reach(p, p.height), gradient_reach(p, p.width),
-                    round_up(strips.rows, shape.rows), round_up(class_size(p, p.width, 0), shape.columns));
     if (strip.lanes != tile_lanes) {
-      const int64_t size = p.branches * tile.size() + strip.tile.size();
+      const int64_t size = p.branches * strip.tile.size() + input_strip.tile.size();
       tiles = static_cast<C*>(scratch(Slot::tile, size * static_cast<int64_t>(sizeof(C))));
       fill_zero(tiles, size);
       tile_lanes = strip.lanes;
@@ -185,11 +176,11 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
                                                    first,    rows,
                                                    map,      first_channel,
                                                    channels, strips.count > 1,
-                                                   tile,     strip,
-                                                   tiles,    tiles + p.branches * tile.size()};
+                                                   strip,    input_strip,
+                                                   tiles,    tiles + p.branches * strip.tile.size()};
       if (rows > 0) block.fill_gradients();
-      block.add_to_weights();
-      if (rows > 0 && p.grad_x) block.pass_to_input(shape);
+      if (p.grad_weight) block.add_to_weights();
+      if (rows > 0 && p.grad_x) block.pass_to_input();
     });
   }
 }

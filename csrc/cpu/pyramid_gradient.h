@@ -29,6 +29,64 @@ inline TapList class_taps(const Pyramid& p, const Tile& tile, int64_t a, int64_t
   return list;
 }
 
+// One strip of the gradient of a block of `channels` channels, or of a plane: the tile that each branch fills, in which the
+// taps of every class lie, and the sweeps over them. Made once for many strips: taps cost hundreds of divisions.
+template <class C>
+class GradientStrip {
+ public:
+  const Pyramid& problem;
+  const bool pixels;
+  const int64_t channels;
+  const int lanes;
+  const BlockShape shape;
+  const Tile tile;
+
+  GradientStrip(const Pyramid& p, int64_t rows, int64_t channels_of_block)
+      : problem(p),
+        pixels(p.layout == Layout::channels_last),
+        channels(channels_of_block),
+        lanes(vector_lanes<C>(pixels ? channels : class_size(p, p.width, 0))),
+        shape(choose_block(pixels, rows, vectors(0))),
+        tile(1, pixels ? lanes : 1, gradient_reach(p, p.height), gradient_reach(p, p.width), round_up(rows, shape.rows),
+             round_up(vectors(0), shape.columns) * (pixels ? 1 : lanes)) {}
+
+  // `rows` rows of class (a, b), from the filled tiles of all branches; all but where the results go.
+  Sweep<C> sweep(int64_t a, int64_t b, int64_t rows, const C* tiles, const C* weights) {
+    Sweep<C> s{};
+    s.lanes = lanes;
+    s.pixels = pixels;
+    s.shape = shape;
+    s.tile = tiles;
+    s.row_step = tile.row_pitch();
+    s.rows = rows;
+    s.columns = vectors(b);
+    s.panel = panel_columns(problem.branches * (2 * tile.border_rows + 1), pixels ? tile.border_columns : 1,
+                            lanes * static_cast<int64_t>(sizeof(C)));
+    s.taps = &taps(a, b);
+    s.weights = weights;
+    s.valid = pixels ? channels : class_size(problem, problem.width, b);
+    s.valid_step = pixels ? 0 : lanes;
+    return s;
+  }
+
+ private:
+  static constexpr int64_t kKeptStride = 2;  // networks have no longer one; s*s classes of it could fill the memory
+  TapList taps_[kKeptStride * kKeptStride];
+
+  // Vectors of one row of the classes (.., b).
+  int64_t vectors(int64_t b) const {
+    const int64_t columns = class_size(problem, problem.width, b);
+    return pixels ? columns : ceil_div(columns, lanes);
+  }
+
+  const TapList& taps(int64_t a, int64_t b) {
+    const bool kept = problem.stride <= kKeptStride;
+    TapList& list = taps_[kept ? a * problem.stride + b : 0];
+    if (!kept || list.segment_count == 0) list = class_taps(problem, tile, a, b);
+    return list;
+  }
+};
+
 // Turns the K filled tiles of the branches' gradients into their suffix sums.
 template <class C>
 void sum_suffixes(C* tiles, int64_t branches, int64_t size);

@@ -40,10 +40,10 @@ void run_type(const Resize& p, const Between* columns, int64_t begin, int64_t en
       const T* skip = p.skip ? static_cast<const T*>(p.skip) + pixel * p.channels : nullptr;
       for (int64_t x = 0; x < p.out_width; ++x, out += p.out_pixel) {
         const C *left = mixed + columns[x].first * p.channels, *right = mixed + columns[x].second * p.channels;
-        const auto across = broadcast<C, N>(static_cast<C>(columns[x].weight));
+        const C across = static_cast<C>(columns[x].weight);
         for_whole_vectors<N>(p.channels, [&](int64_t c, int64_t valid) {
           const Vector<C, N> a = load_first<N>(left + c, valid), b = load_first<N>(right + c, valid);
-          Vector<C, N> v = a + (b - a) * across;
+          Vector<C, N> v = mix(a, b, across);
           if (skip) {
             const Vector<C, N> s = load_first<N>(skip + c, valid);
             v += p.gate ? s * load_first<N>(gate + c, valid) : s;

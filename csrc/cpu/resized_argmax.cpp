@@ -29,7 +29,7 @@ Vector<Index<C>, kLanes<C>> winners(const C* mixed, const Between* columns, int6
       const Between& column = columns[i < count ? i : count - 1];
       const Vector<C, N> a = load_first<N>(mixed + column.first * channels + c, valid);
       const Vector<C, N> b = load_first<N>(mixed + column.second * channels + c, valid);
-      v[i] = a + (b - a) * broadcast<C, N>(static_cast<C>(column.weight));
+      v[i] = mix(a, b, static_cast<C>(column.weight));
     }
     transpose<N, C>(v);
     if (c == 0) best = v[0];

@@ -63,7 +63,9 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
   const BranchWeights<C> weights(p, shared);
   const Strips strips = strips_of<C>(p);
   const int64_t s = p.stride, map_count = pyramid_maps<C>(p);
-  const int64_t class_columns = class_size(p, p.width, 0);
+  // The last block of channels may be narrower.
+  GradientStrip<C> whole(p, strips.rows, pixels ? least(kLanes<C>, p.channels) : 1);
+  GradientStrip<C> last(p, strips.rows, pixels ? p.channels - (map_count - 1) * kLanes<C> : 1);
   C* tiles = nullptr;
   int tile_lanes = 0;
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -72,18 +74,14 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
     const int64_t map = pixels ? in_image % map_count : in_image / strips.count;
     const int64_t first = (pixels ? in_image / map_count : in_image % strips.count) * strips.rows;
     const int64_t first_channel = pixels ? map * kLanes<C> : map;
-    const int64_t channels = pixels ? least(kLanes<C>, p.channels - first_channel) : 1;
-    const int lanes = vector_lanes<C>(pixels ? channels : class_columns);
-    const int64_t vectors = pixels ? class_columns : ceil_div(class_columns, lanes);
-    const BlockShape shape = choose_block(pixels, strips.rows, vectors);
-    const Tile tile(1, pixels ? lanes : 1, gradient_reach(p, p.height), gradient_reach(p, p.width),
-                    round_up(strips.rows, shape.rows), round_up(vectors, shape.columns) * (pixels ? 1 : lanes));
-    if (lanes != tile_lanes) {
-      tiles = static_cast<C*>(scratch(Slot::tile, p.branches * tile.size() * static_cast<int64_t>(sizeof(C))));
-      fill_zero(tiles, p.branches * tile.size());
-      tile_lanes = lanes;
+    GradientStrip<C>& strip = map + 1 < map_count ? whole : last;
+    const int64_t channels = strip.channels, tile_size = p.branches * strip.tile.size();
+    if (strip.lanes != tile_lanes) {
+      tiles = static_cast<C*>(scratch(Slot::tile, tile_size * static_cast<int64_t>(sizeof(C))));
+      fill_zero(tiles, tile_size);
+      tile_lanes = strip.lanes;
     }
-    fill_gradients<T>(p, tile, tiles, image, first_channel, channels, first, strips.count > 1);
+    fill_gradients<T>(p, strip.tile, tiles, image, first_channel, channels, first, strips.count > 1);
 
     T* grad_x = static_cast<T*>(p.grad_x) + image * p.channels * p.height * p.width +
                 (pixels ? first_channel : map * p.height * p.width);
@@ -93,27 +91,13 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
       for (int64_t b = 0; b < s; ++b) {
         const int64_t columns = class_size(p, p.width, b);
         if (rows <= 0 || columns <= 0) continue;
-        const TapList taps = class_taps(p, tile, a, b);
-        Sweep<C> sweep{};
-        sweep.lanes = lanes;
-        sweep.pixels = pixels;
-        sweep.shape = shape;
-        sweep.tile = tiles;
-        sweep.row_step = tile.row_pitch();
-        sweep.rows = rows;
-        sweep.columns = pixels ? columns : ceil_div(columns, lanes);
-        sweep.panel = panel_columns(p.branches * (2 * tile.border_rows + 1), pixels ? tile.border_columns : 1,
-                                    lanes * static_cast<int64_t>(sizeof(C)));
-        sweep.taps = &taps;
-        sweep.weights = pixels ? weights.of_block(map) : weights.of_channel(map);
-        sweep.valid = pixels ? channels : columns;
-        sweep.valid_step = pixels ? 0 : lanes;
+        Sweep<C> sweep = strip.sweep(a, b, rows, tiles, pixels ? weights.of_block(map) : weights.of_channel(map));
         T* to = grad_x + ((first * s + a) * p.width + b) * column;
         if constexpr (direct) {
           if (pixels || s == 1) {
             sweep.out = to;
             sweep.out_row = s * p.width * column;
-            sweep.out_column = pixels ? s * column : lanes;
+            sweep.out_column = pixels ? s * column : strip.lanes;
             ESPK_ISA::sweep(sweep);
             continue;
           }
@@ -121,7 +105,7 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
         C* results = static_cast<C*>(scratch(Slot::map, rows * columns * channels * static_cast<int64_t>(sizeof(C))));
         sweep.out = results;
         sweep.out_row = columns * channels;
-        sweep.out_column = pixels ? channels : lanes;
+        sweep.out_column = pixels ? channels : strip.lanes;
         ESPK_ISA::sweep(sweep);
         spread(p, to, results, rows, columns, channels);
       }

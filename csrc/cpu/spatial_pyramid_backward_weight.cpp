@@ -49,6 +49,9 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
   const bool pixels = p.layout == Layout::channels_last;
   const Strips strips = pyramid_strips<C>(p);
   const int64_t maps = pyramid_maps<C>(p), out_plane = p.out_height * p.out_width;
+  // The last block of channels may be narrower.
+  const PyramidStrip<C> whole(p, strips.rows, pixels ? least(kLanes<C>, p.channels) : p.out_width);
+  const PyramidStrip<C> last(p, strips.rows, pixels ? p.channels - (maps - 1) * kLanes<C> : p.out_width);
   C* tile = nullptr;
   int tile_lanes = 0;
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -60,7 +63,7 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
     const int64_t vectors = 9 * p.branches;
     C* sums = static_cast<C*>(scratch(Slot::map, vectors * kLanes<C> * static_cast<int64_t>(sizeof(C))));
     fill_zero(sums, vectors * kLanes<C>);
-    const PyramidStrip<C> strip(p, strips.rows, pixels ? channels : p.out_width);
+    const PyramidStrip<C>& strip = map + 1 < maps ? whole : last;
     if (strip.lanes != tile_lanes) {
       tile = strip.zeroed_tiles();
       tile_lanes = strip.lanes;

@@ -50,6 +50,8 @@ def mixed(
     lower_left = tl.load(first[:, None] + around[1][None, :], mask=needed, other=0).to(TYPE)
     upper_right = tl.load(first[:, None] + around[2][None, :], mask=needed, other=0).to(TYPE)
     lower_right = tl.load(first[:, None] + around[3][None, :], mask=needed, other=0).to(TYPE)
-    left = upper_left + (lower_left - upper_left) * around[4][None, :]
-    right = upper_right + (lower_right - upper_right) * around[4][None, :]
-    return left + (right - left) * around[5][None, :]
+    down, across = around[4][None, :], around[5][None, :]
+    # Not by differences, of which equal infinities have none.
+    left = upper_left * (1 - down) + lower_left * down
+    right = upper_right * (1 - down) + lower_right * down
+    return left * (1 - across) + right * across
