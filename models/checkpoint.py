@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from espkernels.models.priors import MAPS
 
-__all__ = ["Checkpoint", "Identity", "identify", "read"]
+__all__ = ["Checkpoint", "Identity", "content", "identify", "read"]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
@@ -78,24 +79,39 @@ def read(path: str | PathLike[str]) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: there is no file {path}")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    tensors, unwrapped = _unwrap(path, content)
+    tensors, unwrapped = _unwrap(path, content(path))
     stripped = all(name.startswith("module.") for name in tensors)
     if stripped:
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return Checkpoint(path, tensors, unwrapped, stripped)
 
 
-def _read_torch(path: Path) -> object:
+def content(path: Path) -> object:
+    """All that a file holds, tensors and plain data, for which nothing in it is executed.
+
+    Raises ImportError and ValueError as :func:`read` does.
+    """
+    load = _loader(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds something other than tensors and plain data, or is no checkpoint at all; it is not loaded,"
             f" since that could run code from the file. Save the state_dict() alone. torch says: {_refusal(error)}"
         ) from error
-    except (RuntimeError, EOFError, KeyError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint, it is damaged or cut off: {_short(error)}") from error
+    except Exception as error:  # there is no end to what damaged bytes raise: IndexError, AssertionError, struct.error
+        raise ValueError(f"{path} is damaged or cut off, it cannot be read as a checkpoint: {_short(error)}") from error
+
+
+def _loader(path: Path) -> Callable[[Path], object]:
+    """What reads a file of this ending."""
+    if path.suffix != ".safetensors":
+        return partial(torch.load, map_location="cpu", weights_only=True)
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(f"{path}: reading a safetensors file needs the package safetensors") from error
+    return load_file
 
 
 def _refusal(error: Exception) -> str:
@@ -107,18 +123,6 @@ def _refusal(error: Exception) -> str:
 def _short(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
-
-
-def _read_safetensors(path: Path) -> object:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(f"{path}: reading a safetensors file needs the package safetensors") from error
-    try:
-        return load_file(path, device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file: {_short(error)}") from error
 
 
 def _unwrap(path: Path, content: object) -> tuple[dict[str, Tensor], str | None]:
@@ -147,30 +151,33 @@ def identify(tensors: Mapping[str, Tensor]) -> Identity:
         return Identity(UNKNOWN, False)
     in_channels = tensors[prefix + "level1.conv.weight"].shape[1]
     if not prefix:
-        classifier = tensors.get("classifier.weight")
-        classes = None if classifier is None else classifier.shape[0]
-        return Identity(CLASSIFICATION, True, scale, classes, in_channels)
-    last, before = tensors.get("bu_dec_l4.merge_layer.3.weight"), tensors.get("bu_dec_l3.merge_layer.3.weight")
+        return Identity(CLASSIFICATION, True, scale, _length(tensors, "classifier.weight", 2), in_channels)
+    last, before = (_length(tensors, f"bu_dec_l{level}.merge_layer.3.weight", 4) for level in (4, 3))
     if last is None or before is None:
         return Identity(UNKNOWN, False)
-    return Identity(SEGMENTATION, True, scale, last.shape[0], in_channels, before.shape[0] // 2)
+    return Identity(SEGMENTATION, True, scale, last, in_channels, before // 2)
 
 
 def _detection(tensors: Mapping[str, Tensor]) -> Identity:
     prefix = "base_net.basenet."
-    heads = [(tensors.get(f"loc_layers.{i}.bias"), tensors.get(f"cls_layers.{i}.bias")) for i in range(MAPS)]
-    boxes = tuple(len(locations) // 4 for locations, _ in heads if locations is not None)
-    scale, last = _scale(tensors, prefix), heads[-1][1]
+    locations = [_length(tensors, f"loc_layers.{i}.bias", 1) for i in range(MAPS)]
+    boxes = tuple(length // 4 for length in locations if length is not None)
+    scale, last = _scale(tensors, prefix), _length(tensors, f"cls_layers.{MAPS - 1}.bias", 1)
     if scale is None or last is None or len(boxes) != MAPS or 0 in boxes:
         return Identity(DETECTION, False, scale)
     channels = tensors[prefix + "level1.conv.weight"].shape[1]
     expansion = prefix + "level5.4.conv.weight" in tensors
-    return Identity(DETECTION, True, scale, len(last) // boxes[-1], channels, boxes=boxes, expansion=expansion)
+    return Identity(DETECTION, True, scale, last // boxes[-1], channels, boxes=boxes, expansion=expansion)
 
 
 def _scale(tensors: Mapping[str, Tensor], prefix: str) -> float | None:
     """The scale from the width of level 2, which is 64 s; None where the tensors are not ESPNetv2's."""
-    stem, slopes = tensors.get(prefix + "level1.conv.weight"), tensors.get(prefix + "level2_0.act.weight")
-    if stem is None or stem.dim() != 4 or slopes is None or slopes.dim() != 1:
-        return None
-    return slopes.shape[0] / 64
+    stem = _length(tensors, prefix + "level1.conv.weight", 4)
+    slopes = _length(tensors, prefix + "level2_0.act.weight", 1)
+    return None if stem is None or slopes is None else slopes / 64
+
+
+def _length(tensors: Mapping[str, Tensor], name: str, dims: int) -> int | None:
+    """The first of the ``dims`` dimensions of the tensor ``name``, None where there is no such tensor."""
+    tensor = tensors.get(name)
+    return None if tensor is None or tensor.dim() != dims else tensor.shape[0]

@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from espkernels.models import checkpoint, espnetv2, espnetv2_segmentation, from_official, load_official
+from espkernels.models import (
+    checkpoint,
+    espnetv2,
+    espnetv2_detection,
+    espnetv2_segmentation,
+    from_official,
+    load_official,
+)
 
 PRETRAINED = Path(__file__).parents[1] / ".." / "shared" / "pretrained"
 needs_pretrained = pytest.mark.skipif(not PRETRAINED.is_dir(), reason="../shared/pretrained is not there")
@@ -159,6 +166,36 @@ def test_nothing_in_a_file_is_executed_and_no_unsafe_advice_is_passed_on(tmp_pat
 def test_damaged_files_are_refused_by_name(tmp_path: Path, content: bytes):
     (tmp_path / "broken.pth").write_bytes(content)
     assert "broken.pth" in refused(espnetv2(0.5, 10), tmp_path / "broken.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name", ["zip.pth", "older.pth", "c.safetensors"])
+def test_a_file_with_any_damaged_byte_is_read_or_refused_by_name(tmp_path: Path, name: str):
+    path, state = tmp_path / name, {"a": torch.zeros(2), "b": torch.arange(3)}
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=name == "zip.pth")
+    whole, refusals = path.read_bytes(), []
+    for place in range(min(len(whole), 500)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            checkpoint.read(path)
+        except ValueError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 50 and all(str(path) in refusal for refusal in refusals)
+
+
+@pytest.mark.parametrize("build", [espnetv2, espnetv2_segmentation, lambda s, n: espnetv2_detection(s, n, 64)])
+def test_tensors_of_unexpected_dimensions_are_refused(tmp_path: Path, build: Callable[..., nn.Module]):
+    state = build(0.5, 5).state_dict()
+    ends = ("level1.conv.weight", "level2_0.act.weight", "classifier.weight", "merge_layer.3.weight", "layers.5.bias")
+    names = [name for name in state if name.endswith(ends)]
+    assert len(names) > 2
+    for name in names:
+        torch.save(state | {name: torch.tensor(1.0)}, tmp_path / "c.pth")
+        with pytest.raises(ValueError, match=r"c\.pth"):
+            from_official(tmp_path / "c.pth")
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), {}, {"a": 1}, {"state_dict": {"a": "text"}}, [torch.zeros(1)]])

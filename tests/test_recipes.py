@@ -148,6 +148,37 @@ def test_damaged_runs_say_so(tmp_path: Path) -> None:
         engine.train(small(), tmp_path, settings)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_byte_of_a_run_says_so(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    torch.save({"epoch": 1, "network": {"weight": torch.zeros(2)}}, folder.last, _use_new_zipfile_serialization=False)
+    whole, refusals = folder.last.read_bytes(), []
+    for place in range(len(whole)):
+        folder.last.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            folder.load()
+        except ValueError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 50 and all(str(folder.last) in refusal for refusal in refusals)
+
+
+def test_options_that_the_task_does_not_take_are_named(tmp_path: Path) -> None:
+    engine.train(small(), tmp_path, engine.Settings(1))
+    config = RunFolder(tmp_path).config()
+    for options, named in (
+        (config["options"] | {"colour": 3}, "colour"),
+        ({}, "data"),
+        ([], "mapping"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"options": options}))
+        with pytest.raises(ValueError, match=rf"config\.json do not fit classification: .*{named}"):
+            engine.trained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "best.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"best\.safetensors is damaged"):
+        engine.trained(tmp_path)
+
+
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"loss: (nan|inf) in step"):
         engine.train(small(rate=1e30, schedule="fixed"), tmp_path, engine.Settings(3))

@@ -6,6 +6,7 @@ so that a run that was interrupted and goes on from its folder has the curve, an
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import time
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from espkernels.models import checkpoint
 from espkernels.models.recipes.distributed import from_first, process_group
 from espkernels.models.recipes.run_folder import RunFolder
 from espkernels.models.recipes.seeds import seed_everything
@@ -225,18 +227,22 @@ def trained(path: Path) -> tuple[Task, nn.Module]:
 
     Raises FileNotFoundError or ValueError where there is no whole run.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = RunFolder(path)
     config = folder.config()
-    task = task_class(config["task"])(**config["options"])
+    kind, options = task_class(config["task"]), config["options"]
+    try:
+        inspect.signature(kind).bind(**options)
+    except TypeError as error:
+        raise ValueError(
+            f"run: the options in {folder.path / 'config.json'} do not fit {kind.name}: {error}"
+        ) from error
+    task = kind(**options)
     if not folder.best.is_file():
         raise FileNotFoundError(f"run: there is no {folder.best}; no epoch of the run has ended yet")
     network = task.network()
     try:
-        network.load_state_dict(load_file(folder.best))
-    except (SafetensorError, RuntimeError) as error:
+        network.load_state_dict(checkpoint.read(folder.best).tensors)
+    except RuntimeError as error:
         raise ValueError(f"run: {folder.best} does not fit the task: {str(error).splitlines()[0]}") from error
     return task, network.eval()
 

@@ -15,7 +15,6 @@ import csv
 import io
 import json
 import os
-import pickle
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 import espkernels
+from espkernels.models import checkpoint
 
 __all__ = ["RunFolder", "write_atomically"]
 
@@ -94,14 +94,11 @@ class RunFolder:
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint, None where there is none yet; ValueError for a file that is not one.
 
-        Nothing in the file is executed: it is read with ``weights_only=True``.
+        Nothing in the file is executed.
         """
         if not self.last.is_file():
             return None
-        try:
-            state = torch.load(self.last, map_location="cpu", weights_only=True)
-        except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise ValueError(f"run: {self.last} is damaged: {str(error).splitlines()[0]}") from error
+        state = checkpoint.content(self.last)
         if not isinstance(state, dict) or "epoch" not in state:
             raise ValueError(f"run: {self.last} is no checkpoint of a run")
         return state
