@@ -22,10 +22,12 @@ def generate(
 
     ``temperature`` divides the logits; ``most_likely`` lets only so many of the likeliest tokens be drawn, 1 always the
     likeliest. The same ``seed`` draws the same text. Raises ValueError for an empty prompt, a temperature that is not
-    above 0 and a count below 1.
+    above 0, and a ``length`` or ``most_likely`` below 1.
     """
     if prompt.dim() != 1 or len(prompt) == 0:
         raise ValueError(f"prompt: got shape {list(prompt.shape)}, expected [N] with at least one token")
+    if length < 1:
+        raise ValueError(f"length: got {length}, expected at least 1")
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, expected more than 0")
     if most_likely is not None and most_likely < 1:

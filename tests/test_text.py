@@ -152,9 +152,11 @@ def test_generation() -> None:
     for wrong, message in (
         (dict(temperature=0.0), "temperature: got 0.0"),
         (dict(most_likely=0), "most_likely: got 0"),
+        (dict(length=0), "length: got 0"),
+        (dict(length=-3), "length: got -3"),
     ):
         with pytest.raises(ValueError, match=message):
-            generate(network, prompt, 1, **wrong)  # type: ignore[arg-type]
+            generate(network, prompt, **dict(length=1) | wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prompt: got shape"):
         generate(network, prompt[:0], 1)
 
