@@ -230,6 +230,14 @@ def test_the_command_says_what_it_cannot_do(tmp_path: Path, capsys, arguments: l
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_class_set_of_another_length_is_refused_with_both_lengths():
+    for name, count, length in (("voc", 19, 21), ("voc", 20, 21), ("cityscapes", 21, 20), ("cityscapes", 18, 20)):
+        with pytest.raises(ValueError, match=f"--classes {name}: it has {length} classes, the checkpoint {count}"):
+            command._class_set(name, count)
+    fitting = [("cityscapes", 19), ("cityscapes", 20), ("voc", 21), ("auto", 19), ("auto", 7)]
+    assert [len(command._class_set(name, count)) for name, count in fitting] == [19, 20, 21, 19, 7]
+
+
 def test_the_default_size_is_the_one_in_the_checkpoints_name():
     sizes = {"espnetv2_s_2.0_city_1024x512.pth": (512, 1024), "espnetv2_s_1.0_pascal_256x256.pth": (256, 256)}
     assert {name: command._size(None, Path(name), 20) for name in sizes} == sizes

@@ -83,10 +83,10 @@ def _outputs(model: nn.Module, weights: Path) -> int:
 
 
 def _class_set(name: str, count: int) -> classes.ClassSet:
-    chosen = classes.of_count(count) if name == "auto" or count == 19 else CLASS_SETS[name]
-    if len(chosen) != count or (name == "voc" and count == 19):
-        raise ValueError(f"--classes {name}: it has {len(chosen)} classes, the checkpoint {count}")
-    return chosen
+    fitting = classes.of_count(count)
+    if name != "auto" and fitting.title != CLASS_SETS[name].title:
+        raise ValueError(f"--classes {name}: it has {len(CLASS_SETS[name])} classes, the checkpoint {count}")
+    return fitting
 
 
 def _size(given: list[int] | None, weights: Path, count: int) -> tuple[int, int]:
