@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from espkernels import backends, inference, ops, replay
 from espkernels import nn as layers
 from espkernels.fused_unit import Unit
-from espkernels.layout import vector_dtype
+from espkernels.layout import out_size, vector_dtype
 from espkernels.norms import Norm
 
 __all__ = [
@@ -298,7 +298,7 @@ class FrozenDownSampler(Frozen):
     def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
         shortcut_weight = shortcut_shift = None
         if image is not None:
-            size = ((x.shape[2] - 1) // 2 + 1, (x.shape[3] - 1) // 2 + 1)
+            size = (out_size(x.shape[2], 2), out_size(x.shape[3], 2))
             image = self.image_convolution(layers.pooled_image(image, size))
             shortcut_weight, shortcut_shift = self.shortcut_weight, self.shortcut_shift
         return inference.down_sampler(

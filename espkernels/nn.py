@@ -90,7 +90,7 @@ def pooled_image(
             "the size of the map it is added to"
         )
     while image.shape[2] != height or image.shape[3] != width:
-        if (image.shape[2] + 1) // 2 < height or (image.shape[3] + 1) // 2 < width:
+        if out_size(image.shape[2], 2) < height or out_size(image.shape[3], 2) < width:
             return F.adaptive_avg_pool2d(image, (height, width))
         image = pool(image)
     return image

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from espkernels import inference, reference
 from espkernels import nn as fused
+from espkernels.layout import out_size
 from espkernels.models import eesp_a, esp, plain
 
 __all__ = ["DeepEncoder", "ESPNetv2", "Encoder", "Switches", "espnetv2", "widths"]
@@ -128,7 +129,7 @@ class Encoder(nn.Module):
             x = maps[-1]
             if shortcut is not None:
                 # Pooled on from the level before, so that every level of the image pyramid is computed once.
-                size = ((x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
+                size = (out_size(x.shape[2], 2), out_size(x.shape[3], 2))
                 shortcut = fused.pooled_image(shortcut, size, pool)
             x = down_sampler(x, shortcut)
             for unit in units:
