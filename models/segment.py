@@ -91,7 +91,9 @@ def segment(
         raise ValueError("model: it is in training mode; call model.eval() first")
     if isinstance(image, (str, PathLike)):
         image = read_image(image)
-    like = next(model.parameters(), torch.empty(0))
+    # A frozen model has buffers alone, and among them vectors in float32 beside weights in half types.
+    weights = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    like = max(weights, key=Tensor.dim, default=torch.empty(0))
     x = preprocess(image, size).to(like.device, like.dtype)
     with torch.inference_mode():
         started = time.perf_counter()

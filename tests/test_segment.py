@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import espkernels
 from espkernels.commands import segment as command
-from espkernels.models import classes, from_official
+from espkernels.models import classes, espnetv2_segmentation, from_official
 from espkernels.models.segment import OPACITY, overlay, preprocess, read_image, save, segment
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
@@ -164,6 +164,21 @@ def test_a_frozen_network_gives_the_classes_of_its_logits():
     assert (found.classes == logits.argmax(1)[0].numpy()).all()
     expected = segment(network, IMAGES / "sample2.jpg", (96, 160)).shares
     assert found.shares == pytest.approx(expected, abs=1e-3)  # a pixel whose two classes are as near as rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_frozen_network_is_given_images_in_the_dtype_of_its_weights(dtype: torch.dtype):
+    torch.manual_seed(0)
+    plain = espnetv2_segmentation(0.5, 5, plain=True).double().eval()
+    network = espnetv2_segmentation(0.5, 5).eval()
+    network.load_state_dict(plain.state_dict())
+    photo = Image.effect_noise((96, 64), 100).convert("RGB")
+    found = segment(espkernels.freeze(network.to(dtype)), photo, (64, 96))
+    with torch.no_grad():
+        expected = plain(preprocess(photo, (64, 96)).double()).argmax(1)[0]
+    same = float((torch.from_numpy(found.classes) == expected).double().mean())
+    # Pixels whose two likeliest classes are nearer than rounding may change: 1 in 100 of random weights' in bfloat16.
+    assert same > (0.95 if dtype == torch.bfloat16 else 0.999)
 
 
 def run(*arguments: str | Path) -> int:
