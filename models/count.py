@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espkernels.backends import use_backend
+from espkernels.frozen import Frozen, FrozenConvolution, FrozenEESP
 from espkernels.running import running
 
 __all__ = ["Count", "count"]
@@ -47,8 +48,8 @@ def _pyramid_pointwise(
     return pixels * (weight.numel() + pointwise_weight.numel())
 
 
-# Multiply-adds of one call, from its result and arguments. The project's own operators are listed too: a frozen
-# network may call them without the functions that know the reference.
+# Multiply-adds of one call, from its result and arguments. The layers here, frozen or not, run as their reference; the
+# project's own operators are listed for modules that call torch.ops.espkernels themselves.
 _MACS: dict[str, Callable[..., int]] = {
     "aten::convolution": _convolution,
     "aten::convolution_overrideable": _convolution,
@@ -137,11 +138,18 @@ def count(
 
 
 def _first_channels(model: nn.Module) -> int:
-    """Input channels of the first module that holds the weight of a convolution, as a buffer where it is frozen."""
+    """Input channels of the first convolution, frozen or not, or of the first module's weight [N, M, h, w]; else 3."""
     for module in model.modules():
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.dim() == 4:
-                return tensor.shape[1]
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            return module.in_channels
+        if isinstance(module, FrozenConvolution):
+            return module.weight.shape[1] * module.groups
+        if isinstance(module, FrozenEESP):
+            return module.reduce_weight.shape[1] * module.reduce_groups
+        if not isinstance(module, Frozen):  # the others of those begin with one of the two
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.dim() == 4:
+                    return tensor.shape[1]
     return 3
 
 

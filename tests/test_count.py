@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 from espkernels import backends, models
 from espkernels.freeze import freeze
 from espkernels.models import count
-from espkernels.nn import EESP
+from espkernels.models.pyramid_pooling import EfficientPyramidPooling
+from espkernels.nn import CBR, EESP, DownSampler
 
 # Scale, channels, parameters, multiply-adds in millions at 224x224; then the paper's figures (Table 2, Fig. 3).
 TABLE_2 = [
@@ -185,6 +187,38 @@ def test_operators_called_directly_count_as_their_convolutions():
 def test_a_frozen_network_counts_the_same_multiply_adds():
     for network in (models.espnetv2(0.5, 10), models.espnetv2_segmentation(0.5, 20)):
         assert count(freeze(network.eval()), (65, 96)).macs == count(network, (65, 96)).macs
+
+
+class OwnWeight(nn.Module):
+    """A convolution that is no nn.Conv2d, in front of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 5, 3, 3))
+        self.next = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.next(nn.functional.conv2d(x, self.weight))
+
+
+@pytest.mark.parametrize(
+    ("build", "channels"),
+    [
+        (OwnWeight, 5),
+        (lambda: EESP(64, 64), 64),
+        (lambda: EESP(32, 96, 2), 32),
+        (lambda: DownSampler(16, 32), 16),
+        (lambda: CBR(8, 16, 1, groups=4), 8),
+        (lambda: CBR(8, 16, 3, groups=8), 8),
+        (lambda: EfficientPyramidPooling(16, 4, 8), 16),
+        (lambda: nn.ConvTranspose2d(6, 4, 2, groups=2), 6),
+    ],
+)
+def test_the_first_convolution_says_the_channels_of_the_image(build: Callable[[], nn.Module], channels: int):
+    model = build().eval()
+    expected = count(model, sample=torch.zeros(1, channels, 8, 8)).macs
+    assert expected > 0
+    assert [count(each, (8, 8)).macs for each in (model, freeze(model))] == [expected, expected]
 
 
 def test_the_model_is_left_as_it_was():
