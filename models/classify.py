@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,13 +39,17 @@ def classify(network: nn.Module, image: Tensor, labels: Sequence[str]) -> list[G
     return [Guess(labels[i], p) for p, i in zip(found.values.tolist(), found.indices.tolist(), strict=True)]
 
 
-def draw_guesses(image: Image, guesses: Sequence[Guess], path: Path) -> None:
+def draw_guesses(image: Image, guesses: Sequence[Guess]) -> Image:
     """The image beside a bar for each guess."""
+    import PIL.Image
+
     try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'espkernels[train]'") from error
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
     photograph, bars = figure.subplots(1, 2)
     photograph.imshow(image)
     photograph.axis("off")
@@ -53,4 +57,5 @@ def draw_guesses(image: Image, guesses: Sequence[Guess], path: Path) -> None:
     drawn = bars.barh([guess.label for guess in shown], [100 * guess.probability for guess in shown])
     bars.bar_label(drawn, fmt="%.1f")
     bars.set(xlim=(0, 115), xlabel="probability, percent")
-    figure.savefig(path, dpi=120)
+    canvas.draw()
+    return PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

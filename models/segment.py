@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from espkernels.models.classes import ClassSet, of_count
+from espkernels.models.recipes.run_folder import write_atomically
 from espkernels.replay import Replayed
 
 if TYPE_CHECKING:
@@ -172,10 +173,4 @@ def _legend(width: int, result: Segmentation) -> Image:
 
 def save(image: Image, path: str | PathLike[str]) -> None:
     """Write ``image`` to ``path`` so that the file appears whole or not at all; the ending gives the format."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
-    try:
-        image.save(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_atomically(Path(path), image.save)

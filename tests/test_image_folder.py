@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 
 from espkernels.__main__ import main
+from espkernels.models.classify import Guess, draw_guesses
 from espkernels.models.data.crops import centre_crop, random_crop
-from espkernels.models.data.image_folder import ImageFolder
+from espkernels.models.data.image_folder import ENDINGS, ImageFolder
 from espkernels.models.data.loading import evaluation_batches, training_batches
 from espkernels.models.recipes import engine
 from espkernels.models.recipes.classification import Classification
 from espkernels.models.recipes.task import Share
+from espkernels.models.segment import save
 
 COLOURS = {"blue": (20, 30, 220), "green": (30, 200, 40), "red": (230, 20, 10)}
 
@@ -99,10 +101,28 @@ def test_colours_are_learnt_and_named(root: Path, tmp_path: Path, capsys: pytest
     assert main(["classify", str(root / "val" / "red"), "--folder", str(tmp_path / "run"), "-o", str(output)]) == 0
     printed = capsys.readouterr().out
     assert len(list(output.iterdir())) == 4
+    one = str(root / "val" / "red" / "0.png")
+    assert main(["classify", one, "--folder", str(tmp_path / "run"), "-o", str(tmp_path / "o.bmp")]) == 0
+    assert Image.open(tmp_path / "o.bmp").format == "BMP"
+    assert main(["classify", one, "--folder", str(tmp_path / "run"), "-o", str(tmp_path / "o.svg")]) == 2
+    assert "o.svg has no ending of an image format (.bmp, " in capsys.readouterr().err
     likeliest = [lines.splitlines()[1].split()[0] for lines in printed.split("->")[1:]]
     assert likeliest.count("red") >= 3
     assert main(["classify", str(root / "val" / "red"), "--folder", str(tmp_path), "-o", str(output)]) == 2
     assert "there is no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_named_image_is_drawn_in_every_format(tmp_path: Path, ending: str) -> None:
+    save(
+        draw_guesses(Image.new("RGB", (40, 40), "red"), [Guess("red", 0.75), Guess("blue", 0.25)]),
+        tmp_path / f"o{ending}",
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [f"o{ending}"]
+    with Image.open(tmp_path / f"o{ending}") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    assert (np.abs(pixels - (255, 0, 0)).max(2) < 10).sum() > 20_000  # the image, at about 300 dots a side
+    assert (np.abs(pixels[0, 0] - 255) < 3).all()
 
 
 def test_train_and_val_have_the_same_classes(root: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from espkernels.models import classify
     from espkernels.models.recipes import engine
     from espkernels.models.recipes.classification import Classification
+    from espkernels.models.segment import save
 
     try:
         photographs = Photographs("classify", args.images, args.output)
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         frozen = freeze(network)
         for source, target, image in photographs:
             guesses = classify.classify(frozen, task.prepared(image), task.labels)
-            classify.draw_guesses(image, guesses, target)
+            save(classify.draw_guesses(image, guesses), target)
             lines = [f"  {guess.label:<20}{100 * guess.probability:6.1f} %" for guess in guesses]
             photographs.say("\n".join([f"{source} -> {target}", *lines]))
     except (ImportError, OSError, RuntimeError, ValueError) as error:

@@ -56,7 +56,7 @@ def _jobs_of(source: Path, output: Path) -> list[tuple[Path, Path]]:
         if output.is_dir():
             output = output / f"{source.stem}.png"
         if output.suffix.lower() not in ENDINGS:
-            raise ValueError(f"--output: {output} has no ending of an image format, such as .png")
+            raise ValueError(f"--output: {output} has no ending of an image format ({', '.join(ENDINGS)})")
         if output.resolve() == source.resolve():
             raise ValueError(f"--output: {output} is the photograph itself")
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -31,8 +31,8 @@ __all__ = ["RunFolder", "write_atomically"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Has ``write`` fill a file beside ``path``, which takes its place only when it is whole and on the disk."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Has ``write`` fill a file beside ``path``, with its ending, that takes its place when whole and on the disk."""
+    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(beside)
         with open(beside, "rb+") as file:
