@@ -185,6 +185,21 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "last.pt").exists()
 
 
+def test_only_the_first_process_draws_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a second host there may be no folder of the run."""
+    rows = [{"epoch": 1, "rate": 0.1, "loss": 2.0, "top1": 9.0, "seconds": 1.0}]
+    monkeypatch.setattr(engine, "train", lambda *_: rows)
+    folder = tmp_path / "run"
+    command = ["train", "classification", "--data", "digits", "--folder", str(folder)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(command) == 0 and not folder.exists()
+    folder.mkdir()
+    assert main(command) == 0 and os.listdir(folder) == []
+    monkeypatch.setenv("RANK", "0")
+    assert main(command) == 0 and os.listdir(folder) == ["curves.png"]
+
+
 def two_processes(folder: Path, epochs: int, *options: str) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
     command += ["-m", "espkernels", "train", "classification", "--data", "digits", "--scale", "0.5", "--batch", "512"]

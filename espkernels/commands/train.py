@@ -44,6 +44,7 @@ def task_parser(name: str) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """0 when all epochs ended, 1 when the loss was no number, 2 when nothing could begin."""
     from espkernels.models.recipes import curves, engine
+    from espkernels.models.recipes.distributed import is_first
     from espkernels.models.recipes.events import Events
 
     given = vars(task_parser(args.task).parse_args(args.options))
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
                 events.write(row)
 
         rows = engine.train(task, folder, engine.Settings(**settings), engine.progress_bar, tell)
-        if rows:
+        if rows and is_first():
             curves.draw_curves(rows, folder / "curves.png")
     except FloatingPointError as error:
         print(f"train: {error}", file=sys.stderr)
@@ -69,5 +70,6 @@ def run(args: argparse.Namespace) -> int:
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
-    print(f"{folder}: config.json, metrics.csv, last.pt, best.safetensors, curves.png")
+    if is_first():
+        print(f"{folder}: config.json, metrics.csv, last.pt, best.safetensors, curves.png")
     return 0

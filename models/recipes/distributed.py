@@ -13,7 +13,12 @@ from torch.distributed.rendezvous import rendezvous
 
 from espkernels.models.recipes.task import Share
 
-__all__ = ["from_first", "process_group"]
+__all__ = ["from_first", "is_first", "process_group"]
+
+
+def is_first() -> bool:
+    """Whether this is the only process or the first of several, which alone writes."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
 
 
 @contextmanager
