@@ -89,7 +89,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_cell: Tensor | None, *_: Any) 
     grad_weight = grad_bias = None
     if ctx.needs_input_grad[1]:
         # One product over all steps: each gate's gradient with the output of the step before.
-        before = torch.cat([hidden[None], out[:-1]])
+        before = torch.cat([hidden[None], out])[: len(out)]
         grad_weight = grad_gates.flatten(0, 1).T @ before.flatten(0, 1)
     if ctx.needs_input_grad[2]:
         grad_bias = grad_gates.sum((0, 1), dtype=torch.float64 if out.dtype == torch.float64 else torch.float32)

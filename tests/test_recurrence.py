@@ -116,6 +116,16 @@ def test_gradients_beside_torch_lstm(isa: str, poison: None, sizes: tuple[int, i
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("sizes", [(0, 2, 4), (3, 0, 4)])
+def test_gradients_of_nothing(isa: str, sizes: tuple[int, int, int]) -> None:
+    """Without a step or a row the last cell is the first one, and the weights' gradients are sums of nothing."""
+    given = [tensor.requires_grad_() for tensor in arguments(*sizes)]
+    out, last = recurrence(*given)
+    gates, weight, bias, hidden, cell = torch.autograd.grad(out.sum() + last.square().sum(), given)
+    assert gates.numel() == 0 and not any(gradient.count_nonzero() for gradient in (weight, bias, hidden))
+    assert torch.equal(cell, 2 * given[4])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_in_half_types(isa: str, dtype: torch.dtype) -> None:
     found = []
