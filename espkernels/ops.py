@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from espkernels import backends, checks, reference
+from espkernels.layout import vector_dtype
 
 if backends.library is not None:
     import espkernels.gpu  # kernels of tensors on a GPU
@@ -29,9 +30,7 @@ __all__ = [
 
 def _vector(vector: Tensor | None, x: Tensor) -> Tensor | None:
     """One number a channel, in the type that kernels compute in."""
-    if vector is None:
-        return None
-    return vector.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return None if vector is None else vector.to(vector_dtype(x.dtype))
 
 
 def spatial_pyramid(x: Tensor, weight: Tensor, dilations: Sequence[int], stride: int = 1, hff: bool = True) -> Tensor:

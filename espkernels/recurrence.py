@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 
 from espkernels import backends, checks, reference
+from espkernels.layout import vector_dtype
 
 if backends.library is not None:
     from espkernels.registration import register_autocast, without_second_derivative
@@ -42,7 +43,7 @@ def recurrence(
     checks.check_recurrence(gates, weight, bias, hidden, cell)
     if gates.device.type not in ("cpu", "meta") or backends.runs_reference(gates.device):
         return reference.recurrence(gates, weight, bias, hidden, cell)
-    compute = torch.float64 if gates.dtype == torch.float64 else torch.float32
+    compute = vector_dtype(gates.dtype)
     save = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (gates, weight, bias, hidden, cell)
     )
@@ -92,7 +93,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_cell: Tensor | None, *_: Any) 
         before = torch.cat([hidden[None], out])[: len(out)]
         grad_weight = grad_gates.flatten(0, 1).T @ before.flatten(0, 1)
     if ctx.needs_input_grad[2]:
-        grad_bias = grad_gates.sum((0, 1), dtype=torch.float64 if out.dtype == torch.float64 else torch.float32)
+        grad_bias = grad_gates.sum((0, 1), dtype=vector_dtype(out.dtype))
     return grad_gates, grad_weight, grad_bias, grad_hidden, grad_first_cell, None
 
 

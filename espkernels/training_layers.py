@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 
 from espkernels import backends
+from espkernels.layout import empty_pixels
 
 if backends.library is not None:
     from espkernels.registration import register_autocast, without_second_derivative
@@ -73,16 +74,11 @@ def long_range_shortcut(
     return torch.ops.espkernels.long_range_shortcut.default(pooled, expanded, image, weight, shift, slope)
 
 
-def _map(x: Tensor, channels: int) -> Tensor:
-    size = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
 def _fake_norm(
     x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, running_mean: Tensor | None,
     running_variance: Tensor | None, eps: float, batch_statistics: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _map(x, x.shape[1]), x.new_empty((2, x.shape[1]), dtype=torch.float64)
+    return empty_pixels(x, *x.shape[1:]), x.new_empty((2, x.shape[1]), dtype=torch.float64)
 
 
 def _fake_norm_backward(
@@ -90,7 +86,7 @@ def _fake_norm_backward(
     batch_statistics: bool, wants_x: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     vectors = (of.new_empty(of.shape) for of in (weight, bias, slope))
-    return (_map(x, x.shape[1]) if wants_x else x.new_empty(0), *vectors)
+    return (empty_pixels(x, *x.shape[1:]) if wants_x else x.new_empty(0), *vectors)
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -111,7 +107,7 @@ def _norm_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None
 def _fake_shortcut(
     pooled: Tensor, expanded: Tensor, image: Tensor | None, weight: Tensor | None, shift: Tensor | None, slope: Tensor
 ) -> Tensor:  # fmt: skip
-    return _map(pooled, pooled.shape[1] + expanded.shape[1])
+    return empty_pixels(pooled, pooled.shape[1] + expanded.shape[1], *pooled.shape[2:])
 
 
 def _fake_shortcut_backward(
@@ -119,7 +115,7 @@ def _fake_shortcut_backward(
     slope: Tensor, wanted: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     maps = (
-        _map(of, of.shape[1]) if of is not None and want else pooled.new_empty(0)
+        empty_pixels(of, *of.shape[1:]) if of is not None and want else pooled.new_empty(0)
         for of, want in zip((pooled, expanded, image), wanted, strict=True)
     )
     vectors = (slope.new_empty(0 if of is None else of.shape) for of in (weight, shift, slope))
