@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from espkernels.layout import layout_of, out_size, vector_dtype
 from espkernels.norms import NORMS, Norm, bias_of, running, takes_batch, track, weight_of
 from espkernels.training import eesp_training
 
-__all__ = ["Unit", "UnitLayers", "fits", "hooked", "laid_out", "run", "wanted"]
+__all__ = ["Unit", "UnitLayers", "fits", "hooked", "is_pointwise", "is_pyramid", "laid_out", "run", "wanted"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
@@ -52,10 +52,38 @@ class Unit(Protocol):
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """Whether calling one of ``modules`` would do more than its forward: then it must be called."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in modules
+    """Whether calling one of ``modules`` would do more than the forward of its class: then it must be called."""
+    for module in modules:
+        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        if hooks or module._backward_pre_hooks or "forward" in vars(module):
+            return True
+    return False
+
+
+def is_pointwise(module: nn.Module | None) -> bool:
+    """Whether calling ``module`` is a product with its ``weight`` in its ``groups``, and no more."""
+    return _convolves(module, 1, 1, 1)
+
+
+def is_pyramid(branches: Sequence[nn.Module], dilations: Sequence[int], stride: int) -> bool:
+    """Whether calling each of ``branches`` is a depthwise convolution with its 3-tap ``weight``, and no more."""
+    return len(branches) == len(dilations) and all(
+        _convolves(branch, 3, stride, dilation) and branch.groups == branch.in_channels == branch.out_channels
+        for branch, dilation in zip(branches, dilations, strict=True)
+    )
+
+
+def _convolves(module: Any, size: int, stride: int, dilation: int) -> bool:
+    """Whether calling ``module`` convolves with its ``weight``, alike over every axis, padded to keep the size."""
+    if type(module) not in CONVOLUTIONS or module.bias is not None or hooked(module):
+        return False
+    axes = len(module.kernel_size)
+    return (
+        module.kernel_size == (size,) * axes
+        and module.stride == (stride,) * axes
+        and module.dilation == (dilation,) * axes
+        and module.padding == (dilation * (size // 2),) * axes
+        and module.padding_mode == "zeros"
     )
 
 
@@ -85,25 +113,24 @@ def fits(layers: UnitLayers, x: Tensor) -> bool:
     if not backends.trains_whole("eesp_training", x.device):
         return False
     norms, activations = layers.norms, layers.activations
+    plain = all(
+        type(module) in kinds for modules, kinds in ((norms, NORMS), (activations, (nn.PReLU,))) for module in modules
+    )
+    if not plain or not is_pointwise(layers.reduce) or not is_pointwise(layers.expand):
+        return False
+    if not is_pyramid(layers.branches, layers.dilations, layers.stride):
+        return False
     if x.dim() != 4 or x.numel() == 0 or x.shape[1] != layers.reduce.in_channels:
         return False
     # A channel of one value has no variance: torch's batch norm says so.
     values = x.shape[0] * out_size(x.shape[2], layers.stride) * out_size(x.shape[3], layers.stride)
     if values == 1 and any(takes_batch(norm) for norm in norms):
         return False
-    convolutions = [layers.reduce, *layers.branches, layers.expand]
-    plain = all(
-        type(module) in kinds
-        for modules, kinds in ((norms, NORMS), (activations, (nn.PReLU,)), (convolutions, CONVOLUTIONS))
-        for module in modules
-    )
-    if not plain or any(convolution.bias is not None for convolution in convolutions):
-        return False
     if any(act.num_parameters != norm.num_features for act, norm in zip(activations, norms, strict=False)):
         return False
-    if hooked(*layers.containers, *norms, *activations, *convolutions):
+    if hooked(*layers.containers, *norms, *activations):
         return False
-    weights = [convolution.weight for convolution in convolutions]
+    weights = [convolution.weight for convolution in (layers.reduce, *layers.branches, layers.expand)]
     if torch.is_autocast_enabled(x.device.type):
         return x.dtype != torch.float64 and all(weight.dtype != torch.float64 for weight in weights)
     return all(weight.dtype == x.dtype for weight in weights)

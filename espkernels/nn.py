@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from espkernels import fused_shortcut, fused_unit, inference, ops
 from espkernels.fused_norm import norm_prelu
-from espkernels.fused_unit import UnitLayers, hooked, laid_out
+from espkernels.fused_unit import UnitLayers, hooked, is_pointwise, is_pyramid, laid_out
 from espkernels.layout import layout_of, out_size
 
 __all__ = [
@@ -202,10 +202,11 @@ class EESP(nn.Module):
     the concatenated map, which "recompute" makes again. Its gradients have none of their own.
 
     A hook on any submodule runs: a unit with one, or with another class of layers inside, runs layer by layer in
-    training too, and a convolution that carries one (or whose container does) is called as a module instead of through
-    the operators. Raises ValueError for a ``stride`` other than 1 and 2, a ``k`` outside 1 to 8, ``in_channels`` that
-    ``k`` does not divide, ``out_channels`` that ``k`` squared does not divide, and an unknown ``down_method`` or
-    ``memory``.
+    training too. A convolution that carries one (or whose container does), or that is no longer what the constructor
+    made, by its class, bias, stride, padding or dilation, is called as a module instead of through the operators.
+
+    Raises ValueError for a ``stride`` other than 1 and 2, a ``k`` outside 1 to 8, ``in_channels`` that ``k`` does not
+    divide, ``out_channels`` that ``k`` squared does not divide, and an unknown ``down_method`` or ``memory``.
     """
 
     memory = "save"  # of units pickled before there was a choice
@@ -291,13 +292,14 @@ class EESP(nn.Module):
 
     def _reduce(self, x: Tensor) -> Tensor:
         unit = self.proj_1x1
-        if hooked(unit, unit.conv):
+        if hooked(unit) or not is_pointwise(unit.conv):
             return unit(x)
         return unit.act(unit.bn(ops.group_pointwise(x, laid_out(unit.conv.weight).flatten(1), unit.conv.groups)))
 
     def _pyramid(self, reduced: Tensor) -> Tensor:
         branches = [cast(CDilated, branch) for branch in self.spp_dw]
-        if not hooked(*branches, *(branch.conv for branch in branches)):
+        convolutions = [branch.conv for branch in branches]
+        if not hooked(*branches) and is_pyramid(convolutions, self.dilations, self.stride):
             return ops.spatial_pyramid(reduced, self.pyramid_weight(), self.dilations, self.stride, self.hff)
         outputs: list[Tensor] = []
         for branch in branches:
@@ -307,7 +309,7 @@ class EESP(nn.Module):
 
     def _expand(self, z: Tensor) -> Tensor:
         unit = self.conv_1x1_exp
-        if hooked(unit, unit.conv):
+        if hooked(unit) or not is_pointwise(unit.conv):
             return unit(z)
         return unit.bn(ops.group_pointwise(z, laid_out(unit.conv.weight).flatten(1), unit.conv.groups))
 

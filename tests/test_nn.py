@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from espkernels import nn as fused
 from espkernels import ops
 from espkernels.models import plain
+from espkernels.replace import replace
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 GOLDEN = sorted((SHARED / "golden").glob("*.safetensors"))
@@ -418,6 +419,72 @@ def test_hooks_on_convolutions_run_and_count(name: str) -> None:
     torch.testing.assert_close(layer(x), other(x), rtol=1e-12, atol=1e-12)
     assert seen == [name, name]
     assert not torch.allclose(layer(x), before)
+
+
+class LowRank(nn.Conv2d):
+    """A convolution with a forward of its own, as adapters have."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 0.5 * super().forward(input.flip(1))
+
+
+def _with_bias(conv: nn.Conv2d) -> None:
+    conv.bias = nn.Parameter(torch.linspace(-1, 1, conv.out_channels, dtype=conv.weight.dtype))
+
+
+def _dilated_more(conv: nn.Conv2d) -> None:
+    conv.dilation = conv.padding = (4, 4)
+
+
+def _padded_with_itself(conv: nn.Conv2d) -> None:
+    conv.padding_mode = "circular"
+
+
+def _forward_on_the_object(conv: nn.Conv2d) -> None:
+    conv.forward = lambda x: 2 * nn.Conv2d.forward(conv, x)
+
+
+CHANGES = (_with_bias, lambda conv: setattr(conv, "__class__", LowRank), _forward_on_the_object)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *((name, change) for name in ("proj_1x1.conv", "spp_dw.1.conv", "conv_1x1_exp.conv") for change in CHANGES),
+        ("spp_dw.1.conv", _dilated_more),
+        ("spp_dw.1.conv", _padded_with_itself),
+    ],
+)
+@pytest.mark.parametrize("replaced", [False, True], ids=["ours", "replaced"])
+def test_changed_convolutions(name: str, change: Any, training: bool, replaced: bool) -> None:
+    """A convolution that is more than its weight, in a unit of ours and in one that was replaced before."""
+    layer = randomised(fused.EESP(8, 16)).double().train(training)
+    other = twin(layer)
+    if replaced:
+        layer = copy.deepcopy(other)
+        assert replace(layer).replaced == [""]
+    for each in (layer, other):
+        change(each.get_submodule(name))
+    x = torch.randn(2, 8, 7, 8, dtype=torch.float64)
+    expected, actual = results(other, x), results(layer, x)
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), other(x), rtol=1e-10, atol=1e-10)
+
+
+def test_convolutions_with_their_norms_folded_in() -> None:
+    layer = randomised(fused.EESP(8, 16)).double().eval()
+    x = torch.randn(2, 8, 7, 8, dtype=torch.float64)
+    expected = twin(layer)(x)
+    for part in (layer.proj_1x1, layer.conv_1x1_exp):
+        part.conv, part.bn = nn.utils.fuse_conv_bn_eval(part.conv, part.bn), nn.Identity()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
+    gradients = results(layer, x), results(twin(layer), x)
+    for key, value in gradients[1].items():
+        torch.testing.assert_close(gradients[0][key], value, rtol=1e-10, atol=1e-10)
 
 
 def test_pruning() -> None:
