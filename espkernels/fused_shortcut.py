@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from espkernels import backends, inference
-from espkernels.fused_unit import hooked, laid_out
+from espkernels.fused_unit import hooked, is_pointwise, laid_out
 from espkernels.layout import out_size, vector_dtype
 from espkernels.norms import NORMS, folded, takes_batch
 from espkernels.training_layers import MOST_IMAGE_CHANNELS, long_range_shortcut
 
-__all__ = ["fits", "run"]
+__all__ = ["fits", "pooling_difference", "run"]
 
 
 class DownSampler(Protocol):
@@ -31,11 +31,24 @@ class DownSampler(Protocol):
     def eesp(self) -> nn.Module: ...
 
 
+def pooling_difference(avg: nn.AvgPool2d) -> str:
+    """How ``avg`` differs from the 3x3 pooling of stride 2 that counts its padding; empty where it does not."""
+    for key, value in (("kernel_size", 3), ("stride", 2), ("padding", 1)):
+        actual = getattr(avg, key)
+        if actual not in (value, (value, value)):
+            return f"avg has {key} {actual}, not {value}"
+    counts_padding = not avg.ceil_mode and avg.count_include_pad and avg.divisor_override is None
+    return "" if counts_padding else "avg does not count its padding as the official one does"
+
+
 def fits(unit: DownSampler, x: Tensor, image: Tensor | None) -> bool:
     """Whether :func:`run` does for the map ``x`` what the layers would do, on kernels of ours."""
     if not backends.trains_whole("long_range_shortcut", x.device):
         return False
-    if x.dim() != 4 or x.numel() == 0 or type(unit.act) is not nn.PReLU or type(unit.avg) is not nn.AvgPool2d:
+    # One slope is for all channels; any other number than theirs is refused by the kernel as by the layer.
+    if x.dim() != 4 or x.numel() == 0 or type(unit.act) is not nn.PReLU or unit.act.num_parameters == 1:
+        return False
+    if type(unit.avg) is not nn.AvgPool2d or pooling_difference(unit.avg):
         return False
     if not torch.is_autocast_enabled(x.device.type) and unit.act.weight.dtype != x.dtype:
         return False
@@ -44,14 +57,17 @@ def fits(unit: DownSampler, x: Tensor, image: Tensor | None) -> bool:
     if image is None:
         return True
     shortcut = cast(Any, unit).inp_reinf
-    last = shortcut[1]
-    if hooked(shortcut, last, last.conv, last.bn):
+    if type(shortcut) is not nn.Sequential or len(shortcut) != 2:
         return False
-    if type(last.conv) is not nn.Conv2d or last.conv.bias is not None or type(last.bn) not in NORMS:
+    last: Any = shortcut[1]
+    norm, convolution = getattr(last, "bn", None), getattr(last, "conv", None)
+    if type(norm) not in NORMS or not is_pointwise(convolution) or convolution.groups > 1:
+        return False
+    if hooked(shortcut, last, norm):
         return False
     # A channel of one value has no variance: torch's batch norm says so.
     values = x.shape[0] * out_size(x.shape[2], 2) * out_size(x.shape[3], 2)
-    return last.conv.in_channels <= MOST_IMAGE_CHANNELS and not (values == 1 and takes_batch(last.bn))
+    return convolution.in_channels <= MOST_IMAGE_CHANNELS and not (values == 1 and takes_batch(norm))
 
 
 def run(unit: DownSampler, x: Tensor, image: Tensor | None) -> Tensor:

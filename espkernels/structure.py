@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from espkernels.fused_shortcut import pooling_difference
+
 __all__ = ["Layer", "is_unit", "recognise"]
 
 _EESP = {"proj_1x1", "spp_dw", "conv_1x1_exp", "br_after_cat", "module_act"}
@@ -221,13 +223,9 @@ def _down_sampler(unit: nn.Module) -> None:
 
     avg = _part(unit, "avg")
     _is(avg, "avg", nn.AvgPool2d)
-    expected = {"kernel_size": 3, "stride": 2, "padding": 1}
-    for key, value in expected.items():
-        _require(getattr(avg, key) in (value, (value, value)), f"avg has {key} {getattr(avg, key)}, not {value}")
-    _require(
-        not avg.ceil_mode and bool(avg.count_include_pad) and avg.divisor_override is None,
-        "avg does not count its padding as the official one does",
-    )
+    assert isinstance(avg, nn.AvgPool2d)
+    difference = pooling_difference(avg)
+    _require(not difference, difference)
 
     reduce, expand = _part(eesp, "proj_1x1.conv"), _part(eesp, "conv_1x1_exp.conv")
     assert isinstance(reduce, nn.Conv2d)

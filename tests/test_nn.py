@@ -475,6 +475,32 @@ def test_changed_convolutions(name: str, change: Any, training: bool, replaced: 
         torch.testing.assert_close(layer(x), other(x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda down: setattr(down, "avg", nn.AvgPool2d(3, 2, 1, count_include_pad=False)),
+        lambda down: setattr(down, "avg", nn.AvgPool2d(3, 2, 1, divisor_override=5)),
+        lambda down: setattr(down, "avg", nn.AvgPool2d(5, 2, 2)),
+        lambda down: setattr(down, "act", nn.PReLU().double()),
+        lambda down: _with_bias(down.inp_reinf[1].conv),
+        lambda down: setattr(down.inp_reinf[1].conv, "__class__", LowRank),
+        lambda down: setattr(down.inp_reinf[1], "conv", nn.Conv2d(3, 24, 1, groups=3, bias=False).double()),
+        lambda down: down.inp_reinf.__setitem__(1, nn.Conv2d(3, 24, 1).double()),
+        lambda down: down.inp_reinf.append(nn.Tanh()),
+    ],
+    ids=["padding", "divisor", "size", "slope", "bias", "class", "groups", "folded", "another"],
+)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_changed_end_of_a_down_sampler(change: Any, training: bool) -> None:
+    layer = randomised(fused.DownSampler(8, 24)).double().train(training)
+    change(layer)
+    x, image = torch.randn(2, 8, 7, 8, dtype=torch.float64), torch.randn(2, 3, 14, 16, dtype=torch.float64)
+    expected, actual = results(twin(layer), x, image), results(layer, x, image)
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=1e-10, atol=1e-10)
+
+
 def test_convolutions_with_their_norms_folded_in() -> None:
     layer = randomised(fused.EESP(8, 16)).double().eval()
     x = torch.randn(2, 8, 7, 8, dtype=torch.float64)
