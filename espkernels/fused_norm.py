@@ -33,7 +33,9 @@ def fits(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
     # A channel of one value has no variance: torch's batch norm says so.
     if x.numel() == x.shape[1] and takes_batch(norm):
         return False
-    return act.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    if torch.is_autocast_enabled(x.device.type):  # it lowers what comes to a PReLU, whatever the norm gave
+        return x.dtype == torch.get_autocast_dtype(x.device.type)
+    return act.weight.dtype == x.dtype
 
 
 def norm_prelu(norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:

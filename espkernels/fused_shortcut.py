@@ -59,8 +59,9 @@ def fits(unit: DownSampler, x: Tensor, image: Tensor | None) -> bool:
     shortcut = cast(Any, unit).inp_reinf
     if type(shortcut) is not nn.Sequential or len(shortcut) != 2:
         return False
-    last: Any = shortcut[1]
-    norm, convolution = getattr(last, "bn", None), getattr(last, "conv", None)
+    last = shortcut[1]
+    norm: Any = getattr(last, "bn", None)
+    convolution: Any = getattr(last, "conv", None)
     if type(norm) not in NORMS or not is_pointwise(convolution) or convolution.groups > 1:
         return False
     if hooked(shortcut, last, norm):

@@ -224,8 +224,8 @@ def _down_sampler(unit: nn.Module) -> None:
     avg = _part(unit, "avg")
     _is(avg, "avg", nn.AvgPool2d)
     assert isinstance(avg, nn.AvgPool2d)
-    difference = pooling_difference(avg)
-    _require(not difference, difference)
+    reason = pooling_difference(avg)
+    _require(not reason, reason)
 
     reduce, expand = _part(eesp, "proj_1x1.conv"), _part(eesp, "conv_1x1_exp.conv")
     assert isinstance(reduce, nn.Conv2d)

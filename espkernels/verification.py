@@ -4,9 +4,10 @@ Two questions, each asked where its answer is sharp:
 
 * Is it the same function? Both run in float64, forward and backward. A float64 kernel and the original differ by
   rounding only, so whatever is above that is an error. Input, image, parameters and updated buffers are all compared.
-* Is it as accurate in the model's own type? Both are measured against the float64 original, and ours may err as the
-  original errs, plus rounding. For the gradients every PReLU slope is set to 1 meanwhile: a value next to zero falls on
-  either side of the kink by rounding alone and changes the gradients far more than any rounding does.
+* Is it as accurate in the model's own type? The output has the original's type. Both are measured against the float64
+  original, and ours may err as the original errs, plus rounding. For the gradients every PReLU slope is set to 1
+  meanwhile: a value next to zero falls on either side of the kink by rounding alone and changes the gradients far more
+  than any rounding does.
 
 The layer's parameters and buffers are never touched: both versions run on copies that stand in for them.
 """
@@ -176,11 +177,15 @@ def _compare(
     exact_forward = original[0]
     (original_forward, _), (our_forward, _) = both(None, backward=False)
     _, exact_gradients = run(double, smooth=True)
-    (_, original_gradients), (_, our_gradients) = both(None, smooth=True)
+    (original_smooth, original_gradients), (our_smooth, our_gradients) = both(None, smooth=True)
 
     theirs = _errors(original_forward, exact_forward) | _errors(original_gradients, exact_gradients)
     forward, gradients = _errors(our_forward, exact_forward), _errors(our_gradients, exact_gradients)
     worst = max(forward.values()), max(gradients.values(), default=0.0)
+    for expected, actual in ((original_forward, our_forward), (original_smooth, our_smooth)):
+        given, wanted = actual["output"].dtype, expected["output"].dtype
+        if given != wanted:
+            return Comparison(*worst, f"output is {_name(given)}, the original's {_name(wanted)}, {mode} mode")
     for name, error in (forward | gradients).items():
         # Half types are summed in float32 and rounded once for each map that is stored.
         summed = torch.finfo(torch.promote_types(own, torch.float32)).eps

@@ -129,6 +129,19 @@ def test_half_types_and_autocast(norm_calls: list[str]) -> None:
     assert (result.double() - exact).abs().max() <= 2**-6 * exact.abs().max()
 
 
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_lowers_any_map(lower: torch.dtype, norm_calls: list[str]) -> None:
+    """A norm keeps its map's type, and the PReLU behind it has autocast's, also of a map that no convolution gave."""
+    block = randomised(fused.BR(4)).eval()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = pixels(2, 4, 5, 6, dtype=dtype)
+        with torch.autocast("cpu", lower):
+            actual, expected = block(x), nn.Sequential(block.bn, block.act)(x)
+        assert actual.dtype == expected.dtype == lower
+        torch.testing.assert_close(actual, expected)
+    assert norm_calls == ["batch_norm_prelu"]
+
+
 def test_a_segmentation_network_trains_alike(norm_calls: list[str]) -> None:
     ours, theirs = (models.espnetv2_segmentation(0.5, 5, plain=flag) for flag in (False, True))
     assert list(ours.state_dict()) == list(theirs.state_dict())

@@ -774,6 +774,15 @@ class WrongBfloat16Gradient(torch.autograd.Function):
 
 
 @pytest.mark.usefixtures("layer_by_layer")
+def test_another_type_of_output_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "norm_prelu", lambda norm, act, x: act(norm(x)).to(x.dtype))
+    block = nn.Sequential(plain.BR(4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        report = replace(block, verify=image(2, 4, 5, 6, dtype=torch.float32))
+    assert report.reverted == ["0"]
+    assert report.layers[0].reason == "output is float32, the original's bfloat16, train mode"
+
+
 def test_kinks_do_not_hide_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 many values next to zero fall on the other side of a PReLU: no excuse for the kernel."""
     original = ops.spatial_pyramid
