@@ -103,7 +103,7 @@ def _why_not(model: nn.Module, x: Tensor) -> str:
         return f"the sample has {x.dim()} dimensions, and maps have 4"
     if isinstance(model, replay.Replayed) and not model._replayable(x):
         return "it is in training mode or under autocast or tracing, or the sample is not dense in memory"
-    if isinstance(model, replay.Replayed) and any(model._layer_hooks()):
+    if isinstance(model, replay.Replayed) and any(replay.Layers.of(model).hooks):
         return "its layers have hooks, which a replay does not call"
     return ""
 

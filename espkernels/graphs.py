@@ -36,7 +36,7 @@ class _Graph:
     input: Tensor
     result: Any
     done: Any  # the event behind its last run
-    hooks: tuple[dict[int, Any], ...]  # of all layers, which a replay does not call
+    layers: replay.Layers
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, x: Tensor) -> Any:
@@ -66,12 +66,12 @@ def captured(forward: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Any]:
     return graph, result
 
 
-def _capture(forward: Callable[[Tensor], Any], x: Tensor, hooks: tuple[dict[int, Any], ...]) -> _Graph:
+def _capture(forward: Callable[[Tensor], Any], x: Tensor, layers: replay.Layers) -> _Graph:
     given = x.detach().clone()
     graph, result = captured(forward, given)
     done = cuda.Event()
     done.record(cuda.current_stream(x.device))
-    return _Graph(graph, given, result, done, hooks)
+    return _Graph(graph, given, result, done, layers)
 
 
 class Graphed(replay.Replayed):
@@ -102,15 +102,18 @@ class Graphed(replay.Replayed):
             return super()._replay(what, forward, x)
         key = (what, x.shape, x.stride(), x.dtype, x.device, backends.current(), replay.generation())
         known = self.graphs.get(key)
-        hooks = self._layer_hooks() if known is None else known.hooks
-        if any(hooks):
+        layers = replay.Layers.of(self) if known is None or known.layers.exchanged() else known.layers
+        if any(layers.hooks):
             return forward(x)
         with torch.no_grad(), cuda.device(x.device):
             with _lock:
                 graph = self.graphs.pop(key, None)
+                if graph is not None and graph.layers.exchanged():
+                    graph.done.synchronize()  # nothing runs in its memory any more
+                    graph = None
                 if graph is None:
                     self._make_room()
-                    graph = _capture(forward, x, hooks)
+                    graph = _capture(forward, x, layers)
                 self.graphs[key] = graph  # last in the order of use
             return graph.run(x)
 

@@ -5,15 +5,17 @@ calls, and :class:`_Watch` sees every operation of torch's in between. What torc
 too is done by the library's operators while recording (see :mod:`espkernels.translation`); any other operation on a map
 ends the recording, and the model keeps running as it is written, layer by layer, with the reason in
 :attr:`Replayed.plans`. So a replay needs no knowledge of the model's code, only that the code does the same for every
-image of one shape, which eval mode and its layers give.
+image of one shape and for any number of them, which eval mode and its layers give.
 
-A replay holds its own copy of the prepared weights; it is dropped when frozen weights are loaded, moved or cast.
+A replay holds its own copy of the prepared weights; it is dropped when frozen weights are loaded, moved or cast, and
+when a layer of the model, or of any of its layers that have some, is added, removed or exchanged. Not followed are
+other attributes set later, what ``forward`` keeps or draws in Python, and one image written as a number: view(1, -1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +27,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from espkernels import backends
 from espkernels.translation import Translation
 
-__all__ = ["Recorded", "Replayed", "Result", "forget", "generation", "record", "replayed"]
+__all__ = ["Layers", "Recorded", "Replayed", "Result", "forget", "generation", "record", "replayed"]
 
 _aten = torch.ops.aten
 
@@ -78,13 +80,14 @@ class _Watch(TorchDispatchMode):
     """Lets the library's operators and harmless ones through, translates what can be, and refuses the rest.
 
     What does not touch the input, nor what was made of it, is a constant and may be anything but a parameter, which may
-    change at any time or ask for a gradient.
+    change at any time or ask for a gradient, a random number, or a tensor that outlives the pass and is changed by it.
     """
 
     def __init__(self, x: Tensor, parameters: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.data = {_storage(x)}
         self.learned = {_storage(p) for p in parameters}
+        self.made: set[int] = set()  # constants of this pass, which it may change
         self.alive: list[Any] = []  # what was made of parameters: no other tensor gets its memory meanwhile
         self.translation = Translation()
         self.refusal = ""
@@ -100,11 +103,21 @@ class _Watch(TorchDispatchMode):
         result = None
         learned = any(_storage(a) in self.learned for a in given)
         if not any(_storage(a) in self.data for a in given):
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                self.refuse(f"{func} draws random numbers")
+            if func._schema.is_mutable and any(_storage(a) not in self.made for a in given):
+                self.refuse(
+                    f"{func} may change a tensor of shape {list(given[0].shape)} that outlives the forward pass"
+                )
             result = func(*args, **kwargs)
+            results = {_storage(a) for a in tree_leaves(result) if isinstance(a, Tensor)}
+            self.made |= results - {_storage(a) for a in given}
             if learned:
                 self.alive.append(result)
-                self.learned.update(_storage(a) for a in tree_leaves(result) if isinstance(a, Tensor))
+                self.learned |= results
             return result
+        if _moves_images(func, *args):
+            self.refuse(f"{func} on shape {list(given[0].shape)} picks or moves images, dimension 0")
         if func.namespace == "espkernels":
             if learned:
                 self.refuse(f"{func} has a parameter that is not frozen")
@@ -134,6 +147,16 @@ class _WatchReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _moves_images(func: Any, x: Any, dims: Any = 0, *_: Any) -> bool:
+    """Whether a view reaches for dimension 0, of which a recording has one image and a call any number."""
+    if func is _aten.permute.default:
+        return bool(dims[0] % x.dim())
+    if func not in (_aten.slice.Tensor, _aten.squeeze.dim, _aten.squeeze.dims, _aten.unsqueeze.default):
+        return False
+    count = x.dim() + (func is _aten.unsqueeze.default)
+    return any(dim % count == 0 for dim in (dims if isinstance(dims, (list, tuple)) else [dims]))
+
+
 def _storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
@@ -152,18 +175,41 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Layers:
+    """The layers of a model when it was recorded.
+
+    ``hooks`` are the dictionaries of all layers' hooks. A replay calls none: while one is not empty the layers run.
+    ``parts`` are the dictionaries of the layers in each of them that had any, and ``parts_then`` what they held.
+    """
+
+    hooks: tuple[dict[int, Any], ...] = ()
+    parts: tuple[dict[str, nn.Module | None], ...] = ()
+    parts_then: tuple[dict[str, nn.Module | None], ...] = ()
+
+    @staticmethod
+    def of(model: nn.Module) -> Layers:
+        layers = [layer for layer in model.modules() if layer is not model]
+        hooks = tuple(hooks for layer in layers for hooks in (layer._forward_hooks, layer._forward_pre_hooks))
+        parts = tuple(layer._modules for layer in (model, *layers) if layer._modules)
+        return Layers(hooks, parts, tuple(map(dict, parts)))
+
+    def exchanged(self) -> bool:
+        """Whether one of them was put in, taken out or exchanged since."""
+        return self.parts != self.parts_then
+
+
+@dataclass(frozen=True)
 class Recorded:
     """What is known of one input shape: a plan, or why there is none.
 
     ``structure`` is how the ``results`` lie in what forward returns: alone, or in tuples, lists and dictionaries.
-    ``hooks`` are the dictionaries of all layers' hooks. A replay calls none: while one is not empty the layers run.
     """
 
     plan: Any = None
     results: tuple[Result, ...] = ()
     structure: TreeSpec | None = None
     refusal: str = ""
-    hooks: tuple[dict[int, Any], ...] = ()
+    layers: Layers = field(default_factory=Layers)
 
     def run(self, x: Tensor) -> Any:
         """What forward returns for images ``x`` [B, C, H, W]."""
@@ -268,13 +314,15 @@ class Replayed(nn.Module):
         last = not x.is_contiguous()
         key = (what, tuple(x.shape[1:]), x.dtype, last, backends.library.isa(), _generation)  # type: ignore[union-attr]
         recorded = self.plans.get(key)
-        hooks = self._layer_hooks() if recorded is None else recorded.hooks
-        if any(hooks):
+        if recorded is not None and recorded.layers.exchanged():
+            recorded = None
+        layers = Layers.of(self) if recorded is None else recorded.layers
+        if any(layers.hooks):
             return forward(x)
         if recorded is None:
             current = [(k, plan) for k, plan in self.plans.items() if k[-1] == _generation]
             self.plans = dict(current[-(KEPT - 1) :])
-            recorded = replace(record(forward, x, self.parameters()), hooks=hooks)
+            recorded = replace(record(forward, x, self.parameters()), layers=layers)
             if recorded.plan is not None:
                 self._prepare(recorded.plan, x)
             self.plans[key] = recorded
@@ -300,10 +348,6 @@ class Replayed(nn.Module):
             and torch._C._len_torch_dispatch_stack() == 0
             and not torch._C._is_tracing()
         )
-
-    def _layer_hooks(self) -> tuple[dict[int, Any], ...]:
-        layers = (layer for layer in self.modules() if layer is not self)
-        return tuple(hooks for layer in layers for hooks in (layer._forward_hooks, layer._forward_pre_hooks))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "plans": {}}

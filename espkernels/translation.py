@@ -190,9 +190,11 @@ class Translation:
         return inference.affine(x, slope=torch.zeros(x.shape[1], dtype=vector_dtype(x.dtype)))
 
     def concatenate(self, maps: Any, dim: int = 0) -> Tensor | None:
-        """Along the channels of maps in channels_last, or of contiguous tensors along any dimension."""
+        """Along the channels of maps in channels_last, or of contiguous tensors along any dimension but the images'."""
         first = maps[0]
         dim = dim % first.dim() if first.dim() else 0
+        if dim == 0:
+            return None
         pixels = first.dim() == 4 and dim == 1
         memory_format = torch.channels_last if pixels else torch.contiguous_format
         for map_ in maps:

@@ -123,6 +123,17 @@ def layers(frozen: Any, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def test_another_layer_outdates_a_graph(cuda: Cuda, network: nn.Module) -> None:
+    frozen: Any = espkernels.freeze(network, graph=True)
+    x = image(32, 48)
+    frozen(x)
+    frozen.classifier = nn.Identity()
+    for _ in range(2):
+        assert torch.equal(frozen(x), layers(frozen, x))
+    assert len(cuda.graphs) == 2 and len(frozen.graphs) == 1
+
+
+@torch.no_grad()
 def test_captured_once_and_replayed(cuda: Cuda, network: nn.Module) -> None:
     frozen: Any = espkernels.freeze(network, graph=True)
     assert isinstance(frozen, Graphed) and isinstance(frozen, type(network))

@@ -187,6 +187,30 @@ def test_hooks_of_layers_are_called(frozen: Any) -> None:
     assert torch.equal(frozen(x), replayed) and ran == [1]
 
 
+# --- layers that change -----------------------------------------------------------------------------------------------
+
+
+EXCHANGES: dict[str, Callable[[Any], Any]] = {
+    "exchanged": lambda m: setattr(m, "classifier", nn.Identity()),
+    "exchanged deep inside": lambda m: m.level3.__setitem__(0, nn.Identity()),
+    "removed": lambda m: m.level3.__delitem__(-1),
+    "added": lambda m: m.level3.append(nn.AvgPool2d(3, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("how", EXCHANGES, ids=lambda name: name.replace(" ", "-"))
+@torch.no_grad()
+def test_other_layers_outdate_plans(frozen: Any, how: str) -> None:
+    x = photograph(2, 3, 64, 64)
+    before = frozen(x)
+    EXCHANGES[how](frozen)
+    after = frozen(x)
+    truth = own(frozen, x)
+    assert torch.allclose(after, truth, rtol=1e-5, atol=1e-5 * truth.abs().max().item())
+    assert after.shape != before.shape or not torch.allclose(after, before, rtol=1e-2)
+    assert torch.equal(frozen(x), after)
+
+
 # --- weights that change ----------------------------------------------------------------------------------------------
 
 

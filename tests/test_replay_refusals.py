@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from typing import Any
 
 import pytest
@@ -131,8 +133,24 @@ class OwnWeights(Body):
 
     def forward(self, x: Tensor) -> Any:
         y = self.stem(x)
-        mean = inference.global_average(y[:1]).flatten()
+        mean = inference.global_average(y).view(1, -1)[:, :16].flatten()
         return espkernels.group_pointwise(y, self.mixing, 1, shift=mean)
+
+
+class FirstImage(Body):
+    def forward(self, x: Tensor) -> Any:
+        return self.logits(self.stem(x[:1]))
+
+
+class NoImages(Body):
+    def forward(self, x: Tensor) -> Any:
+        return self.logits(self.stem(x)).squeeze(0).unsqueeze(0)
+
+
+class TwiceAsManyImages(Body):
+    def forward(self, x: Tensor) -> Any:
+        logits = self.logits(self.stem(x))
+        return torch.cat([logits, logits]).view(len(logits), -1)
 
 
 class Tokens(Body):
@@ -157,6 +175,9 @@ REFUSED: dict[type[Body], str] = {
     Swallows: "softmax",
     MeanInDouble: "mean",
     OwnWeights: "shift",
+    FirstImage: "slice",
+    NoImages: "squeeze",
+    TwiceAsManyImages: "cat",
     Tokens: "the result",
 }
 
@@ -176,6 +197,46 @@ def test_refused_with_a_reason_and_right(kind: type[Body]) -> None:
                 assert one.dtype == other.dtype and torch.equal(one, other)
     recorded = the_plan(frozen)
     assert recorded.plan is None and REFUSED[kind] in recorded.refusal, recorded.refusal
+
+
+class Noisy(Body):
+    def forward(self, x: Tensor) -> Any:
+        return espkernels.group_pointwise(self.stem(x), torch.randn(16, 16), 1)
+
+
+class Counting(Body):
+    def forward(self, x: Tensor) -> Any:
+        self.mixing.add_(1)
+        return espkernels.group_pointwise(self.stem(x), self.mixing, 1)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(Noisy, "randn.* draws random"), (Counting, r"add_.*\[16, 16\]")])
+@torch.no_grad()
+def test_constants_that_differ_from_call_to_call(kind: type[Body], reason: str) -> None:
+    model: Any = trained(kind()).eval()
+    frozen: Any = espkernels.freeze(model)
+    other, x = copy.deepcopy(frozen), photograph(2, 3, 15, 18)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        actual = frozen(x)
+        torch.manual_seed(seed)
+        assert torch.equal(actual, own(other, x))
+    assert torch.equal(frozen.mixing, other.mixing)
+    assert the_plan(frozen).plan is None and re.search(reason, the_plan(frozen).refusal)
+
+
+class ConstantsOfItsOwn(Body):
+    """Changed in place by the pass that makes them."""
+
+    def forward(self, x: Tensor) -> Any:
+        return espkernels.group_pointwise(self.stem(x), torch.ones(16, 16).mul_(2).view(-1).add_(1).view(16, 16), 1)
+
+
+@torch.no_grad()
+def test_constants_of_the_pass_itself_may_change() -> None:
+    frozen: Any = espkernels.freeze(ConstantsOfItsOwn().eval())
+    x = photograph(2, 3, 9, 9)
+    assert torch.equal(frozen(x), own(frozen, x)) and the_plan(frozen).plan is not None
 
 
 class Raises(Body):
