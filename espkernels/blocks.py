@@ -16,7 +16,7 @@ from espkernels.checks import MAX_BRANCHES
 from espkernels.frozen import FrozenAffine, FrozenConvolution
 from espkernels.frozen_decoder import FrozenPyramidPooling
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling
-from espkernels.trial import agree
+from espkernels.trial import agree, drawn
 
 __all__ = ["frozen"]
 
@@ -29,7 +29,7 @@ def frozen(module: nn.Module) -> nn.Module | None:
     if make is None:
         return None
     try:
-        theirs = copy.deepcopy(module).double()
+        theirs = drawn(copy.deepcopy(module))
         ours = make(theirs)
     except Exception:  # parts that do not fit together
         return None

@@ -10,7 +10,7 @@ from torch import nn
 
 from espkernels import nn as layers
 from espkernels.structure import Layer, is_unit
-from espkernels.trial import agree
+from espkernels.trial import agree, drawn
 
 __all__ = ["recognise_blocks"]
 
@@ -55,7 +55,7 @@ def _is_chain(block: nn.Module, names: list[str]) -> bool:
     if block._parameters or block._buffers:
         return False
     for training in (True, False):
-        theirs = _without_hooks(block).double().train(training)
+        theirs = drawn(_without_hooks(block)).train(training)
         ours = nn.Sequential(*(copy.deepcopy(theirs.get_submodule(name)) for name in names))
         if not agree(theirs, ours):
             return False

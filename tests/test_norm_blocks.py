@@ -97,6 +97,19 @@ def test_blocks_are_recognised_and_do_the_same(name: str, training: bool, norm_c
     assert name == "ours" or type(block) is type(other)
 
 
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+def test_a_norm_that_begins_at_zero_hides_no_other_order(bias: float) -> None:
+    block = Reversed().double().eval()
+    nn.init.zeros_(block.bn.weight)
+    nn.init.constant_(block.bn.bias, bias)
+    model = nn.Sequential(block)
+    assert espkernels.replace(model).replaced == []
+    assert type(espkernels.freeze(model)[0]) is Reversed
+    official = plain.CBR(4, 6, 3).double()
+    nn.init.zeros_(official.bn.weight)
+    assert espkernels.replace(official).replaced == [""]
+
+
 def test_where_the_modules_themselves_run(norm_calls: list[str]) -> None:
     """Another memory format, a hook, another backend, one value a channel, a batch norm of another class."""
     block = randomised(fused.BR(4)).double()
