@@ -92,6 +92,11 @@ class _Replaced:
     _espkernels_original: ClassVar[type[nn.Module]]
     _espkernels_kind: ClassVar[str]
 
+    def __init__(self, *args: Any, **named: Any) -> None:
+        """A layer made by a replaced one, such as a slice of ``nn.Sequential``, is of the original class."""
+        self.__class__ = self._espkernels_original  # type: ignore[assignment]
+        self.__init__(*args, **named)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(2, protocol))
         return (_blank, (self._espkernels_original, self._espkernels_kind), *reduced[2:])
@@ -152,7 +157,7 @@ def _swap(layer: Layer) -> None:
 def _unswap(module: nn.Module) -> None:
     replaced, own = type(module), vars(module)
     assert issubclass(replaced, _Replaced)
-    for name, value in own.pop(_BEFORE).items():
+    for name, value in own.pop(_BEFORE, {}).items():
         if isinstance(value, str) and value == _ABSENT:
             own.pop(name, None)
         else:

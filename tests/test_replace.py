@@ -131,6 +131,25 @@ def test_restore_is_the_exact_undo() -> None:
     assert_same_state(state(model), state(model))
 
 
+def test_new_layers_of_a_replaced_class_are_of_the_original_one() -> None:
+    class Doubled(Unit):
+        def wider(self, n: int) -> Unit:
+            return type(self)(16, n)
+
+    model = nn.ModuleList([nn.Sequential(nn.BatchNorm2d(4), nn.PReLU(4), nn.Conv2d(4, 4, 1)), Doubled(16, 16)])
+    before = [(id(part), type(part)) for part in model.modules()]
+    assert replace(model).replaced == ["0", "1"]
+    model.head, model.wider = model[0][:2], model[1].wider(32)
+    assert (type(model.head), type(model.wider)) == (nn.Sequential, Doubled)
+    x, y = image(2, 4, 6, 5).float(), image(2, 16, 6, 5).float()
+    close(model.head(x), nn.functional.prelu(copy.deepcopy(model[0][0])(x), model[0][1].weight))
+    assert model.wider(y).shape == (2, 32, 6, 5)
+    assert not hasattr(model.wider, "dilations")
+    restore(model)
+    del model.head, model.wider
+    assert [(id(part), type(part)) for part in model.modules()] == before
+
+
 def test_restore_keeps_what_was_trained_meanwhile() -> None:
     model = Network().double()
     other = copy.deepcopy(model)
