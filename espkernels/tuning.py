@@ -19,6 +19,8 @@ __all__ = ["Tuned", "tuned"]
 
 # Strips for as many times the threads. The first is what a plan has untuned.
 CUTS = (1, 2, 4)
+# As plans take them.
+FINEST = 64
 ROUNDS = 15
 # What differs less is noise, and stays as it was.
 WORTH = 0.97
@@ -45,8 +47,27 @@ class Tuned(replay.Replayed):
         return torch.tensor(list(json.dumps(self.choices).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:
-        self.choices = json.loads(bytes(state.tolist()))
+        self.choices = _choices(state)
         replay.forget()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        if (state := state_dict.get(f"{prefix}_extra_state")) is not None:
+            _choices(state)  # raises before any weight is loaded
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def _choices(state: Any) -> dict[str, list[int]]:
+    """The choices in an extra state. Raises ValueError where it is none."""
+    given = state
+    try:
+        given = bytes(state.flatten().tolist())
+        found = json.loads(given)
+        if all(type(cut) is int and 1 <= cut <= FINEST for cuts in found.values() for cut in cuts):
+            return {key: list(cuts) for key, cuts in found.items()}
+    except (AttributeError, TypeError, ValueError):
+        pass
+    expected = f"the JSON of a dictionary of lists of cuts, 1 to {FINEST}, as bytes in a tensor"
+    raise ValueError(f"_extra_state: got {str(given)[:200]}, expected {expected}")
 
 
 def _key(x: Tensor) -> str:
@@ -70,9 +91,10 @@ def tuned(model: nn.Module, sample: Tensor) -> nn.Module:
         raise ValueError("tune: expected a tensor [B, C, H, W] on the CPU, dense in memory, that asks for no gradient")
     with torch.no_grad():
         joined(sample)
-    (recorded,) = joined.plans.values()
-    if recorded.plan is None:
-        raise ValueError(f"tune: the model cannot be replayed on this input: {recorded.refusal}")
+    recorded = next(iter(joined.plans.values()), None)
+    if recorded is None or recorded.plan is None:
+        reason = recorded.refusal if recorded else "its hooks, or those of its layers, run the layers themselves"
+        raise ValueError(f"tune: the model cannot be replayed on this input: {reason}")
     joined.choices[_key(sample)] = _fastest(recorded, sample)
     joined._prepare(recorded.plan, sample)
     return model

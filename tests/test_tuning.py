@@ -96,6 +96,28 @@ def test_choices_travel(network: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp
     assert torch.equal(frozen(x), expected) and set(chosen(frozen)) == {1}
 
 
+def in_bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [in_bytes(text) for text in ("[1]", "1", '{"a": ["b"]}', '{"a": [-3]}', '{"a": [65]}', '{"a": [true]}', '{"a": 1}')]
+    + [in_bytes('{"a": [1'), torch.tensor([0.5]), torch.tensor([300]), torch.tensor(7), torch.tensor([255]), "{}"],
+)
+@torch.no_grad()
+def test_a_bad_state_is_refused_before_anything_is_loaded(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recorded, "profile", clock)
+    x = torch.randn(1, 16, 9, 11)
+    frozen: Any = espkernels.freeze(trained(espkernels.nn.EESP(16, 16)), tune=x)  # weights and choices in one module
+    expected, choices = frozen(x), dict(frozen.choices)
+    bad = {name: 2 * value for name, value in frozen.state_dict().items()} | {"_extra_state": state}
+    with pytest.raises(ValueError, match=r"_extra_state: got .+, expected the JSON of"):
+        frozen.load_state_dict(bad)
+    assert frozen.choices == choices and torch.equal(frozen(x), expected)
+    assert torch.equal(layers(frozen, x), expected)
+
+
 @torch.no_grad()
 def test_really_measured(network: nn.Module) -> None:
     x = photograph(1, 3, 64, 64)
@@ -117,6 +139,10 @@ def test_what_cannot_be_tuned_is_named(network: nn.Module) -> None:
         espkernels.freeze(network, tune=torch.ones(3, 4))
     with pytest.raises(ValueError, match=r"tune: the model cannot be replayed on this input: .*softmax"):
         espkernels.freeze(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Softmax(1)), tune=photograph(1, 3, 4, 4))
+    hooked = nn.Sequential(nn.Conv2d(3, 4, 1))
+    hooked[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"tune: the model cannot be replayed on this input: .*hooks"):
+        espkernels.freeze(hooked, tune=photograph(1, 3, 4, 4))
     with pytest.raises(ValueError, match="tune: got a tensor beside graph=True"):
         espkernels.freeze(network, tune=photograph(1, 3, 32, 32), graph=True)
 
