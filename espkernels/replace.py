@@ -29,6 +29,7 @@ _LAYERS: dict[str, type[nn.Module]] = {
 }
 _BEFORE = "_espkernels_before"  # where a replaced layer keeps the attributes it had
 _ABSENT = "<absent>"
+_RUNS = "already runs on this library"
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _why_not(layer: Layer) -> str:
     module: nn.Module = layer.module
     original, ours = type(module), _LAYERS[layer.kind]
     if isinstance(module, _Replaced) or original.forward is ours.forward:
-        return "already runs on this library"
+        return _RUNS
     if original.forward is nn.Module.forward:
         return "its class has no forward: a container, as tracing leaves it"
     if "forward" in vars(module):
@@ -263,7 +264,7 @@ def _verify(model: nn.Module, sample: Any, candidates: Sequence[Layer]) -> dict[
     return found
 
 
-def replace(model: nn.Module, verify: Tensor | Sequence[Any] | None = None, memory: str = "save") -> Report:
+def replace(model: nn.Module, verify: Tensor | Sequence[Any] | None = None, memory: str | None = None) -> Report:
     """Runs every EESP unit and down-sampler in ``model`` on this library's kernels, in place, and reports on each.
 
     Layers are recognised by their structure (:mod:`espkernels.structure`), whichever class they have, so both official
@@ -279,7 +280,9 @@ def replace(model: nn.Module, verify: Tensor | Sequence[Any] | None = None, memo
             (:mod:`espkernels.verification`). One that differs, or whose replacement raises, is put back and reported;
             one that the sample does not reach is left alone. Parameters, gradients, buffers and random states are
             afterwards what they were; hooks of the model do run.
-        memory: what each unit keeps for its backward pass, "save" or "recompute": see :class:`espkernels.nn.EESP`.
+        memory: what each unit keeps for its backward pass, "save" or "recompute": see :class:`espkernels.nn.EESP`. Set
+            for units that already run on this library too, and the report says so. None leaves these as they are and is
+            "save" for the others.
 
     Raises ValueError for an unknown ``memory``, and whatever ``model`` raises on ``verify``. Whenever this function
     raises, the model is exactly as it was.
@@ -295,7 +298,8 @@ def replace(model: nn.Module, verify: Tensor | Sequence[Any] | None = None, memo
         >>> report = espkernels.replace(model, verify=images)
         >>> print(report)
     """
-    layers.check_memory(memory)
+    if memory is not None:
+        layers.check_memory(memory)
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     found = sorted([*recognise(model), *recognise_blocks(model)], key=lambda layer: order[layer.name])
     return _replaced(found, model, verify, memory)
@@ -303,13 +307,15 @@ def replace(model: nn.Module, verify: Tensor | Sequence[Any] | None = None, memo
 
 def replace_units(model: nn.Module) -> Report:
     """:func:`replace` for the units and down-samplers alone."""
-    return _replaced(list(recognise(model)), model, None, "save")
+    return _replaced(list(recognise(model)), model, None, None)
 
 
-def _replaced(found: Sequence[Layer], model: nn.Module, verify: Tensor | Sequence[Any] | None, memory: str) -> Report:
+def _replaced(
+    found: Sequence[Layer], model: nn.Module, verify: Tensor | Sequence[Any] | None, memory: str | None
+) -> Report:
     for layer in found:
         if layer.kind == "EESP":
-            layer.attributes["memory"] = memory
+            layer.attributes["memory"] = memory or "save"
         layer.reason = layer.reason or _why_not(layer)
     candidates = [layer for layer in found if not layer.reason]
     comparisons = {} if verify is None else _verify(model, verify, candidates)
@@ -319,7 +325,12 @@ def _replaced(found: Sequence[Layer], model: nn.Module, verify: Tensor | Sequenc
         for layer in found:
             name, kind, comparison = layer.name, layer.kind, comparisons.get(id(layer.module))
             if layer.reason:
-                replacements.append(Replacement(name, kind, "skipped", layer.reason))
+                reason, unit = layer.reason, layer.module
+                if reason == _RUNS and isinstance(unit, layers.EESP) and memory not in (None, unit.memory):
+                    undo.callback(setattr, unit, "memory", unit.memory)
+                    unit.memory = memory
+                    reason = f"{reason}, from now on with memory={memory!r}"
+                replacements.append(Replacement(name, kind, "skipped", reason))
             elif verify is not None and comparison is None:
                 replacements.append(Replacement(name, kind, "skipped", "the sample does not reach it"))
             else:
@@ -337,7 +348,8 @@ def _replaced(found: Sequence[Layer], model: nn.Module, verify: Tensor | Sequenc
 def restore(model: nn.Module) -> nn.Module:
     """The exact undo of :func:`replace`: every layer has its original class again. Returns ``model``.
 
-    Parameters and buffers are the same objects all along, so they are as trained meanwhile.
+    Parameters and buffers are the same objects all along, so they are as trained meanwhile. Units that are of this
+    library's own class keep the ``memory`` they have.
     """
     for module in model.modules():
         if isinstance(module, _Replaced):

@@ -830,6 +830,35 @@ def test_memory_reaches_every_unit() -> None:
         replace(model, memory="much")
 
 
+def test_memory_reaches_units_that_already_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = nn.ModuleList([Unit(16, 16), fused.EESP(16, 16), fused.DownSampler(16, 32), nn.Identity()]).double()
+    units = [model[0], model[1], model[2].eesp]
+    other = copy.deepcopy(model[1])
+    replace(model)
+    report = replace(model, memory="recompute")
+    assert [unit.memory for unit in units] == ["recompute"] * 3
+    assert {layer.name: layer.reason for layer in report.layers if "memory='recompute'" in layer.reason}.keys() == {
+        "0", "1", "2.eesp",
+    }  # fmt: skip
+    assert "memory" not in str(replace(model))
+    assert [unit.memory for unit in units] == ["recompute"] * 3
+    for actual, expected in zip(
+        trained(model[1], image(2, 16, 9, 9), 2), trained(other, image(2, 16, 9, 9), 2), strict=True
+    ):
+        close(actual, expected)
+
+    # A failure at the last layer gives the earlier ones their memory back.
+    model[3] = Unit(16, 16).double()
+    module = sys.modules["espkernels.replace"]
+    before, calls = state(model), iter([module._swap, interrupting])  # the first is the trial
+    monkeypatch.setattr(module, "_swap", lambda layer: next(calls)(layer))
+    with pytest.raises(KeyboardInterrupt):
+        replace(model, memory="save")
+    assert_same_state(state(model), before)
+    restore(model)
+    assert not hasattr(model[0], "memory")
+
+
 def test_a_layer_with_another_forward_is_caught_by_verify_alone() -> None:
     class Swish(Unit):
         def forward(self, input: Tensor) -> Tensor:
