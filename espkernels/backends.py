@@ -122,8 +122,16 @@ def _checked(name: str | None) -> str | None:
     return name
 
 
-# Read once: a traced call must not look at the environment.
-_current: str | None = _checked(os.environ.get("ESPKERNELS_BACKEND") or None)
+@dataclass(eq=False)
+class _Choice:
+    """What one ``with use_backend(...)`` asks for: two that ask for the same are two."""
+
+    name: str | None
+
+
+# The environment's choice, read once as a traced call must not look at it, and those of the blocks entered since; the
+# last one counts. Blocks of several threads end in any order, and a list needs no lock to gain or lose an item.
+_choices = [_Choice(_checked(os.environ.get("ESPKERNELS_BACKEND") or None))]
 
 # What a tensor on a GPU gets where nothing was asked for, decided once for the same reason.
 _gpu_default = next(name for name in DEFAULTS["cuda"].order if _missing(name) is None)
@@ -131,12 +139,12 @@ _gpu_default = next(name for name in DEFAULTS["cuda"].order if _missing(name) is
 
 def current() -> str | None:
     """The backend asked for by :func:`use_backend` or ``ESPKERNELS_BACKEND``; None where each device's own is used."""
-    return _current
+    return _choices[-1].name
 
 
 def runs_cpu_kernels(device: torch.device) -> bool:
     """Whether this library's kernels on the CPU run tensors on ``device``."""
-    return device.type == "cpu" and library is not None and _current in (None, "cpu")
+    return device.type == "cpu" and library is not None and current() in (None, "cpu")
 
 
 def trains_whole(operator: str, device: torch.device) -> bool:
@@ -145,7 +153,7 @@ def trains_whole(operator: str, device: torch.device) -> bool:
     The reference has none of these: there the layers run one by one.
     """
     if device.type == "cuda":
-        return library is not None and _current != "cpu" and gpu_backend(operator) != "reference"
+        return library is not None and current() != "cpu" and gpu_backend(operator) != "reference"
     return runs_cpu_kernels(device) or (device.type == "cpu" and _interpreting())
 
 
@@ -154,20 +162,21 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Run the operators inside the ``with`` block on backend ``name``: "cpu", "cuda", "triton" or "reference".
 
     None goes back to the automatic choice. Raises ValueError for an unknown name and RuntimeError, with the reason,
-    for a backend that cannot run here. The choice holds for the whole process, not for one thread. Under
+    for a backend that cannot run here. The choice holds for the whole process, not for one thread: of several blocks at
+    a time the one entered last decides, and where it ends, the one before that has not ended. Under
     TRITON_INTERPRET=1 "triton" runs tensors on the CPU, in this thread, in Triton's interpreter.
     """
-    global _current
-    before, _current = _current, _checked(name)
+    choice = _Choice(_checked(name))
+    _choices.append(choice)
     try:
         with importlib.import_module("espkernels.gpu").Interpreted() if _interpreting() else nullcontext():
             yield
     finally:
-        _current = before
+        _choices.remove(choice)
 
 
 def _interpreting() -> bool:
-    return _current == "triton" and interprets()
+    return current() == "triton" and interprets()
 
 
 def gpu_backend(operator: str) -> str:
@@ -175,9 +184,9 @@ def gpu_backend(operator: str) -> str:
 
     The CUDA C++ library has the operators and the units; the layers around them have Triton kernels alone.
     """
-    if _current == "cpu":
+    if current() == "cpu":
         raise RuntimeError("backend 'cpu' was asked for, but the tensors are on a GPU")
-    backend = _current or _gpu_default
+    backend = current() or _gpu_default
     if backend == "cuda" and not hasattr(torch.ops.espkernels_cuda, operator):
         return "triton" if _missing("triton") is None else "reference"
     return backend
@@ -185,13 +194,13 @@ def gpu_backend(operator: str) -> str:
 
 def runs_reference(device: torch.device) -> bool:
     """Whether a call with tensors on ``device`` runs the reference; raises where the named backend cannot."""
-    if _current == "reference":
+    if current() == "reference":
         return True
     if device.type in ("cpu", "meta"):
-        if device.type == "cpu" and _current in ("cuda", "triton") and not _interpreting():
-            advice = ", which it takes only with TRITON_INTERPRET=1" if _current == "triton" else ""
-            raise RuntimeError(f"backend {_current!r} was asked for, but the tensors are on the CPU{advice}")
+        if device.type == "cpu" and current() in ("cuda", "triton") and not _interpreting():
+            advice = ", which it takes only with TRITON_INTERPRET=1" if current() == "triton" else ""
+            raise RuntimeError(f"backend {current()!r} was asked for, but the tensors are on the CPU{advice}")
         return library is None
-    if _current == "cpu":
+    if current() == "cpu":
         raise RuntimeError(f"backend 'cpu' was asked for, but the tensors are on {device}")
-    return library is None or device.type != "cuda" or (_current is None and _gpu_default == "reference")
+    return library is None or device.type != "cuda" or (current() is None and _gpu_default == "reference")

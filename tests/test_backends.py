@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -64,6 +65,20 @@ def test_backends_nest_and_come_back_after_an_error() -> None:
         with espkernels.use_backend(None):
             assert backends.current() is None
     assert backends.current() is None
+
+
+@pytest.mark.parametrize("names", [*itertools.product(["reference", "cpu", None], repeat=3)], ids=str)
+def test_blocks_of_several_threads_end_in_any_order(names: tuple[str | None, ...]) -> None:
+    for order in itertools.permutations(range(3)):
+        blocks = [espkernels.use_backend(name) for name in names]
+        for block in blocks:
+            block.__enter__()
+        entered = list(range(3))
+        for ends in order:
+            assert backends.current() == names[entered[-1]]
+            blocks[ends].__exit__(None, None, None)
+            entered.remove(ends)
+        assert backends.current() is None
 
 
 def test_an_unknown_backend_lists_the_known() -> None:
