@@ -350,7 +350,8 @@ class Replayed(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}}
+        own = getattr(super(), "__getstate__", lambda: self.__dict__)  # object has one since Python 3.11
+        return {**own(), "plans": {}}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (type(self).__mro__[1], type(self)._espkernels_base), self.__getstate__()

@@ -265,6 +265,36 @@ def test_copies_and_files(frozen: Any, network: nn.Module) -> None:
     assert torch.equal(other(x), expected)
 
 
+class Locked(nn.Module):
+    """What cannot be copied, left out of its state and made anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit = trained(plain.EESP(16, 16))
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock:
+            return self.unit(x)
+
+
+@torch.no_grad()
+def test_copies_by_the_state_that_the_model_gives() -> None:
+    frozen: Any = espkernels.freeze(Locked().eval())
+    x = photograph(1, 16, 9, 11)
+    expected = frozen(x)
+    for again in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        assert again.plans == {} and again.lock is not frozen.lock
+        assert torch.equal(again(x), expected) and the_plan(again).plan is not None
+
+
 # --- what else torch does with models ---------------------------------------------------------------------------------
 
 
