@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from espkernels import blocks, frozen, frozen_decoder, graphs, replay, tuning
 from espkernels import nn as layers
 from espkernels.checks import MAX_BRANCHES
+from espkernels.fused_unit import hooked
 from espkernels.models.eru import EESP1d, FrozenEESP1d
 from espkernels.models.espnetv2 import Encoder
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join
@@ -109,7 +110,7 @@ def _frozen(module: nn.Module) -> nn.Module | None:
 
 def _foldable(part: nn.Module) -> bool:
     """False where a hook wants to be called, for a normalisation not torch's, and for one without statistics."""
-    if part._forward_hooks or part._forward_pre_hooks:
+    if hooked(part):
         return False
     if isinstance(part, nn.modules.batchnorm._BatchNorm):
         return part.running_mean is not None

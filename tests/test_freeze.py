@@ -204,3 +204,17 @@ def test_reference_backend() -> None:
     frozen = espkernels.freeze(unit)
     with espkernels.use_backend("reference"):
         assert_same(frozen(x), unit(x), 1e-13)
+
+
+def test_hooks_of_gradients_are_called() -> None:
+    network = nn.Sequential(trained(plain.EESP(16, 16)), trained(plain.CBR(16, 16, 3))).double().eval()
+    calls: list[str] = []
+    network[0].register_full_backward_hook(lambda *_: calls.append("behind the unit"))
+    network[1].bn.register_full_backward_pre_hook(lambda *_: calls.append("before the norm"))
+    given = image(2, 16, 7, 5).requires_grad_()
+    network(given).sum().backward()
+    expected, given.grad = given.grad, None
+    espkernels.freeze(network)(given).sum().backward()
+    assert calls == ["before the norm", "behind the unit"] * 2
+    assert given.grad is not None and expected is not None
+    assert_same(given.grad, expected, 1e-12)
