@@ -90,7 +90,7 @@ def _frozen(module: nn.Module) -> nn.Module | None:
     if isinstance(module, Join):
         return frozen_decoder.FrozenJoin(module)
     if type(module) is nn.Conv2d and tuple(module.kernel_size) == tuple(module.stride) == (1, 1):
-        return frozen.FrozenConvolution(module)
+        return frozen.FrozenConvolution(module) if module.padding_mode == "zeros" else None
     if type(module) is nn.Linear:
         return frozen.FrozenLinear(module)
     if type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):
@@ -98,7 +98,7 @@ def _frozen(module: nn.Module) -> nn.Module | None:
     if isinstance(module, nn.Sequential) and type(module).forward in (nn.Sequential.forward, layers.Chain.forward):
         kinds = tuple(type(part) for part in module)
         if kinds in ((nn.Conv2d, nn.BatchNorm2d, nn.PReLU), (nn.Conv2d, nn.BatchNorm2d)):
-            return frozen.FrozenConvolution(*module)
+            return frozen.FrozenConvolution(*module) if module[0].padding_mode == "zeros" else None
         if kinds == (nn.BatchNorm2d, nn.PReLU):
             return frozen.FrozenAffine(*module)
     if type(module) is nn.BatchNorm2d:

@@ -78,7 +78,10 @@ class Frozen(nn.Module):
 
 
 class FrozenConvolution(Frozen):
-    """Convolution, batch norm and PReLU as one convolution: [B, M, H, W] -> [B, N, H', W'] in channels_last."""
+    """Convolution, batch norm and PReLU as one convolution: [B, M, H, W] -> [B, N, H', W'] in channels_last.
+
+    The convolution's padding is zeros.
+    """
 
     weight: Tensor
     shift: Tensor
@@ -96,12 +99,8 @@ class FrozenConvolution(Frozen):
             tuple(conv.kernel_size) == (1, 1) and tuple(conv.stride) == (1, 1) and conv.padding in ((0, 0), 0, "valid")
         )
         # One number each, as all convolutions of these networks have.
-        self.square = (
-            all(
-                isinstance(value, tuple) and len(set(value)) == 1
-                for value in (conv.stride, conv.padding, conv.dilation)
-            )
-            and conv.padding_mode == "zeros"
+        self.square = all(
+            isinstance(value, tuple) and len(set(value)) == 1 for value in (conv.stride, conv.padding, conv.dilation)
         )
         vectors = {"shift": shift}
         if act is None:

@@ -85,6 +85,15 @@ def test_convolution_blocks() -> None:
     assert_same(frozen(x), block(x), 1e-13)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_convolutions_that_do_not_pad_with_zeros(size: int) -> None:
+    conv = nn.Conv2d(6, 9, size, padding=1, padding_mode="reflect")
+    x = image(2, 6, 9, 7)
+    for following in ([], [nn.BatchNorm2d(9)], [nn.BatchNorm2d(9), nn.PReLU(9)]):
+        block = trained(nn.Sequential(conv, *following)).double().eval()
+        assert_same(espkernels.freeze(block)(x), block(x), 1e-13)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 5e-6)])
 def test_whole_classification_network(dtype: torch.dtype, tolerance: float) -> None:
     network = trained(models.espnetv2(0.5, num_classes=10, plain=True)).double().eval()
