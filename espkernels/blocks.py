@@ -6,8 +6,8 @@ them is tried: a block and its frozen form get the same map in float64, and only
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,9 +16,11 @@ from espkernels.checks import MAX_BRANCHES
 from espkernels.frozen import FrozenAffine, FrozenConvolution
 from espkernels.frozen_decoder import FrozenPyramidPooling
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling
-from espkernels.trial import agree, drawn
+from espkernels.trial import agree, copied
 
-__all__ = ["frozen"]
+__all__ = ["frozen", "proven"]
+
+M = TypeVar("M", bound=nn.Module)
 
 _KINDS = {"conv": nn.Conv2d, "bn": nn.BatchNorm2d, "act": nn.PReLU}
 
@@ -26,14 +28,20 @@ _KINDS = {"conv": nn.Conv2d, "bn": nn.BatchNorm2d, "act": nn.PReLU}
 def frozen(module: nn.Module) -> nn.Module | None:
     """The frozen form of a block, or None where it has other parts or does something else with them."""
     make = _maker(module)
-    if make is None:
-        return None
+    return None if make is None else proven(module, make)
+
+
+def proven(module: M, make: Callable[[M], nn.Module], *inputs: Sequence[int]) -> nn.Module | None:
+    """What ``make`` gives for ``module``, or None where that does something else.
+
+    ``inputs`` are the channels of the maps of each call to try; by default one map.
+    """
     try:
-        theirs = drawn(copy.deepcopy(module))
+        theirs = copied(module)
         ours = make(theirs)
     except Exception:  # parts that do not fit together
         return None
-    return make(module) if agree(theirs, ours) else None
+    return make(module) if all(agree(theirs, ours, *channels) for channels in inputs or [()]) else None
 
 
 def _maker(module: nn.Module) -> Callable[[nn.Module], nn.Module] | None:

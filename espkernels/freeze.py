@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from espkernels import blocks, frozen, frozen_decoder, graphs, replay, tuning
 from espkernels import nn as layers
@@ -19,7 +21,8 @@ from espkernels.fused_unit import hooked
 from espkernels.models.eru import EESP1d, FrozenEESP1d
 from espkernels.models.espnetv2 import Encoder
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join
-from espkernels.replace import replace_units
+from espkernels.replace import as_written, replace_units
+from espkernels.structure import recognise
 
 __all__ = ["freeze"]
 
@@ -31,9 +34,9 @@ def freeze(model: M, *, tune: Tensor | None = None, graph: bool = False) -> M:
 
     The copy is in eval mode. EESP units and down-samplers, ours or anybody's that :func:`espkernels.replace`
     recognises, become single modules; convolutions followed by a batch norm (and PReLU) become one convolution, and
-    efficient pyramid pooling one layer: in the official classes and copies of them too, which are recognised by their
-    parts and proven by a trial. What is not recognised stays as it is. Maps between frozen layers are channels_last,
-    whatever format the input has.
+    efficient pyramid pooling one layer. Layers, ours, the official ones and copies of them, are recognised by their
+    parts and proven by a trial, which a ``forward`` that does something else does not pass. What is not recognised
+    stays as it is. Maps between frozen layers are channels_last, whatever format the input has.
 
     Gradients flow to the inputs of a frozen model, its folded weights are buffers. A batch norm without running
     statistics cannot be folded, and its layer stays as it was; so does a layer with hooks.
@@ -78,17 +81,20 @@ def _frozen(module: nn.Module) -> nn.Module | None:
     if not all(_foldable(part) for part in module.modules()):
         return module if isinstance(module, layers.EESP) else None  # it reaches for the parts of its parts
     if isinstance(module, EESP1d):
-        return FrozenEESP1d(module) if module.axis == "step" else None
+        known = type(module) is EESP1d and all(map(as_written, module.children()))
+        return FrozenEESP1d(module) if module.axis == "step" and known else None
     if isinstance(module, layers.EESP):
-        return frozen.FrozenEESP(module)
+        return _frozen_unit(module, frozen.FrozenEESP) or module
     if isinstance(module, layers.DownSampler) and isinstance(module.eesp, layers.EESP):
-        return frozen.FrozenDownSampler(module)
+        return _frozen_unit(module, frozen.FrozenDownSampler)
     if isinstance(module, (layers.CBR, layers.CB)):
-        return frozen.FrozenConvolution(module.conv, module.bn, getattr(module, "act", None))
+        return blocks.proven(module, lambda m: frozen.FrozenConvolution(m.conv, m.bn, getattr(m, "act", None)))
     if isinstance(module, EfficientPyramidPooling):
-        return frozen_decoder.FrozenPyramidPooling(module) if len(module.scales) <= MAX_BRANCHES else None
+        few = len(module.scales) <= MAX_BRANCHES
+        return blocks.proven(module, frozen_decoder.FrozenPyramidPooling) if few else None
     if isinstance(module, Join):
-        return frozen_decoder.FrozenJoin(module)
+        known = type(module) is Join and isinstance(module[0], _BatchNorm) and type(module[1]) is nn.PReLU
+        return frozen_decoder.FrozenJoin(module) if known else None
     if type(module) is nn.Conv2d and tuple(module.kernel_size) == tuple(module.stride) == (1, 1):
         return frozen.FrozenConvolution(module) if module.padding_mode == "zeros" else None
     if type(module) is nn.Linear:
@@ -108,10 +114,21 @@ def _frozen(module: nn.Module) -> nn.Module | None:
     return blocks.frozen(module)
 
 
+def _frozen_unit(unit: M, make: Callable[[M], nn.Module]) -> nn.Module | None:
+    """The frozen form of a unit or down-sampler of ours, or None where it is not what such a one is."""
+    found = list(recognise(unit))
+    if not found or any(layer.reason for layer in found):
+        return None
+    return make(unit) if as_written(unit) else blocks.proven(unit, make, *found[0].inputs)
+
+
 def _foldable(part: nn.Module) -> bool:
-    """False where a hook wants to be called, for a normalisation not torch's, and for one without statistics."""
-    if hooked(part):
+    """False where a hook or a forward of the object's own wants to be called, and where a norm cannot be folded.
+
+    That is a normalisation not torch's, and one without statistics.
+    """
+    if hooked(part) or "forward" in vars(part):
         return False
-    if isinstance(part, nn.modules.batchnorm._BatchNorm):
+    if isinstance(part, _BatchNorm):
         return part.running_mean is not None
     return not hasattr(part, "running_mean")

@@ -10,7 +10,7 @@ from torch import nn
 
 from espkernels import nn as layers
 from espkernels.structure import Layer, is_unit
-from espkernels.trial import agree, drawn
+from espkernels.trial import agree, copied
 
 __all__ = ["recognise_blocks"]
 
@@ -41,21 +41,12 @@ def recognise_blocks(model: nn.Module) -> Iterator[Layer]:
                 yield Layer(name, module, kind)
 
 
-def _without_hooks(block: nn.Module) -> nn.Module:
-    """A copy that calls nothing of the user's."""
-    result = copy.deepcopy(block)
-    for part in result.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
-            hooks.clear()
-    return result
-
-
 def _is_chain(block: nn.Module, names: list[str]) -> bool:
     """Whether the block is its parts one after the other, in training and in evaluation."""
     if block._parameters or block._buffers:
         return False
     for training in (True, False):
-        theirs = drawn(_without_hooks(block)).train(training)
+        theirs = copied(block).train(training)
         ours = nn.Sequential(*(copy.deepcopy(theirs.get_submodule(name)) for name in names))
         if not agree(theirs, ours):
             return False

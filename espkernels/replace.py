@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import types
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from espkernels import nn as layers
+from espkernels.models import plain
 from espkernels.norm_blocks import recognise_blocks
 from espkernels.structure import Layer, recognise
+from espkernels.trial import agree, copied
 from espkernels.verification import Comparison, compare
 
-__all__ = ["Replacement", "Report", "replace", "replace_units", "restore"]
+__all__ = ["Replacement", "Report", "as_written", "replace", "replace_units", "restore"]
 
 _LAYERS: dict[str, type[nn.Module]] = {
     "EESP": layers.EESP,
@@ -124,6 +127,19 @@ def _forward(ours: type[nn.Module], original: type[nn.Module]) -> Callable[..., 
         return forward(self, *inputs, **named)
 
     return renamed
+
+
+_KNOWN = {
+    layers.EESP, layers.DownSampler, layers.CBR, layers.CB, layers.BR, layers.CDilated, layers.Chain,
+    plain.EESP, plain.DownSampler, plain.CBR, plain.BR, nn.Sequential, nn.ModuleList,
+    nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.PReLU, nn.AvgPool2d,
+}  # fmt: skip
+
+
+def as_written(module: nn.Module) -> bool:
+    """Whether the module and its parts have classes of ours and torch's alone, whose forwards need no trial."""
+    originals = (p._espkernels_original if isinstance(p, _Replaced) else type(p) for p in module.modules())
+    return _KNOWN.issuperset(originals) and not any("forward" in vars(part) for part in module.modules())
 
 
 _classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
@@ -306,8 +322,25 @@ def replace(model: nn.Module, verify: Tensor | Sequence[Any] | None = None, memo
 
 
 def replace_units(model: nn.Module) -> Report:
-    """:func:`replace` for the units and down-samplers alone."""
-    return _replaced(list(recognise(model)), model, None, None)
+    """:func:`replace` for the units and down-samplers alone, those that do in a trial what ours do."""
+    found = list(recognise(model))
+    for layer in found:
+        layer.reason = layer.reason or _why_not(layer) or _tried(layer)
+    return _replaced(found, model, None, None)
+
+
+def _tried(layer: Layer) -> str:
+    """Why a layer that can be replaced should not be: it gives something else than ours; empty where it does not."""
+    if as_written(layer.module):
+        return ""
+    tried = dataclasses.replace(layer, module=copied(layer.module))
+
+    def ours(*inputs: Tensor | None) -> Tensor:
+        with _swapped(tried):
+            return tried.module(*inputs)
+
+    same = all(agree(tried.module, ours, *channels) for channels in layer.inputs)
+    return "" if same else "its forward gives something else in a trial"
 
 
 def _replaced(

@@ -39,6 +39,15 @@ class Layer:
     reason: str = ""
     attributes: dict[str, object] = field(default_factory=dict)
 
+    @property
+    def inputs(self) -> list[list[int]]:
+        """The channels of the maps that each kind of call takes, 0 where it takes None."""
+        if self.kind == "EESP":
+            return [[_channels(self.module, "proj_1x1.conv")]]
+        x = _channels(self.module, "eesp.proj_1x1.conv")
+        has_shortcut = self.module._modules.get("inp_reinf") is not None
+        return [[x, 0], [x, _channels(self.module, "inp_reinf.0.conv")]] if has_shortcut else [[x, 0]]
+
 
 def recognise(model: nn.Module) -> Iterator[Layer]:
     """Every module in ``model`` that has the parts of an EESP unit or of a down-sampler, once, with its first name."""
@@ -74,6 +83,13 @@ def _names(module: nn.Module) -> set[str]:
 def _require(condition: bool, reason: str) -> None:
     if not condition:
         raise _Different(reason)
+
+
+def _channels(module: nn.Module, name: str) -> int:
+    """What the convolution ``name`` of a recognised layer takes."""
+    conv = _part(module, name)
+    assert isinstance(conv, nn.Conv2d)
+    return conv.in_channels
 
 
 def _only(module: nn.Module, name: str, expected: Collection[str]) -> None:

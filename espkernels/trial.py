@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import copy
+from collections.abc import Callable
 
-__all__ = ["agree", "drawn"]
+import torch
+from torch import Tensor, nn
+
+from espkernels import backends
+
+__all__ = ["agree", "copied"]
 
 # Odd, so that rounding to half or three halves of it up or down differs, and a tenth is below the smallest branch.
 TRIAL = (11, 13)
@@ -13,30 +18,42 @@ TRIAL = (11, 13)
 TOLERANCE = 1e-9
 
 
-def drawn(module: nn.Module) -> nn.Module:
-    """``module`` itself in float64 with other parameters and statistics: zeros and ones hide what is done with them."""
+def copied(module: nn.Module) -> nn.Module:
+    """A copy in float64 that calls no hook of the user's, with other parameters and statistics.
+
+    Zeros and ones, which norms begin with, hide what is done with them. On the CPU, where float64 compiles no kernel,
+    unless a backend was asked for.
+    """
+    result = copy.deepcopy(module).double()
+    for part in result.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            hooks.clear()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, tensor in (*module.double().named_parameters(), *module.named_buffers()):
+        for name, tensor in (*result.named_parameters(), *result.named_buffers()):
             if tensor.is_floating_point():
                 low = 0.5 if name.endswith("running_var") else -1.0
                 tensor.copy_(torch.empty(tensor.shape, dtype=tensor.dtype).uniform_(low, 1, generator=generator))
-    return module
+    return result.cpu() if backends.current() is None else result
 
 
-def agree(theirs: nn.Module, ours: nn.Module) -> bool:
-    """Whether two modules in float64 give the same for a random map; updates their buffers.
+def agree(theirs: nn.Module, ours: Callable[..., Tensor], *channels: int) -> bool:
+    """Whether a module in float64 and ``ours`` give the same for random maps; updates their buffers.
 
-    False where one of them raises: it takes something else than one map, or its parts do not fit together. And where
-    the result is constant, which would say nothing of what made it.
+    ``channels`` are those of each map that they take, 0 for None; by default they take one map. False where one of them
+    raises: it takes something else, or its parts do not fit together. And where the result is constant, which would say
+    nothing of what made it.
     """
     try:
         like = next(theirs.parameters())
-        size = (2, _in_channels(theirs), *TRIAL)
-        x = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like.device)
+        generator = torch.Generator().manual_seed(0)
+        inputs = [
+            torch.randn((2, count, *TRIAL), generator=generator, dtype=torch.float64).to(like.device) if count else None
+            for count in channels or (_in_channels(theirs),)
+        ]
         with torch.no_grad():
-            expected = theirs(x)
-            same = (ours(x) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+            expected = theirs(*inputs)
+            same = (ours(*inputs) - expected).abs().max() <= TOLERANCE * expected.abs().max()
             return bool(same and expected.min() < expected.max())
     except Exception:
         return False

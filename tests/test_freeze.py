@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import types
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import espkernels
 from espkernels import models
 from espkernels.frozen import FrozenConvolution, FrozenDownSampler, FrozenEESP
 from espkernels.models import plain
+from espkernels.models.pyramid_pooling import EfficientPyramidPooling
 
 
 def trained(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -125,6 +128,89 @@ def test_the_model_is_left_alone() -> None:
 def test_every_layer_is_frozen() -> None:
     frozen = espkernels.freeze(models.espnetv2(0.5, plain=True))
     assert not any(isinstance(part, (nn.BatchNorm2d, nn.PReLU, nn.Conv2d)) for part in frozen.modules())
+
+
+class Halved(espkernels.nn.EESP):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * super().forward(x)
+
+
+class PlainHalved(plain.EESP):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * super().forward(x)
+
+
+class HalfInside(espkernels.nn.EESP):
+    """Another forward by a method that ours calls."""
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        return 0.5 * super()._reduce(x)
+
+
+class Raised(espkernels.nn.CBR):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class PlainDoubledImage(plain.DownSampler):
+    """Another forward, which only a call with an image shows."""
+
+    def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
+        return super().forward(x, None if image is None else 2 * image)
+
+
+class Doubled(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.part(x)
+
+
+def with_a_forward_of_its_own() -> nn.Module:
+    unit = plain.EESP(16, 16)
+    unit.forward = types.MethodType(lambda self, x: 0.5 * plain.EESP.forward(self, x), unit)  # type: ignore
+    return unit
+
+
+def with_part(block: nn.Module, name: str, part: nn.Module) -> nn.Module:
+    block.set_submodule(name, part)
+    return block
+
+
+# Layers with the parts of ours, or almost, that are something else.
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "unit": lambda: Halved(16, 16),
+    "plain unit": lambda: PlainHalved(16, 16),
+    "unit by another method": lambda: HalfInside(16, 16),
+    "unit with a forward of its own": with_a_forward_of_its_own,
+    "unit ending with ReLU": lambda: with_part(plain.EESP(16, 16), "module_act", nn.ReLU()),
+    "unit without a norm": lambda: with_part(plain.EESP(16, 16), "conv_1x1_exp.bn", nn.Identity()),
+    "unit with a bias": lambda: with_part(plain.EESP(16, 16), "conv_1x1_exp.conv", nn.Conv2d(16, 16, 1, groups=4)),
+    "convolution": lambda: Raised(16, 16, 3),
+    "convolution with ReLU": lambda: with_part(plain.CBR(16, 16, 3), "act", nn.ReLU()),
+    "down-sampler": lambda: PlainDoubledImage(16, 48),
+    "down-sampler of another pooling": lambda: with_part(
+        plain.DownSampler(16, 48), "avg", nn.AvgPool2d(3, 2, 1, count_include_pad=False)
+    ),
+    "down-sampler of another unit": lambda: with_part(
+        espkernels.nn.DownSampler(16, 48), "eesp", PlainHalved(16, 32, 2, down_method="avg")
+    ),
+    "pyramid pooling": lambda: with_part(
+        EfficientPyramidPooling(16, 4, 8), "merge_layer.3", Doubled(nn.Conv2d(4, 8, 1))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS, ids=lambda name: name.replace(" ", "-"))
+@torch.no_grad()
+def test_layers_that_only_look_like_ours_stay(name: str) -> None:
+    layer = trained(OTHERS[name]()).double().eval()
+    x, photograph = image(2, 16, 11, 14), image(2, 3, 41, 55)
+    frozen = espkernels.freeze(nn.Sequential(layer))[0]
+    for inputs in ((x,), (x, photograph)) if "down-sampler" in name else ((x,),):
+        assert_same(frozen(*inputs), layer(*inputs), 1e-13)
 
 
 def test_running_statistics_are_needed() -> None:
