@@ -8,7 +8,7 @@ the residual and writes one; 3.5 in all, where eager moves about 20.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -72,15 +72,25 @@ class Frozen(nn.Module):
         self._changed()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
+        def applied(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if tensor.dim() == 1 and result.is_floating_point() and result.dtype != vector_dtype(result.dtype):
+                return tensor.to(result.device, vector_dtype(result.dtype))  # vectors beside half types are not halved
+            return result
+
+        result = super()._apply(applied, recurse)
         self._changed()
         return result
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """The layer itself: code that walks through the ``nn.Sequential`` that it was finds one layer."""
+        yield self
 
 
 class FrozenConvolution(Frozen):
     """Convolution, batch norm and PReLU as one convolution: [B, M, H, W] -> [B, N, H', W'] in channels_last.
 
-    The convolution's padding is zeros.
+    The convolution's padding is zeros; one image [M, H, W] is taken too.
     """
 
     weight: Tensor
@@ -113,6 +123,8 @@ class FrozenConvolution(Frozen):
         self.packed = ops.pack_group_pointwise(self.weight, self.groups, True) if self.pointwise else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return self.forward(x[None])[0]
         if self.pointwise:
             return ops.group_pointwise(
                 inference.channels_last(x),
@@ -180,12 +192,17 @@ class FrozenLinear(Frozen):
             vectors["shift"] = linear.bias.detach()
         self._register({"weight": linear.weight.detach()}, vectors, linear.weight.dtype)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The shift, under the name and in the dtype in which code around a ``nn.Linear`` looks for it."""
+        return None if self.shift is None else self.shift.to(self.weight.dtype)
+
     def _pack(self) -> None:
         self.packed = ops.pack_group_pointwise(self.weight, 1, True)  # one pixel lies so in both layouts
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2 or backends.runs_reference(x.device):
-            return F.linear(x, self.weight, None if self.shift is None else self.shift.to(x.dtype))
+            return F.linear(x, self.weight, self.bias)
         y = ops.group_pointwise(x[:, :, None, None], self.weight, 1, None, self.shift, packed=self.packed)
         return y.flatten(1)
 
@@ -297,7 +314,9 @@ class FrozenDownSampler(Frozen):
     def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
         shortcut_weight = shortcut_shift = None
         if image is not None:
-            size = (out_size(x.shape[2], 2), out_size(x.shape[3], 2))
+            if not hasattr(self, "image_convolution"):
+                raise ValueError(f"image: shape {tuple(image.shape)}, expected None in a unit built with reinf=False")
+            size = out_size(x.shape[2], 2), out_size(x.shape[3], 2)
             image = self.image_convolution(layers.pooled_image(image, size))
             shortcut_weight, shortcut_shift = self.shortcut_weight, self.shortcut_shift
         return inference.down_sampler(

@@ -239,6 +239,63 @@ def test_saved_copied_and_converted() -> None:
         assert_same(copy.deepcopy(frozen).double()(x.double()), network.double()(x.double()), 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_half_types_after_freezing(dtype: torch.dtype) -> None:
+    network = trained(nn.Sequential(plain.CBR(3, 16, 3), plain.EESP(16, 16), nn.BatchNorm2d(16))).eval()
+    x = image(1, 3, 9, 11, dtype=dtype)
+    frozen = espkernels.freeze(network)
+    whole = {name: buffer.clone() for name, buffer in frozen.named_buffers() if buffer.dim() == 1}
+    frozen.to(dtype)
+    vectors = {name: buffer for name, buffer in frozen.named_buffers() if buffer.dtype == torch.float32}
+    assert vectors.keys() == whole.keys() and all(torch.equal(vectors[name], whole[name]) for name in whole)
+    # Weights, the reduced map and the results of the three layers are rounded, by half an epsilon each.
+    assert_same(frozen(x), network.double()(x.double()), 4 * torch.finfo(dtype).eps)
+
+
+@torch.no_grad()
+def test_one_image_without_a_batch() -> None:
+    block = nn.Sequential(nn.Conv2d(6, 9, 1)).double().eval()
+    x = image(6, 9, 7)
+    assert_same(espkernels.freeze(block)(x), block(x), 1e-13)
+
+
+class Walking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Sequential(nn.Conv2d(6, 9, 3), nn.BatchNorm2d(9), nn.PReLU(9))
+        self.affine = nn.Sequential(nn.BatchNorm2d(9), nn.PReLU(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in (*self.convolution, *self.affine):
+            x = part(x)
+        return x
+
+
+@torch.no_grad()
+def test_models_that_walk_through_a_folded_sequence() -> None:
+    model = trained(Walking()).double().eval()
+    frozen, x = espkernels.freeze(model), image(2, 6, 9, 7)
+    assert isinstance(frozen.convolution, FrozenConvolution)
+    assert_same(frozen(x), model(x), 1e-13)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_models_that_look_at_the_bias_of_a_linear_layer(bias: bool) -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, bias=bias, dtype=torch.float64).eval()
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert_same(espkernels.freeze(model)(x), model(x), 1e-13)
+
+
+def test_an_image_for_a_down_sampler_without_shortcut() -> None:
+    unit = espkernels.nn.DownSampler(16, 48, reinf=False).double().eval()
+    inputs = image(1, 16, 8, 8), image(1, 3, 32, 32)
+    for module in (unit, espkernels.freeze(unit)):
+        with pytest.raises(ValueError, match=r"image: shape \(1, 3, 32, 32\), expected None"):
+            module(*inputs)
+
+
 def test_packs_follow_the_instruction_set() -> None:
     library = espkernels.backends.library
     if library is None:
