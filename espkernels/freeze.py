@@ -41,6 +41,10 @@ def freeze(model: M, *, tune: Tensor | None = None, graph: bool = False) -> M:
     Gradients flow to the inputs of a frozen model, its folded weights are buffers. A batch norm without running
     statistics cannot be folded, and its layer stays as it was; so does a layer with hooks.
 
+    Kernels read copies of the folded weights, which follow ``load_state_dict``, ``to``, ``half`` and the like. A buffer
+    edited in place counts after ``frozen.load_state_dict(frozen.state_dict())``; those that
+    ``torch.func.functional_call`` puts in do not count.
+
     ``tune`` is an input [B, C, H, W] like those to come: every unit of the network is timed on its first image with its
     strips of rows cut once, twice and four times as finely, some seconds in all, and the fastest is kept for inputs of
     that shape, in the ``state_dict`` too; results have the same bits. :func:`espkernels.explain` shows the choice.

@@ -51,7 +51,11 @@ def slope_of(act: nn.PReLU, channels: int) -> Tensor:
 
 
 class Frozen(nn.Module):
-    """Folded weights as buffers, and packs of them that follow every change of the buffers."""
+    """Folded weights as buffers, and packs of them, which follow ``load_state_dict``, ``to`` and other ``_apply``.
+
+    What edits a buffer in place, or calls with others (``torch.func.functional_call``), changes no pack and no replay;
+    an edit counts after ``load_state_dict(state_dict())``.
+    """
 
     def _register(self, weights: dict[str, Tensor], vectors: dict[str, Tensor], dtype: torch.dtype) -> None:
         for name, weight in weights.items():

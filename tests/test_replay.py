@@ -218,7 +218,14 @@ def scaled(model: nn.Module) -> dict[str, Tensor]:
     return {name: value * 1.5 for name, value in model.state_dict().items()}
 
 
+def edited_and_loaded(model: nn.Module) -> None:
+    for value in model.buffers():
+        value.mul_(1.5)
+    model.load_state_dict(model.state_dict())
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
+    "edits in place and load_state_dict": edited_and_loaded,
     "load_state_dict": lambda m: m.load_state_dict(scaled(m)),
     "load_state_dict of a layer": lambda m: m.level2_0.load_state_dict(scaled(m.level2_0)),
     "to": lambda m: m.double(),
