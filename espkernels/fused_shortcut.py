@@ -16,7 +16,6 @@ from espkernels import backends, inference
 from espkernels.fused_unit import hooked, is_pointwise, laid_out
 from espkernels.layout import out_size, vector_dtype
 from espkernels.norms import NORMS, folded, takes_batch
-from espkernels.structure import pool_difference
 from espkernels.training_layers import MOST_IMAGE_CHANNELS, long_range_shortcut
 
 __all__ = ["fits", "pooling_difference", "run"]
@@ -53,7 +52,7 @@ def fits(unit: DownSampler, x: Tensor, image: Tensor | None) -> bool:
         return False
     if not torch.is_autocast_enabled(x.device.type) and unit.act.weight.dtype != x.dtype:
         return False
-    if hooked(unit.avg, unit.act) or pool_difference(unit.avg):
+    if hooked(unit.avg, unit.act):
         return False
     if image is None:
         return True

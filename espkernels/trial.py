@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,15 @@ from espkernels import backends
 
 __all__ = ["agree", "copied"]
 
+M = TypeVar("M", bound=nn.Module)
+
 # Odd, so that rounding to half or three halves of it up or down differs, and a tenth is below the smallest branch.
 TRIAL = (11, 13)
 # A rounding of float64 is 1e-16 and a sum here has some thousand terms; another function is off by far more.
 TOLERANCE = 1e-9
 
 
-def copied(module: nn.Module) -> nn.Module:
+def copied(module: M) -> M:
     """A copy in float64 that calls no hook of the user's, with other parameters and statistics.
 
     Zeros and ones, which norms begin with, hide what is done with them. On the CPU, where float64 compiles no kernel,

@@ -270,16 +270,6 @@ def test_down_sampler_puts_the_pooled_map_first_and_adds_the_shortcut_before_its
     torch.testing.assert_close(layer(x, F.avg_pool2d(image, 3, 2, 1)), expected, rtol=1e-12, atol=1e-12)
 
 
-@torch.no_grad()
-def test_a_down_sampler_pools_as_its_own_pooling_does() -> None:
-    layer = randomised(fused.DownSampler(8, 24)).double().eval()
-    x, image = torch.randn(2, 8, 9, 12, dtype=torch.float64), torch.randn(2, 3, 36, 48, dtype=torch.float64)
-    for avg in (nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AvgPool2d(3, 2, 1, divisor_override=5)):
-        layer.avg = avg
-        expected = plain.DownSampler.forward(layer, x, image)
-        assert (layer(x, image) - expected).abs().max() <= 1e-12 * expected.abs().max()
-
-
 def test_initial_values() -> None:
     layer = fused.DownSampler(64, 320)
     for part in layer.modules():
