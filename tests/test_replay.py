@@ -194,7 +194,7 @@ EXCHANGES: dict[str, Callable[[Any], Any]] = {
     "exchanged": lambda m: setattr(m, "classifier", nn.Identity()),
     "exchanged deep inside": lambda m: m.level3.__setitem__(0, nn.Identity()),
     "removed": lambda m: m.level3.__delitem__(-1),
-    "added": lambda m: m.level3.append(nn.AvgPool2d(3, 1, 1)),
+    "added": lambda m: m.level3.append(nn.AvgPool2d(3, 1, 1, divisor_override=1)),
 }
 
 
