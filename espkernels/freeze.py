@@ -131,7 +131,7 @@ def _foldable(part: nn.Module) -> bool:
 
     That is a normalisation not torch's, and one without statistics.
     """
-    if hooked(part) or "forward" in vars(part):
+    if hooked(part):
         return False
     if isinstance(part, _BatchNorm):
         return part.running_mean is not None
