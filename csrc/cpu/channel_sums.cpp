@@ -42,10 +42,8 @@ void add_block(double* sums, double* squared, const T* origin, const T* map, int
         square[0][j] += square[p][j];
       }
       if constexpr (Partial) {
-        for (int64_t lane = 0; lane < valid; ++lane) {
-          sums[lane] += static_cast<double>(sum[0][j][lane]);
-          squared[lane] += static_cast<double>(square[0][j][lane]);
-        }
+        add_to<C, N>(sums, sum[0][j], valid);
+        add_to<C, N>(squared, square[0][j], valid);
       } else {
         add_to<C, N>(sums + j * N, sum[0][j]);
         add_to<C, N>(squared + j * N, square[0][j]);

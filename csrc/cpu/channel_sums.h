@@ -13,6 +13,13 @@ inline void add_to(double* sums, Vector<C, N> numbers) {
   store<N>(sums, load<N>(sums) + __builtin_convertvector(numbers, Vector<double, N>));
 }
 
+// The same of the first `valid` lanes alone: the sums behind them may be another unit's.
+template <class C, int N>
+inline void add_to(double* sums, Vector<C, N> numbers, int64_t valid) {
+  if (valid >= N) return add_to<C, N>(sums, numbers);
+  for (int64_t lane = 0; lane < valid; ++lane) sums[lane] += static_cast<double>(numbers[lane]);
+}
+
 // The moments of the pieces of a map: for each piece and channel its mean and its sum of squared deviations, which are
 // sums around the piece's first pixel until finish(). That pixel is one of the sample, so that however far the mean lies
 // from zero, squares cancel only as much as the piece's own spread.
@@ -104,18 +111,10 @@ class PieceSums {
     return sums;
   }
 
-  // Only `valid` lanes: the next channels may be another unit's.
   template <int N>
   void add(int64_t piece, int64_t channel, const NormSumLanes<C, N>& sums, int64_t valid) const {
     const Vector<C, N> numbers[3] = {sums.grad, sums.centred, sums.slope};
-    for (int s = 0; s < 3; ++s) {
-      double* to = of(piece, s) + channel;
-      if (valid >= N) {
-        add_to<C, N>(to, numbers[s]);
-      } else {
-        for (int64_t lane = 0; lane < valid; ++lane) to[lane] += static_cast<double>(numbers[s][lane]);
-      }
-    }
+    for (int s = 0; s < 3; ++s) add_to<C, N>(of(piece, s) + channel, numbers[s], valid);
   }
 
   // Adds the pieces in order.

@@ -54,9 +54,8 @@ void before(const GlobalAverage&, void*) {}
 
 // A unit is a vector of channels of an image, or a plane.
 int64_t units(const GlobalAverage& p) {
-  int64_t count = 0;
-  with_type(p.type, [&](auto* type) { count = p.batch * maps<Compute<std::remove_pointer_t<decltype(type)>>>(p); });
-  return count;
+  return with_type(p.type,
+                   [&](auto* type) { return p.batch * maps<Compute<std::remove_pointer_t<decltype(type)>>>(p); });
 }
 
 void run(const GlobalAverage& p, void*, int64_t begin, int64_t end) {

@@ -59,9 +59,8 @@ int64_t shared_bytes(const GroupPointwise& p) { return weights_of(p).bytes(); }
 void before(const GroupPointwise& p, void* shared) { weights_of(p).prepare(p.weight, shared); }
 
 int64_t units(const GroupPointwise& p) {
-  int64_t count = 0;
-  with_type(p.type, [&](auto* type) { count = Chunks::of<Compute<std::remove_pointer_t<decltype(type)>>>(p).units(); });
-  return count;
+  return with_type(p.type,
+                   [&](auto* type) { return Chunks::of<Compute<std::remove_pointer_t<decltype(type)>>>(p).units(); });
 }
 
 void run_pairs(const GroupPointwise& p, const void* shared, int64_t begin, int64_t end) {

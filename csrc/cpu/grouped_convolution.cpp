@@ -17,12 +17,10 @@ int64_t block_size(const Problem& p) {
 }
 
 int64_t shared_bytes(const Problem& p) {
-  int64_t bytes = 0;
-  with_type(p.type, [&](auto* type) {
+  return with_type(p.type, [&](auto* type) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
-    bytes = ceil_div(p.groups, kLanes<C>) * p.out_of_group * block_size<C>(p) * static_cast<int64_t>(sizeof(C));
+    return ceil_div(p.groups, kLanes<C>) * p.out_of_group * block_size<C>(p) * static_cast<int64_t>(sizeof(C));
   });
-  return bytes;
 }
 
 void before(const Problem& p, void* shared) {
@@ -64,12 +62,10 @@ Strips strips_of(const Problem& p) {
 
 // A unit is a strip of rows. Blocks of groups share the cache lines of a pixel: all go by before the next panel.
 int64_t units(const Problem& p) {
-  int64_t count = 0;
-  with_type(p.type, [&](auto* type) {
+  return with_type(p.type, [&](auto* type) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
-    count = p.batch * strips_of<C>(p).count;
+    return p.batch * strips_of<C>(p).count;
   });
-  return count;
 }
 
 template <class T>

@@ -45,13 +45,6 @@ void before(const Problem& p, void* memory) {
 
 int64_t units(const Problem& p) { return runs_of(p).count; }
 
-// Only `valid` lanes: those behind them are another part's.
-template <int N, class C>
-void add_sums(double* to, Vector<C, N> numbers, int64_t valid) {
-  if (valid >= N) return add_to<C, N>(to, numbers);
-  for (int64_t lane = 0; lane < valid; ++lane) to[lane] += static_cast<double>(numbers[lane]);
-}
-
 // One part's channels of `pixels` pixels. `behind_image` has a vector of kLanes for each pixel and channel of the image,
 // whose lanes add up to the gradient there.
 template <class T>
@@ -102,9 +95,9 @@ void run_part(const Problem& p, const Shared<Compute<T>>& shared, const JoinedPa
     }
     for (int j = 0; j < J; ++j) {
       const int64_t to = in_result + j * N;
-      for (int64_t k = 0; k < images; ++k) add_sums<N, C>(shared.of(p, run, k) + to, with_image[k][j], valid);
-      add_sums<N, C>(shared.of(p, run, images) + to, alone[j], valid);
-      add_sums<N, C>(shared.of(p, run, images + 1) + to, of_slope[j], valid);
+      for (int64_t k = 0; k < images; ++k) add_to<C, N>(shared.of(p, run, k) + to, with_image[k][j], valid);
+      add_to<C, N>(shared.of(p, run, images) + to, alone[j], valid);
+      add_to<C, N>(shared.of(p, run, images + 1) + to, of_slope[j], valid);
     }
   });
   if (far) finish_far_stores();

@@ -27,10 +27,8 @@ class Carving {
 // How much memory the calls of a kernel share: what its Shared<C> carves out of it.
 template <template <class> class Shared, class Problem>
 int64_t carved_bytes(const Problem& p) {
-  int64_t bytes = 0;
-  with_type(p.type,
-            [&](auto* type) { bytes = Shared<Compute<std::remove_pointer_t<decltype(type)>>>(p, nullptr).bytes; });
-  return bytes;
+  return with_type(
+      p.type, [&](auto* type) { return Shared<Compute<std::remove_pointer_t<decltype(type)>>>(p, nullptr).bytes; });
 }
 
 // Numbers of a vector of channels with room for whole vectors at its end, wherever among the channels they begin.

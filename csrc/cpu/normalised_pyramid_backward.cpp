@@ -60,12 +60,10 @@ void before(const Problem& p, void* memory) {
 }
 
 int64_t units(const Problem& p) {
-  int64_t count = 0;
-  with_type(p.type, [&](auto* type) {
+  return with_type(p.type, [&](auto* type) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
-    count = Shared<C>::pieces(p) * pyramid_maps<C>(p);
+    return Shared<C>::pieces(p) * pyramid_maps<C>(p);
   });
-  return count;
 }
 
 // One block of at most N channels of one strip of one image.

@@ -64,12 +64,10 @@ Strips strips_of(const Problem& p) {
 }
 
 int64_t units(const Problem& p) {
-  int64_t count = 0;
-  with_type(p.type, [&](auto* type) {
+  return with_type(p.type, [&](auto* type) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
-    count = p.batch * strips_of<C>(p).count;
+    return p.batch * strips_of<C>(p).count;
   });
-  return count;
 }
 
 // `z` is rounded to bfloat16, as every framework stores it.

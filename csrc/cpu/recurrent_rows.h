@@ -53,12 +53,10 @@ inline MatrixProduct<C> recurrent_product(int64_t rows, int64_t depth, int64_t c
 
 template <class Problem>
 int64_t packed_recurrent_bytes(const Problem& p, int64_t depth, int64_t columns) {
-  int64_t bytes = 0;
-  with_type(p.type, [&](auto* type) {
+  return with_type(p.type, [&](auto* type) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
-    bytes = packed_columns_size<C>(depth, columns) * static_cast<int64_t>(sizeof(C));
+    return packed_columns_size<C>(depth, columns) * static_cast<int64_t>(sizeof(C));
   });
-  return bytes;
 }
 
 // Calls f(null pointer of the stored type, first row, rows) for parts of the rows [begin, end).

@@ -27,9 +27,11 @@ void run_type(const Resize& p, const Between* columns, int64_t begin, int64_t en
   C* mixed = static_cast<C*>(scratch(Slot::rows, (row + p.channels) * static_cast<int64_t>(sizeof(C))));
   C* gate = mixed + row;
   const AffinePrelu<C> finish(p.epilogue);
+  int64_t gated = -1;  // the image whose gate is in memory
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t image = unit / strips, first = unit % strips * kRows;
-    if (p.gate) {
+    if (p.gate && image != gated) {
+      gated = image;
       const T* logits = static_cast<const T*>(p.gate) + image * p.channels;
       for (int64_t c = 0; c < p.channels; ++c) gate[c] = 1 / (1 + std::exp(-load_one(logits + c)));
     }

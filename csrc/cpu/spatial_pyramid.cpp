@@ -248,13 +248,11 @@ void before(const SpatialPyramid& p, void* memory) {
 }
 
 int64_t units(const SpatialPyramid& p) {
-  int64_t count = 0;
-  with_type(p.type, [&](auto* type) {
+  return with_type(p.type, [&](auto* type) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
-    count = p.layout == Layout::channels_last ? p.batch * patches_of<C>(p).units_of_image()
-                                              : p.batch * p.channels * pyramid_strips<C>(p).count;
+    return p.layout == Layout::channels_last ? p.batch * patches_of<C>(p).units_of_image()
+                                             : p.batch * p.channels * pyramid_strips<C>(p).count;
   });
-  return count;
 }
 
 void run(const SpatialPyramid& p, void* shared, int64_t begin, int64_t end) {

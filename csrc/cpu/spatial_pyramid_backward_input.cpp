@@ -118,12 +118,10 @@ int64_t shared_bytes(const Problem& p) { return branch_weight_bytes(p); }
 void before(const Problem& p, void* shared) { prepare_branch_weights(p, p.weight, shared); }
 
 int64_t units(const Problem& p) {
-  int64_t count = 0;
-  with_type(p.type, [&](auto* type) {
+  return with_type(p.type, [&](auto* type) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
-    count = p.batch * pyramid_maps<C>(p) * strips_of<C>(p).count;
+    return p.batch * pyramid_maps<C>(p) * strips_of<C>(p).count;
   });
-  return count;
 }
 
 void run(const Problem& p, void* shared, int64_t begin, int64_t end) {

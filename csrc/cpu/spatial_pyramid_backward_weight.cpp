@@ -104,21 +104,17 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
 }
 
 int64_t units(const Problem& p) {
-  int64_t count = 0;
-  with_type(p.type, [&](auto* type) {
+  return with_type(p.type, [&](auto* type) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
-    count = p.batch * pyramid_maps<C>(p) * pyramid_strips<C>(p).count;
+    return p.batch * pyramid_maps<C>(p) * pyramid_strips<C>(p).count;
   });
-  return count;
 }
 
 int64_t shared_bytes(const Problem& p) {
-  int64_t bytes = 0;
-  with_type(p.type, [&](auto* type) {
+  return with_type(p.type, [&](auto* type) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
-    bytes = units(p) * partial_size<C>(p) * static_cast<int64_t>(sizeof(C));
+    return units(p) * partial_size<C>(p) * static_cast<int64_t>(sizeof(C));
   });
-  return bytes;
 }
 
 void before(const Problem&, void*) {}

@@ -420,14 +420,14 @@ inline int vector_lanes(int64_t n) {
   return width;
 }
 
-// Calls f with a null pointer of the stored type that `type` names.
+// What f gives for a null pointer of the stored type that `type` names.
 template <class F>
-inline void with_type(Type type, F&& f) {
+inline auto with_type(Type type, F&& f) {
   switch (type) {
-    case Type::float32: return f(static_cast<float*>(nullptr));
     case Type::float64: return f(static_cast<double*>(nullptr));
     case Type::bfloat16: return f(static_cast<bfloat16*>(nullptr));
     case Type::float16: return f(static_cast<float16*>(nullptr));
+    default: return f(static_cast<float*>(nullptr));
   }
 }
 
