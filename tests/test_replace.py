@@ -792,7 +792,6 @@ class WrongBfloat16Gradient(torch.autograd.Function):
         return wrong
 
 
-@pytest.mark.usefixtures("layer_by_layer")
 def test_another_type_of_output_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "norm_prelu", lambda norm, act, x: act(norm(x)).to(x.dtype))
     block = nn.Sequential(plain.BR(4))
@@ -802,6 +801,7 @@ def test_another_type_of_output_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
     assert report.layers[0].reason == "output is float32, the original's bfloat16, train mode"
 
 
+@pytest.mark.usefixtures("layer_by_layer")
 def test_kinks_do_not_hide_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 many values next to zero fall on the other side of a PReLU: no excuse for the kernel."""
     original = ops.spatial_pyramid
