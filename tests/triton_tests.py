@@ -58,15 +58,13 @@ def _run(operator: str, arguments: Arguments, grad: Tensor | None) -> Values:
         return evaluate(there, arguments, grad)
 
 
-def compare_exactly(
-    operator: str, sample: Sample, dtype: torch.dtype, layout: torch.memory_format, gradients: bool = True
-) -> None:
-    """Whole numbers give the float64 reference bit for bit, forward and in every gradient (``gradients``)."""
+def compare_exactly(operator: str, sample: Sample, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Whole numbers give the float64 reference bit for bit, forward and in every gradient."""
     problem = answers(operator, sample)
-    arguments = cast(problem.arguments, dtype, layout, requires_grad=gradients)
-    grad = problem.gradient.to(dtype).contiguous(memory_format=layout) if gradients else None
+    arguments = cast(problem.arguments, dtype, layout)
+    grad = problem.gradient.to(dtype).contiguous(memory_format=layout)
     values = _run(operator, arguments, grad)
-    assert set(values) == (set(problem.values) if gradients else {"output"})
+    assert set(values) == set(problem.values)
     for name, actual in values.items():
         assert_exact(f"{name} in {dtype}", actual, problem.values[name])
     output, x = values["output"], arguments["x"]
