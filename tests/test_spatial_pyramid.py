@@ -56,6 +56,24 @@ def test_a_constant_gives_the_sum_of_the_weights_inside(isa: str, layout: torch.
     assert_exact("inside", inside, expected.double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [((1, 20, 161, 167), 1), ((1, 24, 301, 291), 2), ((3, 64, 66, 64), 1)],
+    ids=["narrow last block", "stride 2", "batch"],
+)
+def test_results_that_outgrow_the_caches(isa: str, dtype: torch.dtype, shape: tuple[int, ...], stride: int) -> None:
+    """More than 8 MiB, which the CPU stores past its caches."""
+    x, weight = integers(10, *shape).to(dtype), integers(11, 4, shape[1], 3, 3).to(dtype)
+    branches = [
+        F.conv2d(x.double(), weight[k].double().unsqueeze(1), None, stride, k + 1, k + 1, shape[1]) for k in range(4)
+    ]
+    expected = torch.stack(branches, 1).cumsum(1).flatten(1, 2)
+    assert expected.numel() * x.element_size() >= 2**23
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert_exact("output", espkernels.spatial_pyramid(x, weight, (1, 2, 3, 4), stride), expected)
+
+
 @each_layout
 def test_linear_in_the_map_and_in_the_weight(isa: str, layout: torch.memory_format) -> None:
     a, b = (integers(seed, 2, 6, 7, 18).float().contiguous(memory_format=layout) for seed in (2, 3))

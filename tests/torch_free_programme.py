@@ -59,7 +59,7 @@ def kernel_flags(architecture: str) -> dict[str, list[str]]:
 def build(name: str, compiler: str, isa: str, flags: list[str]) -> Path:
     """The programme for instruction set ``isa``, in build/torch_free/``name``; only what changed is compiled again."""
     table = setup_table()
-    all_flags = [*common_flags(), "-Wno-psabi", "-pthread", f"-DESPK_ISA={isa}", *flags]
+    all_flags = [*common_flags(), "-Wno-psabi", "-pthread", f"-DESPK_ISA={isa}", "-DESPK_FAR_BYTES=4096", *flags]
     return compile_programme(name, compiler, all_flags, [*table["KERNEL_SOURCES"], MAIN])
 
 

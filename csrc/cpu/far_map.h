@@ -5,19 +5,28 @@
 
 namespace espk::ESPK_ISA {
 
-// A map larger than this has left the cache before it is read again.
-constexpr int64_t kFarBytes = 16 * 1024 * 1024;
+// A map larger than this has left the cache before it is read again. Tests try all that depends on it with small maps.
+#if !defined(ESPK_FAR_BYTES)
+#define ESPK_FAR_BYTES (16 * 1024 * 1024)
+#endif
+constexpr int64_t kFarBytes = ESPK_FAR_BYTES;
+constexpr int64_t kLineBytes = 64;
+
+// Whether store_far() is more than store().
+#if defined(__x86_64__)
+constexpr bool kFarStores = true;
+#else
+constexpr bool kFarStores = false;
+#endif
+
+inline bool starts_a_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % kLineBytes == 0; }
 
 // Whether vectors of pixels of such a map, `row` numbers each, may be stored past the cache: a line that is written whole
 // is then not fetched first, which saves half the traffic of a write.
 template <class T>
-inline bool is_far([[maybe_unused]] const T* map, [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t row) {
-#if defined(__x86_64__)
+inline bool is_far(const T* map, int64_t rows, int64_t row) {
   const int64_t row_bytes = row * static_cast<int64_t>(sizeof(T));
-  return rows * row_bytes >= kFarBytes && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(map) % 64 == 0;
-#else
-  return false;
-#endif
+  return kFarStores && rows * row_bytes >= kFarBytes && row_bytes % kLineBytes == 0 && starts_a_line(map);
 }
 
 // store() past the cache, of a vector of a whole register; aligned to its size.
@@ -31,6 +40,12 @@ inline void store_far(T* p, Vector<Compute<T>, N> v) {
   if constexpr (sizeof(T) * N == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
 #endif
   store<N>(p, v);
+}
+
+// n numbers, whole lines of them, past the cache.
+template <class C>
+inline void copy_far(C* to, const C* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<C>) store_far<kLanes<C>>(to + i, load<kLanes<C>>(from + i));
 }
 
 // After stores past the cache, before another thread may read them.

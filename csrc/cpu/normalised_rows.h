@@ -43,12 +43,6 @@ inline InputRows<Compute<T>> input_rows(const NormaliseVectors<Compute<T>>& vect
   return {rows, channels};
 }
 
-// n numbers, whole lines of them, past the cache.
-template <class C>
-inline void copy_far(C* to, const C* from, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes<C>) store_far<kLanes<C>>(to + i, load<kLanes<C>>(from + i));
-}
-
 // The gradient in front of a norm for `pixels` pixels, from the one behind it and the norm's input.
 template <class T>
 inline const Compute<T>* norm_gradient_rows(const NormGradientVectors<Compute<T>>& vectors, const T* grad, const T* map,

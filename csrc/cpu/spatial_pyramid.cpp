@@ -56,32 +56,52 @@ void run_planes(const SpatialPyramid& p, void* shared, int64_t begin, int64_t en
   }
 }
 
+// Rows and columns of the result of one image.
+struct Patch {
+  int64_t number, image, first_row, rows, first_column, columns;
+};
+
 // How a map of pixels is cut: strips of rows, and panels of columns where rows are long. A unit is one block of channels
 // of a patch, or all blocks in turn where the result outgrows the second-level cache: their numbers share cache lines,
-// which then leave the cache once, and not half written and once a block.
+// which then leave the cache once, and not half written and once a block. A result that outgrows every cache is stored
+// past them, a few rows of all blocks at a time, since only whole lines save fetching what they overwrite.
 struct Patches {
   Strips strips;
   int64_t columns, panels, blocks, blocks_of_unit;
+  bool far;  // past the caches
+  int64_t group, step;  // blocks that go through the rows of a patch together, and how many rows at a time
 
-  int64_t patches_of_image() const { return strips.count * panels; }
-  int64_t units_of_image() const { return patches_of_image() * ceil_div(blocks, blocks_of_unit); }
+  int64_t of_image() const { return strips.count * panels; }
+  int64_t turns() const { return blocks / blocks_of_unit; }  // units of a patch
+
+  Patch at(const SpatialPyramid& p, int64_t number) const {
+    const int64_t first_row = number / panels % strips.count * strips.rows, first_column = number % panels * columns;
+    return {number,       number / of_image(),
+            first_row,    most(least(strips.rows, p.out_height - first_row), 0),
+            first_column, least(columns, p.out_width - first_column)};
+  }
 };
 
 template <class C>
 Patches patches_of(const SpatialPyramid& p) {
-  constexpr int64_t kWidest = 28, kNearBytes = 768 * 1024;
+  // Timed together with what reads the result next, 12 MiB are faster past the caches, by 3 to 34 %, and 4 MiB no faster.
+  constexpr int64_t kWidest = 28, kNearBytes = 768 * 1024, kFarResult = kFarBytes / 2, kRowsTogether = 32 * 1024;
   Patches cut{};
   cut.panels = ceil_div(p.out_width, kWidest);
   cut.columns = ceil_div(p.out_width, cut.panels);
   cut.panels = ceil_div(p.out_width, cut.columns);
   cut.blocks = pyramid_maps<C>(p);
-  const int64_t result = p.out_channels() * p.out_height * p.out_width * bytes_of(p.type);
-  cut.blocks_of_unit = result > kNearBytes ? cut.blocks : 1;
+  const int64_t pixel = p.out_channels() * bytes_of(p.type), result = pixel * p.out_height * p.out_width;
+  cut.far = kFarStores && bytes_of(p.type) == sizeof(C) && p.batch * result >= kFarResult &&
+            p.out_pixel == p.out_channels() && pixel % kLineBytes == 0;
+  cut.blocks_of_unit = result > kNearBytes || cut.far ? cut.blocks : 1;
+  cut.group = cut.far ? cut.blocks : 1;
   const int64_t lanes = least(kLanes<C>, p.channels);
   const int64_t columns = least(p.width, cut.columns * p.stride) + 2 * reach(p, p.width);
-  const int64_t row_bytes = p.stride * columns * lanes * static_cast<int64_t>(sizeof(C));
+  const int64_t row_bytes = cut.group * p.stride * columns * lanes * static_cast<int64_t>(sizeof(C));
   cut.strips = choose_strips(p.out_height, row_bytes, ceil_div(2 * reach(p, p.height) + 1, p.stride),
                              p.batch * cut.panels * ceil_div(cut.blocks, cut.blocks_of_unit));
+  cut.step = cut.far ? least(cut.strips.rows, most(kRowsTogether / (cut.columns * pixel), 1)) : cut.strips.rows;
   return cut;
 }
 
@@ -99,25 +119,9 @@ struct Shared {
   Shared(const SpatialPyramid& p, Carving memory)
       : weights(memory.take<char>(branch_weight_bytes(p))),
         normalise(p.normalise.scale ? p.channels : 0, memory),
-        moments(p.moments.mean ? p.batch * patches_of<C>(p).patches_of_image() : 0, p.out_channels(), memory),
+        moments(p.moments.mean ? p.batch * patches_of<C>(p).of_image() : 0, p.out_channels(), memory),
         bytes(memory.bytes()) {}
 };
-
-// The strip's input into its tile, normalised in training.
-template <class T>
-void fill(const SpatialPyramid& p, const NormaliseVectors<Compute<T>>& normalise, const Tile& tile, Compute<T>* to,
-          const T* from, int64_t first_row, Columns columns, bool moving, int64_t first_channel, int64_t channels,
-          bool far) {
-  if (!p.normalise.scale) {
-    return fill_pixels(tile, to, from, first_row, p.height, columns, moving, p.channels, channels, far);
-  }
-  with_lanes<Compute<T>>(tile.lanes, [&](auto lanes) {
-    constexpr int N = decltype(lanes)::value;
-    const auto normalised = normalise.template at<N>(first_channel);
-    fill_positions<N>(tile, to, first_row, p.height, columns, moving,
-                      [&](int64_t at) { return normalised(load_first<N>(from + at * p.channels, channels)); });
-  });
-}
 
 // How the branches, rows and columns of a patch lie in memory; a pixel's channels are side by side.
 template <class T>
@@ -126,117 +130,178 @@ struct PatchMap {
   int64_t branch, row, column;
 
   T* at(int64_t k, int64_t y, int64_t x) const { return first + k * branch + y * row + x * column; }
+  PatchMap from_row(int64_t y) const { return {at(0, y, 0), branch, row, column}; }
 };
 
-// One block of channels of a patch.
-struct Block {
-  int64_t patch, rows, columns, first_channel, channels;
-};
-
-template <class C>
-void sweep_into(Sweep<C> sweep, const PatchMap<C>& to) {
-  sweep.out = to.first;
-  sweep.out_segment = to.branch;
-  sweep.out_row = to.row;
-  sweep.out_column = to.column;
-  ESPK_ISA::sweep(sweep);
-}
-
-// `store(to, from)` for every branch of every pixel, pixel after pixel.
-template <class T, class C, class Store>
-void copy_block(const PatchMap<T>& to, const PatchMap<C>& from, const SpatialPyramid& p, const Block& block,
-                Store&& store) {
-  for (int64_t y = 0; y < block.rows; ++y) {
-    for (int64_t x = 0; x < block.columns; ++x) {
-      for (int64_t k = 0; k < p.branches; ++k) store(to.at(k, y, x), from.at(k, y, x));
-    }
-  }
-}
-
+// One thread's patches of a map of pixels.
 template <class T>
-void take_moments(const PieceMoments<Compute<T>>& moments, const PatchMap<T>& map, const SpatialPyramid& p,
-                  const Block& block) {
-  for (int64_t k = 0; k < p.branches; ++k) {
-    const int64_t channel = k * p.channels + block.first_channel;
-    const T* origin = map.at(k, 0, 0);
-    moments.begin(block.patch, channel, block.channels);
-    for (int64_t y = 0; y < block.rows; ++y) {
-      moments.add(block.patch, channel, block.channels, origin, map.at(k, y, 0), map.column, block.columns);
-    }
-    moments.finish(block.patch, channel, block.channels, origin, block.rows * block.columns);
-  }
-}
-
-// The branches of a block, from its tile to the result, and in training their moments while they are near.
-template <class T>
-void run_block(const SpatialPyramid& p, const Sweep<Compute<T>>& sweep, const PatchMap<T>& out, const Block& block,
-               const PieceMoments<Compute<T>>& moments) {
+class PixelPatches {
   using C = Compute<T>;
-  constexpr bool kInPlace = std::is_same_v<T, C>;
-  constexpr int N = kLanes<C>;
-  const bool far = kInPlace && p.moments.mean && block.channels == N && p.channels % N == 0 &&
-                   is_far(static_cast<const T*>(p.out), p.batch * p.out_height * p.out_width, p.out_pixel);
-  if constexpr (kInPlace) {
-    if (!far) {
-      sweep_into(sweep, out);
-      if (p.moments.mean) take_moments(moments, out, p, block);
-      return;
+  static constexpr bool kInPlace = std::is_same_v<T, C>;
+  static constexpr int N = kLanes<C>;
+
+ public:
+  PixelPatches(const SpatialPyramid& problem, void* memory)
+      : p(problem),
+        shared(p, memory),
+        weights(p, shared.weights),
+        cut(patches_of<C>(p)),
+        whole(p, cut.strips.rows, least(N, p.channels), cut.step, cut.columns),
+        last(p, cut.strips.rows, p.channels - (cut.blocks - 1) * N, cut.step, cut.columns),
+        tile_of_last(last.lanes < whole.lanes ? cut.group : cut.group - 1),
+        tiles(whole.zeroed_tiles(tile_of_last + 1)) {}
+
+  void run(int64_t unit) const {
+    const Patch patch = cut.at(p, unit / cut.turns());
+    const int64_t first = unit % cut.turns() * cut.blocks_of_unit;
+    for (int64_t block = first; block < first + cut.blocks_of_unit; block += cut.group) run_group(patch, block);
+  }
+
+ private:
+  // The channels of a group of blocks in a patch, and where they go.
+  struct Group {
+    Patch patch;
+    int64_t first_block, first_channel, channels;
+    PatchMap<T> out;
+  };
+
+  void run_group(const Patch& patch, int64_t first_block) const {
+    const int64_t channel = first_block * N;
+    const int64_t pixel = (patch.image * p.out_height + patch.first_row) * p.out_width + patch.first_column;
+    T* out = static_cast<T*>(p.out) + pixel * p.out_pixel + channel;
+    const Group group{patch,
+                      first_block,
+                      channel,
+                      least(cut.group * N, p.channels - channel),
+                      {out, p.channels, p.out_width * p.out_pixel, p.out_pixel}};
+    if (p.moments.mean) {
+      for_branches(group, [&](int64_t, int64_t at) { shared.moments.begin(patch.number, at, group.channels); });
+    }
+    int64_t filled = 0;
+    for (int64_t y = 0; y < patch.rows; y += cut.step) {
+      filled = run_rows(group, y, least(cut.step, patch.rows - y), filled);
+    }
+    if (p.moments.mean) {
+      for_branches(group, [&](int64_t k, int64_t at) {
+        shared.moments.finish(patch.number, at, group.channels, group.out.at(k, 0, 0), patch.rows * patch.columns);
+      });
     }
   }
-  const int64_t pixel = p.branches * block.channels, numbers = block.rows * block.columns * pixel;
-  C* results = static_cast<C*>(scratch(Slot::map, numbers * static_cast<int64_t>(sizeof(C))));
-  const PatchMap<C> near{results, block.channels, block.columns * pixel, pixel};
-  sweep_into(sweep, near);
-  if constexpr (kInPlace) {
-    copy_block(out, near, p, block, [](C* to, const C* from) { store_far<N>(to, load<N>(from)); });
-    finish_far_stores();
-    take_moments(moments, near, p, block);
-  } else {
-    copy_block(out, near, p, block, [&](T* to, const C* from) { copy_row(to, from, block.channels); });
-    if (p.moments.mean) take_moments(moments, out, p, block);
+
+  // `rows` rows of the result from row `y` of the patch on. `filled` rows of the tiles hold their input already; returns
+  // how many do afterwards.
+  int64_t run_rows(const Group& group, int64_t y, int64_t rows, int64_t filled) const {
+    const PatchMap<T> out = group.out.from_row(y);
+    const PatchMap<C> to = swept_into(group, out, rows);
+    const int64_t needed = (y + rows - 1) * p.stride + 2 * whole.tile.border_rows + 1;
+    for (int64_t i = 0; i < cut.group; ++i) {
+      const int64_t block = group.first_block + i;
+      const bool is_last = block + 1 == cut.blocks;
+      const PyramidStrip<C>& strip = is_last ? last : whole;
+      C* tile = tiles + (is_last ? tile_of_last : i) * whole.tile.size();
+      fill(strip, tile, group.patch, block, filled, needed);
+      Sweep<C> sweep = strip.sweep(tile + y * p.stride * strip.tile.row_pitch(), rows, weights.of_block(block));
+      set_epilogue(sweep, p, block * N);
+      sweep.columns = group.patch.columns;
+      sweep.out = to.first + i * N;
+      sweep.out_segment = to.branch;
+      sweep.out_row = to.row;
+      sweep.out_column = to.column;
+      ESPK_ISA::sweep(sweep);
+    }
+    if (gathers()) store_gathered(group, out, to, rows);
+    if (p.moments.mean) {
+      if constexpr (kInPlace) {
+        add_moments(group, to, rows);
+      } else {
+        add_moments(group, out, rows);
+      }
+    }
+    return needed;
   }
-}
+
+  bool gathers() const { return !kInPlace || cut.far; }
+
+  // Where a group's rows come from the sweep: in place, or side by side in the cache.
+  PatchMap<C> swept_into(const Group& group, [[maybe_unused]] const PatchMap<T>& out, int64_t rows) const {
+    if constexpr (kInPlace) {
+      if (!cut.far) return out;
+    }
+    const int64_t pixel = p.branches * group.channels, row = group.patch.columns * pixel;
+    C* near = static_cast<C*>(scratch(Slot::map, rows * row * static_cast<int64_t>(sizeof(C))));
+    return {near, group.channels, row, pixel};
+  }
+
+  void store_gathered(const Group& group, const PatchMap<T>& out, const PatchMap<C>& from, int64_t rows) const {
+    if constexpr (kInPlace) {  // whole pixels
+      const bool aligned = starts_a_line(p.out);
+      for (int64_t y = 0; y < rows; ++y) {
+        if (aligned) {
+          copy_far(out.at(0, y, 0), from.at(0, y, 0), from.row);
+        } else {
+          copy_row(out.at(0, y, 0), from.at(0, y, 0), from.row);
+        }
+      }
+      finish_far_stores();
+    } else {
+      for (int64_t y = 0; y < rows; ++y) {
+        for (int64_t x = 0; x < group.patch.columns; ++x) {
+          for (int64_t k = 0; k < p.branches; ++k) copy_row(out.at(k, y, x), from.at(k, y, x), group.channels);
+        }
+      }
+    }
+  }
+
+  // Rows [filled, needed) of a block's tile, normalised in training.
+  void fill(const PyramidStrip<C>& strip, C* tile, const Patch& patch, int64_t block, int64_t filled,
+            int64_t needed) const {
+    const Tile rows = strip.tile.of_rows(needed - filled);
+    C* to = tile + filled * rows.row_pitch();
+    const T* x = static_cast<const T*>(p.x) + patch.image * p.height * p.width * p.channels + block * N;
+    const int64_t first_row = patch.first_row * p.stride + filled;
+    const Columns columns{patch.first_column * p.stride, p.width};
+    const bool moving = cut.of_image() > 1;
+    if (!p.normalise.scale) {
+      const bool fetch = cut.far || (cut.blocks_of_unit > 1 && block == 0);
+      return fill_pixels(rows, to, x, first_row, p.height, columns, moving, p.channels, strip.valid, fetch);
+    }
+    with_lanes<C>(strip.lanes, [&](auto lanes) {
+      constexpr int L = decltype(lanes)::value;
+      const auto normalised = shared.normalise.template at<L>(block * N);
+      fill_positions<L>(rows, to, first_row, p.height, columns, moving,
+                        [&](int64_t at) { return normalised(load_first<L>(x + at * p.channels, strip.valid)); });
+    });
+  }
+
+  template <class M>
+  void add_moments(const Group& group, const PatchMap<M>& map, int64_t rows) const {
+    for_branches(group, [&](int64_t k, int64_t at) {
+      for (int64_t y = 0; y < rows; ++y) {
+        shared.moments.add(group.patch.number, at, group.channels, group.out.at(k, 0, 0), map.at(k, y, 0), map.column,
+                           group.patch.columns);
+      }
+    });
+  }
+
+  // f(branch, its channel of the result) for the group's first channel in each branch.
+  template <class F>
+  void for_branches(const Group& group, F&& f) const {
+    for (int64_t k = 0; k < p.branches; ++k) f(k, k * p.channels + group.first_channel);
+  }
+
+  const SpatialPyramid& p;
+  const Shared<C> shared;
+  const BranchWeights<C> weights;
+  const Patches cut;
+  const PyramidStrip<C> whole, last;  // the last block of channels may be narrower, and needs zeros of its own then
+  const int64_t tile_of_last;
+  C* const tiles;  // one for each block of a group
+};
 
 template <class T>
 void run_pixels(const SpatialPyramid& p, void* memory, int64_t begin, int64_t end) {
-  using C = Compute<T>;
-  const Shared<C> shared(p, memory);
-  const BranchWeights<C> weights(p, shared.weights);
-  const Patches cut = patches_of<C>(p);
-  const int64_t turns = ceil_div(cut.blocks, cut.blocks_of_unit);
-  // The last block of channels may be narrower.
-  const PyramidStrip<C> whole(p, cut.strips.rows, least(kLanes<C>, p.channels), cut.strips.rows, cut.columns);
-  const PyramidStrip<C> last(p, cut.strips.rows, p.channels - (cut.blocks - 1) * kLanes<C>, cut.strips.rows,
-                             cut.columns);
-  C* tile = nullptr;
-  int tile_lanes = 0;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t patch = unit / turns, image = patch / cut.panels / cut.strips.count;
-    const int64_t first_column = patch % cut.panels * cut.columns;
-    const int64_t first = patch / cut.panels % cut.strips.count * cut.strips.rows;
-    const int64_t rows = least(cut.strips.rows, p.out_height - first);
-    const int64_t columns = least(cut.columns, p.out_width - first_column);
-    if (rows <= 0) continue;
-    const int64_t first_block = unit % turns * cut.blocks_of_unit;
-    for (int64_t number = first_block; number < first_block + cut.blocks_of_unit; ++number) {
-      const PyramidStrip<C>& strip = number + 1 < cut.blocks ? whole : last;
-      const Block block{patch, rows, columns, number * kLanes<C>, strip.valid};
-      if (strip.lanes != tile_lanes) {
-        tile = strip.zeroed_tiles();
-        tile_lanes = strip.lanes;
-      }
-      const T* x = static_cast<const T*>(p.x) + image * p.height * p.width * p.channels + block.first_channel;
-      fill(p, shared.normalise, strip.tile, tile, x, first * p.stride, {first_column * p.stride, p.width},
-           cut.strips.count * cut.panels > 1, block.first_channel, block.channels,
-           cut.blocks_of_unit > 1 && number == 0);
-      Sweep<C> sweep = strip.sweep(tile, rows, weights.of_block(number));
-      sweep.columns = columns;
-      set_epilogue(sweep, p, block.first_channel);
-      const int64_t first_pixel = (image * p.out_height + first) * p.out_width + first_column;
-      T* out = static_cast<T*>(p.out) + first_pixel * p.out_pixel + block.first_channel;
-      run_block<T>(p, sweep, {out, p.channels, p.out_width * p.out_pixel, p.out_pixel}, block, shared.moments);
-    }
-  }
+  const PixelPatches<T> patches(p, memory);
+  for (int64_t unit = begin; unit < end; ++unit) patches.run(unit);
 }
 
 void before(const SpatialPyramid& p, void* memory) {
@@ -250,7 +315,7 @@ void before(const SpatialPyramid& p, void* memory) {
 int64_t units(const SpatialPyramid& p) {
   return with_type(p.type, [&](auto* type) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
-    return p.layout == Layout::channels_last ? p.batch * patches_of<C>(p).units_of_image()
+    return p.layout == Layout::channels_last ? p.batch * patches_of<C>(p).of_image() * patches_of<C>(p).turns()
                                              : p.batch * p.channels * pyramid_strips<C>(p).count;
   });
 }
@@ -272,10 +337,9 @@ void after(const SpatialPyramid& p, void* memory) {
     using C = Compute<std::remove_pointer_t<decltype(type)>>;
     const Patches cut = patches_of<C>(p);
     const Shared<C> shared(p, memory);
-    shared.moments.merge(p.moments, p.batch * cut.patches_of_image(), [&](int64_t patch) {
-      const int64_t first_column = patch % cut.panels * cut.columns;
-      const int64_t first = patch / cut.panels % cut.strips.count * cut.strips.rows;
-      return most(least(cut.strips.rows, p.out_height - first), 0) * least(cut.columns, p.out_width - first_column);
+    shared.moments.merge(p.moments, p.batch * cut.of_image(), [&](int64_t number) {
+      const Patch patch = cut.at(p, number);
+      return patch.rows * patch.columns;
     });
   });
 }

@@ -27,6 +27,13 @@ struct Tile {
   int64_t row_pitch() const { return stride * positions * lanes; }
   int64_t size() const { return rows * row_pitch(); }
 
+  // As many of its rows, as a tile to fill.
+  Tile of_rows(int64_t count) const {
+    Tile part = *this;
+    part.rows = count;
+    return part;
+  }
+
   // Distance from the first output's element at row 0, position 0 to its tap at (y, x).
   int64_t offset(int64_t y, int64_t x) const {
     const int64_t column = x + border_columns;

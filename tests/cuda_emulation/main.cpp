@@ -420,7 +420,7 @@ int main(int, char** argv) {
   tf32 = number == 4;
   const Type type = tf32 ? Type::float32 : static_cast<Type>(number);
   for (const Setting& setting : kSettings) {
-    Buffer::aligned = setting.aligned;
+    Buffer::aligned = setting.aligned ? 16 : 0;
     emulation::backwards = setting.backwards;
     emulation::enough_blocks = setting.enough_blocks;
     emulation::shared_memory_of_architecture = setting.shared_memory;

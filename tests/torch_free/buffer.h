@@ -96,12 +96,12 @@ struct Tensor {
 };
 
 // A tensor in memory. The last byte of the allocation is the tensor's last; the first element stands one element in, so
-// that no alignment beyond the element's own can be relied on, or 16 bytes in, for kernels that use alignment where it
-// is. Guards beside it show writes where no sanitizer does.
+// that no alignment beyond the element's own can be relied on, or as many bytes as `aligned` says, for kernels that use
+// alignment where it is. Guards beside it show writes where no sanitizer does.
 class Buffer {
  public:
-  // In front of every buffer made from now on.
-  static inline bool aligned = false;
+  // Bytes that every buffer made from now on is aligned to, 64 at most; 0 for none but the element's own.
+  static inline size_t aligned = 0;
 
   Buffer(Type type, Layout layout, const Tensor& tensor) : Buffer(type, layout, tensor.sizes) {
     for (int64_t i = 0; i < count_; ++i) {
@@ -113,9 +113,11 @@ class Buffer {
       : type_(type), layout_(layout), sizes_(std::move(sizes)) {
     count_ = 1;
     for (int64_t size : sizes_) count_ *= size;
-    front_ = aligned ? 16 : static_cast<size_t>(espk::bytes_of(type));
+    front_ = aligned ? aligned : static_cast<size_t>(espk::bytes_of(type));
     bytes_ = front_ + static_cast<size_t>(count_ * espk::bytes_of(type));
-    allocation_ = static_cast<unsigned char*>(std::malloc(bytes_ + kGuard));
+    void* allocation = nullptr;
+    if (posix_memalign(&allocation, 64, bytes_ + kGuard)) std::abort();
+    allocation_ = static_cast<unsigned char*>(allocation);
     std::memset(allocation_, 0xff, bytes_ + kGuard);
   }
   Buffer(const Buffer&) = delete;
