@@ -144,7 +144,7 @@ Tensor down_sampler(const Tensor& x, std::optional<Tensor> image, const Tensor& 
                      std::nullopt, pooled_slope);
   a.layout = Layout::channels_last;
   a.x = map.const_data_ptr();
-  a.epilogue = pointers(pooled_epilogue);
+  a.slope = pointers(pooled_epilogue).slope;
   a.out_pixel = channels;
   a.out = out.mutable_data_ptr();
   a.shortcut = shortcut;

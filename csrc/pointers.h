@@ -79,11 +79,10 @@ void visit_pointers(Visitor& v, Convolution& p) {
 
 template <class Visitor>
 void visit_pointers(Visitor& v, AveragePool& p) {
-  const MapBytes bytes = map_bytes(p.type, p.batch, p.channels, p.out_height * p.out_width, p.out_pixel);
   v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
-  visit(v, p.epilogue, p.channels, bytes);
+  v.vector(p.slope, p.channels);
   visit(v, p.shortcut, p.type, p.batch, p.channels, p.out_height * p.out_width);
-  v.out(p.out, bytes);
+  v.out(p.out, map_bytes(p.type, p.batch, p.channels, p.out_height * p.out_width, p.out_pixel));
 }
 
 template <class Visitor>

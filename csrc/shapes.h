@@ -180,7 +180,7 @@ struct AveragePool {
   Layout layout;
   int64_t batch, channels, height, width, out_height, out_width;
   const void* x;
-  Epilogue epilogue;       // without scale and shift
+  const void* slope;       // of a PReLU [C] in the compute type, or none
   ImageShortcut shortcut;  // channels_last alone
   int64_t out_pixel;  // channels_last: as in PyramidPointwise
   void* out;

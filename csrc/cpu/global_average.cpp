@@ -1,28 +1,46 @@
 // The mean of each channel, before a classifier or a weighting of channels. Bytes: the map, read once.
 #include "kernels.h"
-#include "zero_bordered_tile.h"
+#include "normalise.h"
 
 namespace espk::ESPK_ISA {
 namespace {
 
-// Four sums hide the latency of the additions.
+// Sums of one vector that hide the latency of the additions.
 constexpr int kSums = 4;
 
+// Vectors of channels that a unit takes: a whole line of each pixel, which is read once then.
 template <class T>
-void average_pixels(const GlobalAverage& p, int64_t image, int64_t c) {
+constexpr int kVectors = 64 / (kLanes<Compute<T>> * static_cast<int>(sizeof(T)));
+
+// The channels from `c` on, `channels` of them.
+template <class T>
+void average_pixels(const GlobalAverage& p, int64_t image, int64_t c, int64_t channels) {
   using C = Compute<T>;
-  constexpr int N = kLanes<C>;
-  const int64_t valid = least(N, p.channels - c);
   const T* x = static_cast<const T*>(p.x) + image * p.pixels * p.channels + c;
-  Vector<C, N> sum[kSums]{};
-  int64_t i = 0;
-  for (; i + kSums <= p.pixels; i += kSums) {
+  T* out = static_cast<T*>(p.out) + image * p.channels + c;
+  auto average = [&](auto vectors, int64_t first, int64_t valid) {
+    constexpr int N = kLanes<C>, J = decltype(vectors)::value, P = J > 2 ? 2 : kSums;
+    Vector<C, N> sum[P][J]{};
+    auto add = [&](int64_t pixel, int to) {
+      const T* from = x + pixel * p.channels + first;
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j) sum[to][j] += J > 1 ? load<N>(from + j * N) : load_first<N>(from, valid);
+    };
+    int64_t pixel = 0;
+    for (; pixel + P <= p.pixels; pixel += P) {
 #pragma GCC unroll 4
-    for (int k = 0; k < kSums; ++k) sum[k] += load_first<N>(x + (i + k) * p.channels, valid);
-  }
-  for (; i < p.pixels; ++i) sum[0] += load_first<N>(x + i * p.channels, valid);
-  const Vector<C, N> mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / broadcast<C, N>(static_cast<C>(p.pixels));
-  store_first<N>(static_cast<T*>(p.out) + image * p.channels + c, mean, valid);
+      for (int k = 0; k < P; ++k) add(pixel + k, k);
+    }
+    for (; pixel < p.pixels; ++pixel) add(pixel, 0);
+    for (int j = 0; j < J; ++j) {
+      for (int k = 1; k < P; ++k) sum[0][j] += sum[k][j];
+      const Vector<C, N> mean = sum[0][j] / broadcast<C, N>(static_cast<C>(p.pixels));
+      store_first<N>(out + first + j * N, mean, valid - j * N);
+    }
+  };
+  constexpr int N = kLanes<C>;
+  if (channels == kVectors<T> * N) return average(Lanes<kVectors<T>>{}, 0, channels);
+  for (int64_t first = 0; first < channels; first += N) average(Lanes<1>{}, first, channels - first);
 }
 
 template <class T>
@@ -43,28 +61,30 @@ void average_plane(const GlobalAverage& p, int64_t plane) {
   store_one(static_cast<T*>(p.out) + plane, total / static_cast<C>(p.pixels));
 }
 
-template <class C>
+template <class T>
+constexpr int64_t kChannels = kVectors<T> * kLanes<Compute<T>>;
+
+template <class T>
 int64_t maps(const GlobalAverage& p) {
-  return p.layout == Layout::channels_last ? ceil_div(p.channels, kLanes<C>) : p.channels;
+  return p.layout == Layout::channels_last ? ceil_div(p.channels, kChannels<T>) : p.channels;
 }
 
 int64_t shared_bytes(const GlobalAverage&) { return 0; }
 
 void before(const GlobalAverage&, void*) {}
 
-// A unit is a vector of channels of an image, or a plane.
+// A unit is a line of channels of an image, or a plane.
 int64_t units(const GlobalAverage& p) {
-  return with_type(p.type,
-                   [&](auto* type) { return p.batch * maps<Compute<std::remove_pointer_t<decltype(type)>>>(p); });
+  return with_type(p.type, [&](auto* type) { return p.batch * maps<std::remove_pointer_t<decltype(type)>>(p); });
 }
 
 void run(const GlobalAverage& p, void*, int64_t begin, int64_t end) {
   with_type(p.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using C = Compute<T>;
     for (int64_t unit = begin; unit < end; ++unit) {
       if (p.layout == Layout::channels_last) {
-        average_pixels<T>(p, unit / maps<C>(p), unit % maps<C>(p) * kLanes<C>);
+        const int64_t first = unit % maps<T>(p) * kChannels<T>;
+        average_pixels<T>(p, unit / maps<T>(p), first, least(kChannels<T>, p.channels - first));
       } else {
         average_plane<T>(p, unit);
       }

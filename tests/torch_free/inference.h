@@ -97,12 +97,12 @@ struct Shortcut {
   Tensor added() const { return epilogue(convolution(image, weight, 1, 0), shift); }
 };
 
-// Alone, with its epilogue, in a wider map added to what lies there, and with a down-sampler's shortcut.
+// Alone, with its PReLU, in a wider map, and with a down-sampler's shortcut.
 inline void check_average_pool(const Case& s, Type type, Layout layout, Draw& draw) {
   Tensor x = draw.integers({s.batch, s.channels, s.height, s.width});
   for (double& value : x.values) value *= 9;  // so that all means are whole
   const Tensor means = average_pool(x);
-  Steps steps = draw.steps(s.channels, means.sizes);
+  Steps steps = draw.steps(s.channels, {});
   steps.scale = steps.shift = Tensor{};
   Buffer x_buffer(type, layout, x);
   espk::AveragePool p{};
@@ -118,19 +118,17 @@ inline void check_average_pool(const Case& s, Type type, Layout layout, Draw& dr
   check("average_pool", s, kernels.average_pool, p, &espk::AveragePool::out, means);
 
   const EpilogueBuffers buffers(type, layout, steps);
-  p.epilogue = buffers.epilogue;
-  check("average_pool, epilogue", s, kernels.average_pool, p, &espk::AveragePool::out, epilogue(means, steps));
+  p.slope = buffers.epilogue.slope;
+  check("average_pool, slope", s, kernels.average_pool, p, &espk::AveragePool::out, epilogue(means, steps));
 
   const int64_t first = layout == Layout::channels_last ? 3 : 0;
   const Tensor before = draw.integers({s.batch, s.channels + 2 * first, means.sizes[2], means.sizes[3]});
-  steps.residual = channels_of(before, first, s.channels);
   p.out_pixel = before.sizes[1];
-  check("average_pool, in place", s, kernels.average_pool, p, &espk::AveragePool::out,
+  check("average_pool, wider map", s, kernels.average_pool, p, &espk::AveragePool::out,
         with_channels(before, epilogue(means, steps), first), Target{layout, &before, first});
 
   if (layout == Layout::contiguous) return;
   Shortcut shortcut(type, s.channels, means.sizes, draw);
-  p.epilogue.residual = nullptr;
   p.shortcut = shortcut.given();
   p.out_pixel = s.channels;
   steps.residual = shortcut.added();
