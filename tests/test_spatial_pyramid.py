@@ -58,20 +58,28 @@ def test_a_constant_gives_the_sum_of_the_weights_inside(isa: str, layout: torch.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    ("shape", "stride"),
-    [((1, 20, 161, 167), 1), ((1, 24, 301, 291), 2), ((3, 64, 66, 64), 1)],
-    ids=["narrow last block", "stride 2", "batch"],
+    ("shape", "stride", "dilations"),
+    [
+        ((1, 20, 161, 167), 1, (1, 2, 3, 4)),
+        ((1, 24, 301, 291), 2, (1, 2, 3, 4)),
+        ((3, 64, 66, 64), 1, (4, 1, 3, 2)),
+        ((1, 24, 160, 150), 1, (1, 40, 3, 20)),
+    ],
+    ids=["narrow last block", "stride 2", "batch", "large dilations"],
 )
-def test_results_that_outgrow_the_caches(isa: str, dtype: torch.dtype, shape: tuple[int, ...], stride: int) -> None:
+def test_results_that_outgrow_the_caches(
+    isa: str, dtype: torch.dtype, shape: tuple[int, ...], stride: int, dilations: tuple[int, ...]
+) -> None:
     """More than 8 MiB, which the CPU stores past its caches."""
     x, weight = integers(10, *shape).to(dtype), integers(11, 4, shape[1], 3, 3).to(dtype)
     branches = [
-        F.conv2d(x.double(), weight[k].double().unsqueeze(1), None, stride, k + 1, k + 1, shape[1]) for k in range(4)
+        F.conv2d(x.double(), w.double().unsqueeze(1), None, stride, dilation, dilation, shape[1])
+        for w, dilation in zip(weight, dilations, strict=True)
     ]
     expected = torch.stack(branches, 1).cumsum(1).flatten(1, 2)
     assert expected.numel() * x.element_size() >= 2**23
     x = x.contiguous(memory_format=torch.channels_last)
-    assert_exact("output", espkernels.spatial_pyramid(x, weight, (1, 2, 3, 4), stride), expected)
+    assert_exact("output", espkernels.spatial_pyramid(x, weight, dilations, stride), expected)
 
 
 @each_layout

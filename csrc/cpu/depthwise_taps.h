@@ -107,10 +107,11 @@ struct Strips {
   int64_t rows, count;
 };
 
+constexpr int64_t kTileBytes = 256 * 1024, kMostTileBytes = 1024 * 1024;
+
 // bytes_of_row: the tile rows of one row of the strip; overlap: rows read beyond those of the strip itself; others: units
 // besides the strips; wanted: units at least, where rows allow.
 inline Strips choose_strips(int64_t height, int64_t bytes_of_row, int64_t overlap, int64_t others, int64_t wanted = 8) {
-  constexpr int64_t kTileBytes = 256 * 1024, kMostTileBytes = 1024 * 1024;
   const int64_t row = most(bytes_of_row, 1);
   // Rows read twice cost as much as rows read once: a strip is no shorter than its overlap, where memory allows.
   const int64_t shortest = most(least(overlap, kMostTileBytes / row - overlap), 4);
