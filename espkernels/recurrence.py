@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_fake
 
 from espkernels import backends, checks, reference
+from espkernels.gradient_registration import register_autograd
 from espkernels.layout import vector_dtype
 
 if backends.library is not None:

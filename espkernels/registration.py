@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd
+from torch.library import Library
 
 from espkernels import fakes, reference  # noqa: F401  gradients of fake tensors are fake tensors
+from espkernels.gradient_registration import register_autograd
 from espkernels.layout import layout_of, vector_dtype
 
 _ops = torch.ops.espkernels

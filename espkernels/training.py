@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_fake
 
 from espkernels import backends
+from espkernels.gradient_registration import register_autograd
 from espkernels.layout import empty_pixels, out_size
 
 if backends.library is not None:
