@@ -10,7 +10,6 @@ namespace espk::ESPK_ISA {
 #define ESPK_FAR_BYTES (16 * 1024 * 1024)
 #endif
 constexpr int64_t kFarBytes = ESPK_FAR_BYTES;
-constexpr int64_t kLineBytes = 64;
 
 // Whether store_far() is more than store().
 #if defined(__x86_64__)

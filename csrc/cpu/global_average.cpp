@@ -1,6 +1,6 @@
 // The mean of each channel, before a classifier or a weighting of channels. Bytes: the map, read once.
 #include "kernels.h"
-#include "normalise.h"
+#include "vector.h"
 
 namespace espk::ESPK_ISA {
 namespace {
@@ -10,16 +10,20 @@ constexpr int kSums = 4;
 
 // Vectors of channels that a unit takes: a whole line of each pixel, which is read once then.
 template <class T>
-constexpr int kVectors = 64 / (kLanes<Compute<T>> * static_cast<int>(sizeof(T)));
+constexpr int kVectors = static_cast<int>(kLineBytes) / (kLanes<Compute<T>> * static_cast<int>(sizeof(T)));
+
+template <class T>
+constexpr int64_t kChannels = kVectors<T> * kLanes<Compute<T>>;
 
 // The channels from `c` on, `channels` of them.
 template <class T>
 void average_pixels(const GlobalAverage& p, int64_t image, int64_t c, int64_t channels) {
   using C = Compute<T>;
+  constexpr int N = kLanes<C>;
   const T* x = static_cast<const T*>(p.x) + image * p.pixels * p.channels + c;
   T* out = static_cast<T*>(p.out) + image * p.channels + c;
   auto average = [&](auto vectors, int64_t first, int64_t valid) {
-    constexpr int N = kLanes<C>, J = decltype(vectors)::value, P = J > 2 ? 2 : kSums;
+    constexpr int J = decltype(vectors)::value, P = J > 2 ? 2 : kSums;
     Vector<C, N> sum[P][J]{};
     auto add = [&](int64_t pixel, int to) {
       const T* from = x + pixel * p.channels + first;
@@ -38,8 +42,7 @@ void average_pixels(const GlobalAverage& p, int64_t image, int64_t c, int64_t ch
       store_first<N>(out + first + j * N, mean, valid - j * N);
     }
   };
-  constexpr int N = kLanes<C>;
-  if (channels == kVectors<T> * N) return average(Lanes<kVectors<T>>{}, 0, channels);
+  if (channels == kChannels<T>) return average(Lanes<kVectors<T>>{}, 0, channels);
   for (int64_t first = 0; first < channels; first += N) average(Lanes<1>{}, first, channels - first);
 }
 
@@ -60,9 +63,6 @@ void average_plane(const GlobalAverage& p, int64_t plane) {
   for (C lane : lanes) total += lane;
   store_one(static_cast<T*>(p.out) + plane, total / static_cast<C>(p.pixels));
 }
-
-template <class T>
-constexpr int64_t kChannels = kVectors<T> * kLanes<Compute<T>>;
 
 template <class T>
 int64_t maps(const GlobalAverage& p) {

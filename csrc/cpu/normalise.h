@@ -64,7 +64,7 @@ constexpr int64_t kPixelsAhead = 8;
 template <int N, int J, class T>
 inline void fetch_ahead(const T* at, int64_t pitch) {
 #pragma GCC unroll 4
-  for (int64_t j = 0; j < J * N * static_cast<int64_t>(sizeof(T)); j += 64) {
+  for (int64_t j = 0; j < J * N * static_cast<int64_t>(sizeof(T)); j += kLineBytes) {
     __builtin_prefetch(reinterpret_cast<const char*>(at + kPixelsAhead * pitch) + j);
   }
 }

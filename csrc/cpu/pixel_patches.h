@@ -8,16 +8,6 @@
 
 namespace espk::ESPK_ISA {
 
-// Channels `channel` and on of the first branch; all three vectors, or none.
-template <class C>
-inline void set_epilogue(Sweep<C>& sweep, const SpatialPyramid& p, int64_t channel) {
-  if (!p.epilogue.scale) return;
-  sweep.scale = static_cast<const C*>(p.epilogue.scale) + channel;
-  sweep.shift = static_cast<const C*>(p.epilogue.shift) + channel;
-  sweep.slope = static_cast<const C*>(p.epilogue.slope) + channel;
-  sweep.epilogue_segment = p.channels;
-}
-
 // Rows and columns of the result of one image.
 struct Patch {
   int64_t number, image, first_row, rows, first_column, columns;

@@ -70,6 +70,16 @@ struct PyramidStrip {
   }
 };
 
+// Channels `channel` and on of the first branch; all three vectors, or none.
+template <class C>
+inline void set_epilogue(Sweep<C>& sweep, const SpatialPyramid& p, int64_t channel) {
+  if (!p.epilogue.scale) return;
+  sweep.scale = static_cast<const C*>(p.epilogue.scale) + channel;
+  sweep.shift = static_cast<const C*>(p.epilogue.shift) + channel;
+  sweep.slope = static_cast<const C*>(p.epilogue.slope) + channel;
+  sweep.epilogue_segment = p.channels;
+}
+
 // Maps that strips are cut from: blocks of channels, or single channels.
 template <class C>
 inline int64_t pyramid_maps(const Pyramid& p) {

@@ -46,6 +46,9 @@ constexpr int kRegisterBytes = 16;
 constexpr int kRegisters = 16;
 #endif
 
+// What a cache holds and fetches at once.
+constexpr int64_t kLineBytes = 64;
+
 template <class C>
 constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(C));
 
