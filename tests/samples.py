@@ -85,6 +85,7 @@ def _groups() -> list[Sample]:
         Sample("outputs 17 a group", batch=1, channels=8, groups=2, outputs=34),
         Sample("outputs 33 a group", batch=1, channels=8, groups=2, outputs=66),
         Sample("inputs 129 a group", batch=1, channels=129, height=2, width=3, groups=4, outputs=12),
+        Sample("outputs 19 a group of images", batch=3, channels=10, height=7, width=7, groups=2, outputs=38),
         Sample("outputs 300", batch=1, channels=4, height=3, width=3, groups=1, outputs=300),
     ]
 

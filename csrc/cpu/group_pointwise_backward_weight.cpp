@@ -63,18 +63,76 @@ Rows<Compute<T>> rows_of(const T* from, int64_t row, int64_t rows, int64_t colum
   }
 }
 
+// Adds to the weights of one group, [out][in], the products of pixels that lie one behind the other.
+template <class T>
+struct GroupSums {
+  using C = Compute<T>;
+  int64_t out, in;
+  C* sums;
+
+  // channels_last: both maps are matrices [pixels][channels].
+  void add_pixels(const T* grad, int64_t grad_pixel, const T* x, int64_t x_pixel, int64_t pixels) const {
+    const Rows<C> g = rows_of(grad, grad_pixel, pixels, out, 0, 1, Slot::map);
+    const Rows<C> v = rows_of(x, x_pixel, pixels, in, 0, 1, Slot::tile);
+    MatrixProduct<C> product = product_over(pixels);
+    product.a = g.data;
+    product.a_row = 1;
+    product.a_depth = g.row;
+    product.b = v.data;
+    product.b_depth = v.row;
+    multiply(product);
+  }
+
+  // contiguous: both are matrices [channels][pixels] of `parts` images. x is turned where each number of it meets enough
+  // others; dot products end in a sum across each vector, which is most of their time where an image has few pixels.
+  void add_images(const T* grad, int64_t grad_image, const T* x, int64_t x_image, int64_t channel, int64_t pixels,
+                  int64_t parts) const {
+    const Rows<C> g = rows_of(grad, channel, out, pixels, grad_image, parts, Slot::map);
+    if (least(in, out) < kTurned) {
+      const Rows<C> v = rows_of(x, channel, in, pixels, x_image, parts, Slot::tile);
+      add_dots(DotProducts<C>{out, in, pixels, parts, g.data, g.row, g.part, v.data, v.row, v.part, sums, in});
+      return;
+    }
+    const int64_t bytes = packed_columns_size<C>(pixels, in) * static_cast<int64_t>(sizeof(C));
+    C* turned = static_cast<C*>(scratch(Slot::tile, bytes));
+    for (int64_t part = 0; part < parts; ++part) {
+      pack_columns(turned, Matrix<T>{x + part * x_image, 1, channel}, pixels, in);
+      MatrixProduct<C> product = product_over(pixels);
+      product.a = g.data + part * g.part;
+      product.a_row = g.row;
+      product.a_depth = 1;
+      product.b = turned;
+      product.b_packed = true;
+      multiply(product);
+    }
+  }
+
+ private:
+  static constexpr int64_t kTurned = 16;  // channels of both maps
+
+  MatrixProduct<C> product_over(int64_t pixels) const {
+    MatrixProduct<C> product{};
+    product.rows = out;
+    product.columns = in;
+    product.depth = pixels;
+    product.out = sums;
+    product.out_row = in;
+    product.add = true;
+    return product;
+  }
+};
+
 template <class T>
 void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
   using C = Compute<T>;
   const Runs runs(p);
-  const bool last = p.layout == Layout::channels_last;
   const int64_t in = p.in_channels / p.groups, out = p.out_channels / p.groups;
   const T* grad = static_cast<const T*>(p.grad);
   const T* x = static_cast<const T*>(p.x);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t group = unit % p.groups, run = unit / p.groups;
-    C* sums = static_cast<C*>(shared) + run * weight_size(p) + group * out * in;
-    fill_zero(sums, out * in);
+    const GroupSums<T> group_sums{out, in, static_cast<C*>(shared) + run * weight_size(p) + group * out * in};
+    fill_zero(group_sums.sums, out * in);
     const int64_t end_chunk = (run + 1) * runs.chunks / runs.count;
     for (int64_t chunk = run * runs.chunks / runs.count; chunk < end_chunk;) {
       // The same pixels of one image after another, so that images of few pixels share their sums.
@@ -82,29 +140,14 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
       const int64_t parts = least(least(runs.images - image, end_chunk - chunk), kParts);
       const int64_t count = least(kChunk, runs.pixels - first);
       chunk += parts;
-      if (last) {
-        const Rows<C> g =
-            rows_of(grad + first * p.out_channels + group * out, p.out_channels, count, out, 0, 1, Slot::map);
-        const Rows<C> v = rows_of(x + first * p.in_channels + group * in, p.in_channels, count, in, 0, 1, Slot::tile);
-        MatrixProduct<C> product{};
-        product.rows = out;
-        product.columns = in;
-        product.depth = count;
-        product.a = g.data;
-        product.a_row = 1;
-        product.a_depth = g.row;
-        product.b = v.data;
-        product.b_depth = v.row;
-        product.out = sums;
-        product.out_row = in;
-        product.add = true;
-        multiply(product);
+      if (p.layout == Layout::channels_last) {
+        group_sums.add_pixels(grad + first * p.out_channels + group * out, p.out_channels,
+                              x + first * p.in_channels + group * in, p.in_channels, count);
       } else {
-        const Rows<C> g = rows_of(grad + (image * p.out_channels + group * out) * runs.pixels + first, runs.pixels, out,
-                                  count, p.out_channels * runs.pixels, parts, Slot::map);
-        const Rows<C> v = rows_of(x + (image * p.in_channels + group * in) * runs.pixels + first, runs.pixels, in,
-                                  count, p.in_channels * runs.pixels, parts, Slot::tile);
-        add_dots(DotProducts<C>{out, in, count, parts, g.data, g.row, g.part, v.data, v.row, v.part, sums, in});
+        group_sums.add_images(grad + (image * p.out_channels + group * out) * runs.pixels + first,
+                              p.out_channels * runs.pixels,
+                              x + (image * p.in_channels + group * in) * runs.pixels + first,
+                              p.in_channels * runs.pixels, runs.pixels, count, parts);
       }
     }
   }

@@ -21,7 +21,7 @@ inline const Case kCases[] = {
     {"width 70", 1, 2, 4, 70, {9, 1, 4, 2}, 1, true, 2, 34},
     {"width 90", 1, 17, 3, 90, {1, 2}, 1, true, 17, 17},
     {"channels 17", 1, 17, 5, 6, {1, 1, 2, 3}, 1, true, 4, 20},
-    {"channels 33", 1, 33, 3, 4, {1, 2}, 1, true, 3, 51},
+    {"channels 33", 2, 33, 3, 4, {1, 2}, 1, true, 3, 51},
     {"channels 65", 1, 65, 3, 3, {1}, 1, true, 5, 10},
     {"eight branches", 1, 5, 7, 9, {1, 3, 2, 4, 1, 5, 9, 2}, 1, true, 8, 16},
     {"seven branches without hff", 1, 3, 6, 8, {1, 2, 3, 4, 5, 6, 7}, 1, false, 7, 7},
