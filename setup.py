@@ -89,8 +89,9 @@ KERNEL_SOURCES = [
     "csrc/cpu/kernels.cpp",
 ]
 
-# Under csrc; every kernel reads it, and reading it takes longer than compiling a small one.
+# Under csrc; every kernel, or door, reads it, and reading it takes longer than compiling a small one.
 PRECOMPILED = "cpu/intrinsics.h"
+PRECOMPILED_OF_DOORS = "door.h"
 
 BFLOAT16_SOURCES = ["csrc/cpu/bfloat16_product.cpp"]
 SOURCES = TORCH_SOURCES + PYBIND_SOURCES + DISPATCH_SOURCES + KERNEL_SOURCES + BFLOAT16_SOURCES
@@ -138,7 +139,7 @@ BFLOAT16_SETS: dict[str, dict[str, list[str]]] = {
 AROUND_KERNELS = ["-O1"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
 INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
-    "x86_64": {"baseline": ["-O2"], "avx2": AVX2, "avx512": AVX512},
+    "x86_64": {"baseline": ["-O1"], "avx2": AVX2, "avx512": AVX512},
     "aarch64": {"baseline": ["-O3"]},
 }
 
@@ -178,15 +179,15 @@ rule link
 class Compilation:
     """One object file: the rule that makes it from a source, and the flags it has beyond the common ones.
 
-    ``precompiled`` ones read the header of that name that was compiled with the same flags, where the compiler accepts
-    it, and csrc's where not.
+    It reads the header ``precompiled`` as it was compiled with the same flags, where the compiler accepts that, and
+    csrc's where not.
     """
 
     source: str
     variant: str
     flags: list[str]
     rule: str = "cxx"
-    precompiled: bool = False
+    precompiled: str = ""
 
     @property
     def object(self) -> str:
@@ -194,7 +195,7 @@ class Compilation:
 
     @property
     def header(self) -> str:
-        return str(BUILD / self.variant / f"{PRECOMPILED}.gch")
+        return str(BUILD / self.variant / f"{self.precompiled}.gch")
 
 
 @dataclass
@@ -210,6 +211,10 @@ class Library:
         return str(BUILD / (self.name + sysconfig.get_config_var("EXT_SUFFIX")))
 
 
+def doors(sources: list[str], variant: str, flags: list[str]) -> list[Compilation]:
+    return [Compilation(source, variant, flags, precompiled=PRECOMPILED_OF_DOORS) for source in sources]
+
+
 def cpu_library() -> Library:
     torch = torch_folder()
     pybind_flags = [*AROUND_KERNELS, "-isystem", sysconfig.get_path("include"), "-isystem", pybind11_include()]
@@ -217,14 +222,14 @@ def cpu_library() -> Library:
     named = [*(name for name in sets if name != "baseline"), *bfloat16_sets]
     have = [*AROUND_KERNELS, *(f"-DESPK_HAVE_{name.upper()}" for name in named)]
 
-    compilations = [Compilation(source, "torch", torch_flags()) for source in TORCH_SOURCES]
+    compilations = doors(TORCH_SOURCES, "torch", torch_flags())
     compilations += [Compilation(source, "pybind", pybind_flags) for source in PYBIND_SOURCES]
     compilations += [Compilation(source, "dispatch", have) for source in DISPATCH_SOURCES]
     for sources, table in ((KERNEL_SOURCES, sets), (BFLOAT16_SOURCES, bfloat16_sets)):
         for name, flags in table.items():
             # -Wno-psabi: vectors are passed between functions of one object only, so their calling convention is free.
             flags = [*flags, f"-DESPK_ISA={name}", "-Wno-psabi"]
-            precompiled = sources is KERNEL_SOURCES
+            precompiled = PRECOMPILED if sources is KERNEL_SOURCES else ""
             compilations += [Compilation(source, name, flags, precompiled=precompiled) for source in sources]
     # No rpath: espkernels imports torch first, so the loader already has torch's libraries.
     return Library("_C", compilations, [f"-L{torch}/lib", "-ltorch_cpu", "-ltorch", "-lc10"])
@@ -239,7 +244,7 @@ def cuda_library() -> Library:
         )
     # USE_CUDA declares the stable ABI's CUDA functions, which a CPU build of torch declares too, but does not define.
     flags = [*torch_flags(), "-DUSE_CUDA", "-DESPK_NAMESPACE=espkernels_cuda"]
-    compilations = [Compilation(source, "torch_cuda", flags) for source in CUDA_TORCH_SOURCES]
+    compilations = doors(CUDA_TORCH_SOURCES, "torch_cuda", flags)
     compilations += [Compilation(source, "cuda", cuda_architectures(), "nvcc") for source in CUDA_SOURCES]
     # The runtime is linked in, so that any CUDA build of torch will do, whichever toolkit it brings.
     runtime = [f"-L{toolkit / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
@@ -378,14 +383,14 @@ def ninja_text(libraries: list[Library]) -> str:
         ldflags=quote(shlex.split(os.environ.get("LDFLAGS", ""))),
     )
     for library in libraries:
-        headers = {one.header: one.flags for one in library.compilations if one.precompiled}
-        for header, flags in headers.items():
-            text += f"\nbuild {header}: precompile csrc/{PRECOMPILED}\n  flags = {quote(flags)}\n"
+        headers = {one.header: one for one in library.compilations if one.precompiled}
+        for header, one in headers.items():
+            text += f"\nbuild {header}: precompile csrc/{one.precompiled}\n  flags = {quote(one.flags)}\n"
         for one in library.compilations:
             before, flags = "", one.flags
             if one.precompiled:
                 before = f" | {one.header}"
-                flags = ["-iquote", str(BUILD / one.variant), "-include", PRECOMPILED, *flags]
+                flags = ["-iquote", str(BUILD / one.variant), "-include", one.precompiled, *flags]
             text += f"\nbuild {one.object}: {one.rule} {one.source}{before}\n  flags = {quote(flags)}\n"
         objects = " ".join(one.object for one in library.compilations)
         text += f"\nbuild {library.file}: link {objects}\n  flags = {quote(library.link_flags)}\n"

@@ -80,19 +80,24 @@ def test_each_instruction_set_has_the_same_sources() -> None:
     assert all(other in (names[0], set()) for other in names[1:])
 
 
-@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
-def test_kernels_read_the_precompiled_header(instruction_set: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "source", "header"),
+    [(name, "cpu/affine", "cpu/intrinsics.h") for name in ("baseline", "avx2", "avx512")]
+    + [("torch", "cpu_door", "door.h"), ("torch_cuda", "cuda_door", "door.h")],
+)
+def test_sources_read_the_precompiled_header(variant: str, source: str, header: str) -> None:
     # A compiler that refuses it says nothing and reads the header itself, which makes the build half as long again.
-    if not object_files(instruction_set):
-        pytest.skip(f"no objects for {instruction_set} in build/ninja: not built here, or not for this architecture")
-    kernel = f"build/ninja/{instruction_set}/affine.o"
-    command = succeeds(ninja(), "-f", "build/ninja/build.ninja", "-t", "commands", kernel, cwd=ROOT).splitlines()[-1]
+    if not object_files(variant):
+        pytest.skip(f"no objects for {variant} in build/ninja: not built here, or not for this architecture")
+    made = f"build/ninja/{variant}/{Path(source).name}.o"
+    command = succeeds(ninja(), "-f", "build/ninja/build.ninja", "-t", "commands", made, cwd=ROOT).splitlines()[-1]
     compiler, *flags = command.replace("$CXX_STRICT", "").partition(" -MD")[0].split()
     if "Free Software Foundation" not in succeeds(compiler, "--version"):
         pytest.skip("only g++ looks for a precompiled header wherever it looks for the header")
-    read = succeeds(compiler, *flags, "-H", "-fsyntax-only", "csrc/cpu/affine.cpp", cwd=ROOT)
-    assert read.startswith(f"! build/ninja/{instruction_set}/cpu/intrinsics.h.gch\n")
+    read = succeeds(compiler, *flags, "-H", "-fsyntax-only", f"csrc/{source}.cpp", cwd=ROOT)
+    assert read.startswith(f"! build/ninja/{variant}/{header}.gch\n")
     assert "mmintrin.h" not in read
+    assert "torch/csrc/stable/tensor.h" not in read
 
 
 # --- building again, and a wheel; in a copy, so that nobody's library is replaced while it runs

@@ -16,6 +16,13 @@ constexpr BlockShape kPixelShapesOf16[] = {{1, 7}, {1, 8}, {1, 10}, {2, 4}};
 constexpr const BlockShape (&kPixelShapes)[4] = kRegisters == 32 ? kPixelShapesOf32 : kPixelShapesOf16;
 constexpr BlockShape kPlaneShapes[] = {{1, 8}, {2, 4}, {4, 2}, {8, 1}};
 
+// Every shape is compiled. Part of a vector of channels and float64 are rare where a map has few columns: of pixels, they
+// have the first two shapes alone, those of one row.
+template <class C>
+constexpr int shape_count(bool pixels, int64_t lanes) {
+  return pixels && (lanes < kLanes<C> || sizeof(C) == 8) ? 2 : 4;
+}
+
 // Affine and PReLU of one segment; `Pixels` have a number for each lane, of which no more than the channels are read.
 template <class C, int N, bool Pixels>
 struct AffinePrelu {
@@ -96,9 +103,7 @@ template <class C, int N, int R, int X>
       case run_kind(3, 3): return add_alike<C, N, R, X, 3, 3>(sum, run, tile, row_step, weights);
       case run_kind(3, 4): return add_alike<C, N, R, X, 3, 4>(sum, run, tile, row_step, weights);
       case run_kind(2, 1): return add_alike<C, N, R, X, 2, 1>(sum, run, tile, row_step, weights);
-      case run_kind(2, 2): return add_alike<C, N, R, X, 2, 2>(sum, run, tile, row_step, weights);
       case run_kind(2, 3): return add_alike<C, N, R, X, 2, 3>(sum, run, tile, row_step, weights);
-      case run_kind(2, 4): return add_alike<C, N, R, X, 2, 4>(sum, run, tile, row_step, weights);
       default: return add_alike<C, N, R, X, 1, 1>(sum, run, tile, row_step, weights);
     }
   } else {
@@ -188,8 +193,10 @@ void sweep_lanes(const Sweep<C>& s) {
   auto is = [&](int i) { return s.shape.rows == shapes[i].rows && s.shape.columns == shapes[i].columns; };
   if (is(0)) return sweep_blocks<C, N, Pixels, shapes[0].rows, shapes[0].columns>(s);
   if (is(1)) return sweep_blocks<C, N, Pixels, shapes[1].rows, shapes[1].columns>(s);
-  if (is(2)) return sweep_blocks<C, N, Pixels, shapes[2].rows, shapes[2].columns>(s);
-  sweep_blocks<C, N, Pixels, shapes[3].rows, shapes[3].columns>(s);
+  if constexpr (shape_count<C>(Pixels, N) == 4) {
+    if (is(2)) return sweep_blocks<C, N, Pixels, shapes[2].rows, shapes[2].columns>(s);
+    sweep_blocks<C, N, Pixels, shapes[3].rows, shapes[3].columns>(s);
+  }
 }
 
 }  // namespace
@@ -214,6 +221,8 @@ void TapList::end_segment(int64_t lanes) {
       if (step != 0) members[size++] = j;
     }
     if (members[1] == i + 1 && columns(i + 1, i + 2) == step) members[size++] = i + 2;
+    // Two taps an even number of columns apart have a third between them, but for filters that are not 3x3.
+    if (size == 2 && step % 2 == 0) size = 1, step = 0;
     if (step < 0) std::reverse(members, members + size);
     TapRun& run = runs[run_count++];
     run = {taps[members[0]].offset, {}, size, static_cast<int>(step < 0 ? -step : most(step, 1)), 1};
@@ -233,10 +242,12 @@ void TapList::end_segment(int64_t lanes) {
   }
 }
 
-BlockShape choose_block(bool pixels, int64_t rows, int64_t columns) {
+template <class C>
+BlockShape choose_block(bool pixels, int64_t lanes, int64_t rows, int64_t columns) {
   BlockShape best{};
   int64_t best_cost = INT64_MAX;
-  for (const BlockShape& shape : pixels ? kPixelShapes : kPlaneShapes) {
+  for (int i = 0; i < shape_count<C>(pixels, lanes); ++i) {
+    const BlockShape& shape = (pixels ? kPixelShapes : kPlaneShapes)[i];
     constexpr int64_t kStep = 3, kHidden = 8;  // from tap to tap, and in the latency of one, in multiply-adds
     const int64_t cost = ceil_div(rows, shape.rows) * ceil_div(columns, shape.columns) *
                          (most(shape.rows * shape.columns, kHidden) + kStep);
@@ -268,6 +279,8 @@ void sweep(const Sweep<C>& s) {
   }
 }
 
+template BlockShape choose_block<float>(bool, int64_t, int64_t, int64_t);
+template BlockShape choose_block<double>(bool, int64_t, int64_t, int64_t);
 template void sweep(const Sweep<float>& s);
 template void sweep(const Sweep<double>& s);
 

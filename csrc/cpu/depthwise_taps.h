@@ -92,8 +92,9 @@ struct Sweep {
 template <class C>
 void sweep(const Sweep<C>& s);
 
-// The block shape that wastes the fewest sums on a strip of rows x columns vectors.
-BlockShape choose_block(bool pixels, int64_t rows, int64_t columns);
+// The block shape that wastes the fewest sums on a strip of rows x columns vectors of `lanes` numbers.
+template <class C>
+BlockShape choose_block(bool pixels, int64_t lanes, int64_t rows, int64_t columns);
 
 // How many columns of vectors keep all that their taps touch, `rows` rows and reach_x columns to each side, in the
 // first-level cache. Wider strips are swept panel by panel; on rows of 128 pixels that saves a twentieth of the time.

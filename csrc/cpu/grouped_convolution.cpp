@@ -74,7 +74,7 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
   constexpr int N = kLanes<C>;
   const Strips strips = strips_of<C>(p);
   const int64_t blocks = ceil_div(p.groups, N), panel = least(p.width, kPanel);
-  const BlockShape shape = choose_block(true, strips.rows, panel);
+  const BlockShape shape = choose_block<C>(true, N, strips.rows, panel);
   const Tile tile(1, N, least(1, p.height - 1), least(1, p.width - 1), strips.rows + shape.rows - 1,
                   round_up(panel, shape.columns));
   TapList taps;

@@ -123,11 +123,9 @@ void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_
   store_part<C, N>(p, results, J, row, column, store_rows, valid);
 }
 
-// All rows of one block of columns.
+// All rows of J vectors of columns, of which b has its steps `b_depth` apart.
 template <class C, int N, int J, bool PartialB, bool OffsetA>
-void multiply_columns(const MatrixProduct<C>& p, int64_t column, int64_t valid) {
-  const C* b = p.b_packed ? p.b + column * p.depth : p.b + column;
-  const int64_t b_depth = p.b_packed ? int64_t{J} * N : p.b_depth;
+void multiply_columns(const MatrixProduct<C>& p, const C* b, int64_t b_depth, int64_t column, int64_t valid) {
   // The columns of packed rows come in blocks that are no wider.
   if constexpr (J <= kPackedVectors) {
     if (p.a_packed) {
@@ -145,13 +143,14 @@ void multiply_columns(const MatrixProduct<C>& p, int64_t column, int64_t valid) 
                                                   I, valid);
     if (p.ahead) p.ahead->spend(int64_t{I} * J * N * p.depth);
   }
-  // float64 is what the other types are checked with: half the kinds of blocks, which compile in half the time.
-  if constexpr (sizeof(C) < 8) {
+  if constexpr (sizeof(C) < 8 && !OffsetA) {
     constexpr int Half = I / 2;
     for (; row + Half <= p.rows; row += Half) {
-      multiply_block<C, N, Half, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row,
-                                                       column, Half, valid);
+      multiply_block<C, N, Half, J, PartialB, false>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row,
+                                                     column, Half, valid);
     }
+  }
+  if constexpr (sizeof(C) < 8) {
     // Two rows at a time hide twice as much of the latency of a multiply-add: 32 rows are 12 + 12 + 6 + 2.
     for (; row + 2 <= p.rows; row += 2) {
       multiply_block<C, N, 2, J, PartialB, OffsetA>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row, column,
@@ -164,26 +163,40 @@ void multiply_columns(const MatrixProduct<C>& p, int64_t column, int64_t valid) 
   }
 }
 
+// Vectors that a block of registers has at most. Every kind of block is compiled: float64, which the other types are
+// checked with, and offsets, which a network's first convolution has, go without those of more than two, and without
+// half as many rows. They are the longest to compile.
+template <class C, bool OffsetA>
+constexpr int kBlockVectors = sizeof(C) == 8 || OffsetA ? 2 : kMostVectors;
+
 template <class C, bool OffsetA>
 void multiply_all(const MatrixProduct<C>& p) {
   // Packed rows come in blocks of the height that suits three vectors.
   for_column_blocks<C>(p.columns, p.a_packed ? kPackedVectors : kMostVectors,
                        [&](int64_t first, int64_t vectors, int lanes, int64_t valid) {
                          constexpr int N = kLanes<C>;
+                         const C* b = p.b_packed ? p.b + first * p.depth : p.b + first;
                          if (lanes == N && valid % N == 0) {
-                           switch (vectors) {
-                             case 1: return multiply_columns<C, N, 1, false, OffsetA>(p, first, N);
-                             case 2: return multiply_columns<C, N, 2, false, OffsetA>(p, first, N);
-                             case 3: return multiply_columns<C, N, 3, false, OffsetA>(p, first, N);
-                             default: return multiply_columns<C, N, kMostVectors, false, OffsetA>(p, first, N);
+                           const int64_t b_depth = p.b_packed ? vectors * N : p.b_depth;
+                           constexpr int kMost = kBlockVectors<C, OffsetA>;
+                           if constexpr (kMost > 2) {
+                             if (vectors == kMost)
+                               return multiply_columns<C, N, kMost, false, OffsetA>(p, b, b_depth, first, N);
+                             if (vectors == 3)
+                               return multiply_columns<C, N, 3, false, OffsetA>(p, b, b_depth, first, N);
                            }
+                           for (; vectors >= 2; vectors -= 2, first += 2 * N, b += 2 * N) {
+                             multiply_columns<C, N, 2, false, OffsetA>(p, b, b_depth, first, N);
+                           }
+                           if (vectors == 1) multiply_columns<C, N, 1, false, OffsetA>(p, b, b_depth, first, N);
+                           return;
                          }
                          with_lanes<C>(lanes, [&](auto width) {
                            constexpr int W = decltype(width)::value;
                            if (OffsetA || p.b_packed || valid == W) {
-                             multiply_columns<C, W, 1, false, OffsetA>(p, first, valid);
+                             multiply_columns<C, W, 1, false, OffsetA>(p, b, p.b_packed ? W : p.b_depth, first, valid);
                            } else {
-                             multiply_columns<C, W, 1, true, false>(p, first, valid);
+                             multiply_columns<C, W, 1, true, false>(p, b, p.b_depth, first, valid);
                            }
                          });
                        });

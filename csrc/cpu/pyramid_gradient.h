@@ -46,7 +46,7 @@ class GradientStrip {
         pixels(p.layout == Layout::channels_last),
         channels(channels_of_block),
         lanes(vector_lanes<C>(pixels ? channels : class_size(p, p.width, 0))),
-        shape(choose_block(pixels, rows, vectors(0))),
+        shape(choose_block<C>(pixels, lanes, rows, vectors(0))),
         tile(1, pixels ? lanes : 1, gradient_reach(p, p.height), gradient_reach(p, p.width), round_up(rows, shape.rows),
              round_up(vectors(0), shape.columns) * (pixels ? 1 : lanes)) {}
 

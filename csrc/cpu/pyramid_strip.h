@@ -31,7 +31,7 @@ struct PyramidStrip {
         lanes(vector_lanes<C>(innermost)),
         valid(innermost),
         columns(pixels ? out_columns : ceil_div(out_columns, lanes)),
-        shape(choose_block(pixels, step, columns)),
+        shape(choose_block<C>(pixels, lanes, step, columns)),
         tile(p.stride, pixels ? lanes : 1, reach(p, p.height), reach(p, p.width), rows + shape.rows - 1,
              round_up(columns, shape.columns) * (pixels ? 1 : lanes)) {
     for (int64_t k = 0; k < p.branches; ++k) {

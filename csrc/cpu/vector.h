@@ -397,7 +397,8 @@ inline void transpose(Vector<C, N> (&v)[N]) {
   }
 }
 
-// Calls f(Lanes<N>) with the narrowest of the register widths that holds n numbers; n at most kLanes<C>.
+// Calls f(Lanes<N>) with the narrowest of the register widths that holds n numbers; n at most kLanes<C>. float64, which
+// the other types are checked with, has the widest alone: each width is compiled.
 template <int N>
 struct Lanes {
   static constexpr int value = N;
@@ -405,11 +406,11 @@ struct Lanes {
 
 template <class C, class F>
 inline void with_lanes(int64_t n, F&& f) {
-  constexpr int widest = kLanes<C>;
-  if constexpr (widest >= 4 * (16 / static_cast<int>(sizeof(C)))) {
+  constexpr int widest = kLanes<C>, narrowest = sizeof(C) < 8 ? 4 : widest;
+  if constexpr (widest >= 4 * narrowest) {
     if (n <= widest / 4) return f(Lanes<widest / 4>{});
   }
-  if constexpr (widest >= 2 * (16 / static_cast<int>(sizeof(C)))) {
+  if constexpr (widest >= 2 * narrowest) {
     if (n <= widest / 2) return f(Lanes<widest / 2>{});
   }
   f(Lanes<widest>{});
