@@ -28,9 +28,10 @@ def _check_numbers(name: str, x: Tensor, expected: str) -> None:
 
 def _check_map(name: str, x: Tensor, expected: str) -> None:
     _check_numbers(name, x, expected)
-    if x.dim() != 4:
+    shape = x.shape  # a new object each time that it is asked for
+    if len(shape) != 4:
         raise ValueError(f"{name}: got shape {_shape(x)}, expected four dimensions {expected}")
-    if x.shape[1] < 1 or x.shape[2] < 1 or x.shape[3] < 1:
+    if shape[1] < 1 or shape[2] < 1 or shape[3] < 1:
         raise ValueError(f"{name}: got shape {_shape(x)}, expected at least one channel, row and column")
 
 
@@ -65,14 +66,15 @@ def check_pyramid(x: Tensor, weight: Tensor, dilations: Sequence[int], stride: i
     _check_map("x", x, "[B, d, H, W]")
     check_dilations(dilations, stride)
     _check_alike("weight", weight, x)
-    if weight.dim() != 4 or weight.shape[2] != 3 or weight.shape[3] != 3:
+    shape = weight.shape
+    if len(shape) != 4 or shape[2] != 3 or shape[3] != 3:
         raise ValueError(f"weight: got shape {_shape(weight)}, expected [K, d, 3, 3]")
-    if weight.shape[0] != len(dilations):
+    if shape[0] != len(dilations):
         raise ValueError(
-            f"weight: got shape {_shape(weight)}, {weight.shape[0]} branches, but {len(dilations)} dilations; "
+            f"weight: got shape {_shape(weight)}, {shape[0]} branches, but {len(dilations)} dilations; "
             "expected as many of each"
         )
-    if weight.shape[1] != x.shape[1]:
+    if shape[1] != x.shape[1]:
         raise ValueError(f"weight: got shape {_shape(weight)}, expected d = {x.shape[1]} channels as x {_shape(x)} has")
 
 
@@ -82,10 +84,11 @@ def _check_pointwise_weight(name: str, weight: Tensor, x: Tensor, in_channels: i
         raise TypeError(f"groups: got {type(groups).__name__}, expected an int")
     if groups < 1 or in_channels % groups:
         raise ValueError(f"groups: got {groups}, expected a divisor of the {in_channels} input channels")
-    if weight.dim() != 2 or weight.shape[1] != in_channels // groups or weight.shape[0] < 1:
+    shape = weight.shape
+    if len(shape) != 2 or shape[1] != in_channels // groups or shape[0] < 1:
         raise ValueError(f"{name}: got shape {_shape(weight)}, expected [N, M/groups] = [N, {in_channels // groups}]")
-    if weight.shape[0] % groups:
-        raise ValueError(f"groups: got {groups}, expected a divisor of the {weight.shape[0]} output channels")
+    if shape[0] % groups:
+        raise ValueError(f"groups: got {groups}, expected a divisor of the {shape[0]} output channels")
 
 
 def _check_channel_vector(name: str, vector: Tensor | None, x: Tensor, channels: int) -> None:
@@ -127,8 +130,9 @@ def check_group_pointwise(
     slope: Tensor | None,
 ) -> None:
     _check_map("x", x, "[B, M, H, W]")
-    _check_pointwise_weight("weight", weight, x, x.shape[1], groups)
-    _check_epilogue(x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]), scale, shift, residual, slope)
+    batch, channels, height, width = x.shape
+    _check_pointwise_weight("weight", weight, x, channels, groups)
+    _check_epilogue(x, (batch, weight.shape[0], height, width), scale, shift, residual, slope)
 
 
 def check_pyramid_pointwise(
