@@ -221,8 +221,12 @@ void TapList::end_segment(int64_t lanes) {
       if (step != 0) members[size++] = j;
     }
     if (members[1] == i + 1 && columns(i + 1, i + 2) == step) members[size++] = i + 2;
-    // Two taps an even number of columns apart have a third between them, but for filters that are not 3x3.
-    if (size == 2 && step % 2 == 0) size = 1, step = 0;
+    // Taps of 3x3 filters an even number of columns apart have a third between them: other filters' go one by one, since
+    // no loop of add_taps is compiled for such a pair.
+    if (size == 2 && step % 2 == 0) {
+      size = 1;
+      step = 0;
+    }
     if (step < 0) std::reverse(members, members + size);
     TapRun& run = runs[run_count++];
     run = {taps[members[0]].offset, {}, size, static_cast<int>(step < 0 ? -step : most(step, 1)), 1};

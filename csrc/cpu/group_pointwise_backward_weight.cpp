@@ -67,6 +67,8 @@ Rows<Compute<T>> rows_of(const T* from, int64_t row, int64_t rows, int64_t colum
 template <class T>
 struct GroupSums {
   using C = Compute<T>;
+  static constexpr int64_t kTurned = 16;  // channels of a group, of both maps
+
   int64_t out, in;
   C* sums;
 
@@ -74,13 +76,7 @@ struct GroupSums {
   void add_pixels(const T* grad, int64_t grad_pixel, const T* x, int64_t x_pixel, int64_t pixels) const {
     const Rows<C> g = rows_of(grad, grad_pixel, pixels, out, 0, 1, Slot::map);
     const Rows<C> v = rows_of(x, x_pixel, pixels, in, 0, 1, Slot::tile);
-    MatrixProduct<C> product = product_over(pixels);
-    product.a = g.data;
-    product.a_row = 1;
-    product.a_depth = g.row;
-    product.b = v.data;
-    product.b_depth = v.row;
-    multiply(product);
+    multiply(weight_gradient(sums, out, in, pixels, Matrix<C>{g.data, 1, g.row}, v.data, v.row));
   }
 
   // contiguous: both are matrices [channels][pixels] of `parts` images. x is turned where each number of it meets enough
@@ -97,28 +93,11 @@ struct GroupSums {
     C* turned = static_cast<C*>(scratch(Slot::tile, bytes));
     for (int64_t part = 0; part < parts; ++part) {
       pack_columns(turned, Matrix<T>{x + part * x_image, 1, channel}, pixels, in);
-      MatrixProduct<C> product = product_over(pixels);
-      product.a = g.data + part * g.part;
-      product.a_row = g.row;
-      product.a_depth = 1;
-      product.b = turned;
+      const Matrix<C> gradient{g.data + part * g.part, g.row, 1};
+      MatrixProduct<C> product = weight_gradient<C>(sums, out, in, pixels, gradient, turned, in);
       product.b_packed = true;
       multiply(product);
     }
-  }
-
- private:
-  static constexpr int64_t kTurned = 16;  // channels of both maps
-
-  MatrixProduct<C> product_over(int64_t pixels) const {
-    MatrixProduct<C> product{};
-    product.rows = out;
-    product.columns = in;
-    product.depth = pixels;
-    product.out = sums;
-    product.out_row = in;
-    product.add = true;
-    return product;
   }
 };
 

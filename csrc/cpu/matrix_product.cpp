@@ -123,6 +123,11 @@ void multiply_block(const MatrixProduct<C>& p, const C* a, int64_t a_row, int64_
   store_part<C, N>(p, results, J, row, column, store_rows, valid);
 }
 
+// Every kind of block is compiled, the largest ones longest. float64, which the other types are checked with, and offsets,
+// which a network's first convolution has, go without blocks of more than two vectors and of half the rows.
+template <class C, bool OffsetA>
+constexpr bool kAllBlocks = sizeof(C) < 8 && !OffsetA;
+
 // All rows of J vectors of columns, of which b has its steps `b_depth` apart.
 template <class C, int N, int J, bool PartialB, bool OffsetA>
 void multiply_columns(const MatrixProduct<C>& p, const C* b, int64_t b_depth, int64_t column, int64_t valid) {
@@ -143,7 +148,7 @@ void multiply_columns(const MatrixProduct<C>& p, const C* b, int64_t b_depth, in
                                                   I, valid);
     if (p.ahead) p.ahead->spend(int64_t{I} * J * N * p.depth);
   }
-  if constexpr (sizeof(C) < 8 && !OffsetA) {
+  if constexpr (kAllBlocks<C, OffsetA>) {
     constexpr int Half = I / 2;
     for (; row + Half <= p.rows; row += Half) {
       multiply_block<C, N, Half, J, PartialB, false>(p, p.a + row * p.a_row, p.a_row, p.a_depth, b, b_depth, row,
@@ -163,12 +168,6 @@ void multiply_columns(const MatrixProduct<C>& p, const C* b, int64_t b_depth, in
   }
 }
 
-// Vectors that a block of registers has at most. Every kind of block is compiled: float64, which the other types are
-// checked with, and offsets, which a network's first convolution has, go without those of more than two, and without
-// half as many rows. They are the longest to compile.
-template <class C, bool OffsetA>
-constexpr int kBlockVectors = sizeof(C) == 8 || OffsetA ? 2 : kMostVectors;
-
 template <class C, bool OffsetA>
 void multiply_all(const MatrixProduct<C>& p) {
   // Packed rows come in blocks of the height that suits three vectors.
@@ -178,10 +177,9 @@ void multiply_all(const MatrixProduct<C>& p) {
                          const C* b = p.b_packed ? p.b + first * p.depth : p.b + first;
                          if (lanes == N && valid % N == 0) {
                            const int64_t b_depth = p.b_packed ? vectors * N : p.b_depth;
-                           constexpr int kMost = kBlockVectors<C, OffsetA>;
-                           if constexpr (kMost > 2) {
-                             if (vectors == kMost)
-                               return multiply_columns<C, N, kMost, false, OffsetA>(p, b, b_depth, first, N);
+                           if constexpr (kAllBlocks<C, OffsetA>) {
+                             if (vectors == kMostVectors)
+                               return multiply_columns<C, N, kMostVectors, false, OffsetA>(p, b, b_depth, first, N);
                              if (vectors == 3)
                                return multiply_columns<C, N, 3, false, OffsetA>(p, b, b_depth, first, N);
                            }

@@ -139,6 +139,25 @@ struct Matrix {
   Matrix from(int64_t i, int64_t j) const { return {data + i * row + j * column, row, column}; }
 };
 
+// sums [out][in] += gradient times x over `pixels` pixels: gradient(o, pixel), and x in pixels x_pixel apart.
+template <class C>
+inline MatrixProduct<C> weight_gradient(C* sums, int64_t out, int64_t in, int64_t pixels, Matrix<C> gradient,
+                                        const C* x, int64_t x_pixel) {
+  MatrixProduct<C> product{};
+  product.rows = out;
+  product.columns = in;
+  product.depth = pixels;
+  product.a = gradient.data;
+  product.a_row = gradient.row;
+  product.a_depth = gradient.column;
+  product.b = x;
+  product.b_depth = x_pixel;
+  product.out = sums;
+  product.out_row = in;
+  product.add = true;
+  return product;
+}
+
 // Writes rows x columns numbers, row after row of `pitch` >= columns, with zeros behind each row. N is the width of the
 // pieces that are turned where the matrix lies the other way in memory.
 template <int N, class T>

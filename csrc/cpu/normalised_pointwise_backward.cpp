@@ -67,19 +67,10 @@ void add_weight_gradient(const Problem& p, C* weight_sums, const C* gradient, co
                          Ahead* ahead) {
   const int64_t in = p.in_channels / p.groups, out = p.out_channels / p.groups;
   for (int64_t group = 0; group < p.groups; ++group) {
-    MatrixProduct<C> product{};
+    MatrixProduct<C> product =
+        weight_gradient<C>(weight_sums + group * out * in, out, in, pixels,
+                           Matrix<C>{gradient + group * out, 1, p.out_channels}, input.data + group * in, input.pitch);
     product.ahead = ahead;
-    product.rows = out;
-    product.columns = in;
-    product.depth = pixels;
-    product.a = gradient + group * out;
-    product.a_row = 1;
-    product.a_depth = p.out_channels;
-    product.b = input.data + group * in;
-    product.b_depth = input.pitch;
-    product.out = weight_sums + group * out * in;
-    product.out_row = in;
-    product.add = true;
     multiply(product);
   }
 }
