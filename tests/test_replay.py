@@ -206,8 +206,10 @@ def test_other_layers_outdate_plans(frozen: Any, how: str) -> None:
     EXCHANGES[how](frozen)
     after = frozen(x)
     truth = own(frozen, x)
-    assert torch.allclose(after, truth, rtol=1e-5, atol=1e-5 * truth.abs().max().item())
-    assert after.shape != before.shape or not torch.allclose(after, before, rtol=1e-2)
+    largest = truth.abs().max().item()
+    assert torch.allclose(after, truth, rtol=1e-5, atol=1e-5 * largest)
+    # A unit of an untrained network moves its result by thousandths of the largest number: 100 times the rounding.
+    assert after.shape != before.shape or not torch.allclose(after, before, rtol=0, atol=1e-4 * largest)
     assert torch.equal(frozen(x), after)
 
 

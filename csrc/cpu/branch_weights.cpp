@@ -8,23 +8,23 @@ void prepare_branch_weights(const Pyramid& p, const void* weight, void* shared) 
     using C = Compute<T>;
     const T* from = static_cast<const T*>(weight);
     C* to = static_cast<C*>(shared);
-    const int64_t taps = 9 * p.branches;
-    auto weight_of = [&](int64_t channel, int64_t tap) {
-      return load_one(from + (tap / 9 * p.channels + channel) * 9 + tap % 9);
+    // f(the first channel's weight of a tap); a channel's taps lie side by side.
+    auto for_taps = [&](int64_t channel, auto&& f) {
+      for (int64_t k = 0; k < p.branches; ++k) {
+        for (int64_t tap = 0; tap < 9; ++tap) f(from + (k * p.channels + channel) * 9 + tap);
+      }
     };
     if (p.layout == Layout::contiguous) {
-      for (int64_t c = 0; c < p.channels; ++c) {
-        for (int64_t t = 0; t < taps; ++t) *to++ = weight_of(c, t);
-      }
+      for (int64_t c = 0; c < p.channels; ++c) for_taps(c, [&](const T* at) { *to++ = load_one(at); });
       return;
     }
     for (int64_t first = 0; first < p.channels; first += kLanes<C>) {
       const int64_t channels = least(kLanes<C>, p.channels - first);
       with_lanes<C>(channels, [&](auto lanes) {
         constexpr int N = decltype(lanes)::value;
-        for (int64_t t = 0; t < taps; ++t) {
-          for (int64_t c = 0; c < N; ++c) *to++ = c < channels ? weight_of(first + c, t) : C(0);
-        }
+        for_taps(first, [&](const T* at) {
+          for (int64_t c = 0; c < N; ++c) *to++ = c < channels ? load_one(at + c * 9) : C(0);
+        });
       });
     }
   });

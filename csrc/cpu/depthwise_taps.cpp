@@ -5,13 +5,15 @@
 
 #include <algorithm>
 
+#include "far_map.h"
+
 namespace espk::ESPK_ISA {
 namespace {
 
 // Pixels put neighbouring pixels side by side, planes also rows, since few vectors make a row of a plane. Eight sums hide
 // the latency of the multiply-adds, seven nearly; of sixteen registers ten leave room for the weights of a run and for what
 // compilers make of it.
-constexpr BlockShape kPixelShapesOf32[] = {{1, 14}, {1, 8}, {2, 7}, {2, 4}};
+constexpr BlockShape kPixelShapesOf32[] = {{1, 14}, {1, 8}, {1, 16}, {2, 7}};
 constexpr BlockShape kPixelShapesOf16[] = {{1, 7}, {1, 8}, {1, 10}, {2, 4}};
 constexpr const BlockShape (&kPixelShapes)[4] = kRegisters == 32 ? kPixelShapesOf32 : kPixelShapesOf16;
 constexpr BlockShape kPlaneShapes[] = {{1, 8}, {2, 4}, {4, 2}, {8, 1}};
@@ -60,7 +62,8 @@ template <class C, int N, int R, int X, int Count, int Step>
     const C* p = tile + run.offset + r * row_step;
 #pragma GCC unroll 32
     for (int j = 0; j < X + (Count - 1) * Step; ++j) {
-      const Vector<C, N> v = load<N>(p + j * N);
+      Vector<C, N> v = load<N>(p + j * N);
+      hold(v);
 #pragma GCC unroll 4
       for (int t = 0; t < Count; ++t) {
         const int i = j - t * Step;
@@ -131,6 +134,27 @@ template <class C, int N, bool Pixels>
   }
 }
 
+// The results of one segment of a whole block; last(sum) is each.
+template <class C, int N, int R, int X, class Last>
+[[gnu::always_inline]] inline void store_whole(const Sweep<C>& s, C* out, const Vector<C, N> (&sum)[R][X],
+                                               const Last& last) {
+  if constexpr (N * sizeof(C) == kLineBytes) {
+    if (s.far) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+        for (int i = 0; i < X; ++i) store_far<N>(out + r * s.out_row + i * s.out_column, last(sum[r][i]));
+      }
+      return;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int i = 0; i < X; ++i) store<N>(out + r * s.out_row + i * s.out_column, last(sum[r][i]));
+  }
+}
+
 template <class C, int N, bool Pixels, int R, int X>
 void sweep_blocks(const Sweep<C>& given) {
   using V = Vector<C, N>;
@@ -169,18 +193,9 @@ void sweep_blocks(const Sweep<C>& given) {
         }
         C* out = s.out + g * s.out_segment + y * s.out_row + x * s.out_column;
         if (s.scale) {
-          const AffinePrelu<C, N, Pixels> epilogue(s, g * s.epilogue_segment);
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-            for (int i = 0; i < X; ++i) store<N>(out + r * s.out_row + i * s.out_column, epilogue(sum[r][i]));
-          }
+          store_whole<C, N, R, X>(s, out, sum, AffinePrelu<C, N, Pixels>(s, g * s.epilogue_segment));
         } else {
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-            for (int i = 0; i < X; ++i) store<N>(out + r * s.out_row + i * s.out_column, sum[r][i]);
-          }
+          store_whole<C, N, R, X>(s, out, sum, [](Vector<C, N> v) { return v; });
         }
       }
     }

@@ -16,12 +16,13 @@ struct Patch {
 // How a map of pixels is cut: strips of rows, and panels of columns where rows are long. A unit is one block of channels
 // of a patch, or all blocks in turn where the result outgrows the second-level cache: their numbers share cache lines,
 // which then leave the cache once, and not half written and once a block. A result that outgrows every cache is stored
-// past them, a few rows of all blocks at a time, since only whole lines save fetching what they overwrite; but where
-// dilations are so large that tiles of all blocks would hold little beside the rows that strips share.
+// past them, since whole lines save fetching what they overwrite: vectors that are lines as they are computed, and others
+// gathered, a few rows of all blocks at a time; but where dilations are so large that tiles of all blocks would hold
+// little beside the rows that strips share. In training lines are gathered too: their moments are taken from the cache.
 struct Patches {
   Strips strips;
   int64_t columns, panels, blocks, blocks_of_unit;
-  bool far;  // past the caches
+  bool far, gathered;  // past the caches, and gathered first
   int64_t group, step;  // blocks that go through the rows of a patch together, and how many rows at a time
 
   int64_t of_image() const { return strips.count * panels; }
@@ -38,7 +39,7 @@ struct Patches {
 template <class C>
 inline Patches patches_of(const SpatialPyramid& p) {
   // Timed together with what reads the result next, 12 MiB are faster past the caches, by 3 to 34 %, and 4 MiB no faster.
-  constexpr int64_t kWidest = 28, kNearBytes = 768 * 1024, kFarResult = kFarBytes / 2, kRowsTogether = 32 * 1024;
+  constexpr int64_t kWidest = 32, kNearBytes = 768 * 1024, kFarResult = kFarBytes / 2, kRowsTogether = 32 * 1024;
   Patches cut{};
   cut.panels = ceil_div(p.out_width, kWidest);
   cut.columns = ceil_div(p.out_width, cut.panels);
@@ -48,13 +49,15 @@ inline Patches patches_of(const SpatialPyramid& p) {
   const int64_t columns = least(p.width, cut.columns * p.stride) + 2 * reach(p, p.width);
   const int64_t row_bytes = p.stride * columns * lanes * static_cast<int64_t>(sizeof(C));  // of a block's tile
   const int64_t pixel = p.out_channels() * bytes_of(p.type), result = pixel * p.out_height * p.out_width;
+  const bool vectors_are_lines = kRegisterBytes == kLineBytes && p.channels % kLanes<C> == 0 && !p.moments.mean;
   cut.far = kFarStores && bytes_of(p.type) == sizeof(C) && p.batch * result >= kFarResult &&
             p.out_pixel == p.out_channels() && pixel % kLineBytes == 0 &&
-            2 * overlap * cut.blocks * row_bytes <= kMostTileBytes;
-  cut.blocks_of_unit = result > kNearBytes || cut.far ? cut.blocks : 1;
-  cut.group = cut.far ? cut.blocks : 1;
+            (vectors_are_lines || 2 * overlap * cut.blocks * row_bytes <= kMostTileBytes);
+  cut.gathered = cut.far && !vectors_are_lines;
+  cut.blocks_of_unit = cut.gathered || (result > kNearBytes && !cut.far) ? cut.blocks : 1;
+  cut.group = cut.gathered ? cut.blocks : 1;
   cut.strips = choose_strips(p.out_height, cut.group * row_bytes, overlap, p.batch * cut.panels * cut.turns());
-  cut.step = cut.far ? least(cut.strips.rows, most(kRowsTogether / (cut.columns * pixel), 1)) : cut.strips.rows;
+  cut.step = cut.gathered ? least(cut.strips.rows, most(kRowsTogether / (cut.columns * pixel), 1)) : cut.strips.rows;
   return cut;
 }
 
@@ -160,9 +163,14 @@ class PixelPatches {
       sweep.out_segment = to.branch;
       sweep.out_row = to.row;
       sweep.out_column = to.column;
+      sweep.far = cut.far && !cut.gathered && starts_a_line(p.out);
       ESPK_ISA::sweep(sweep);
     }
-    if (gathers()) store_gathered(group, out, to, rows);
+    if (gathers()) {
+      store_gathered(group, out, to, rows);
+    } else if (cut.far) {
+      finish_far_stores();
+    }
     if (p.moments.mean) {
       if constexpr (kInPlace) {
         add_moments(group, to, rows);
@@ -173,12 +181,12 @@ class PixelPatches {
     return needed;
   }
 
-  bool gathers() const { return !kInPlace || cut.far; }
+  bool gathers() const { return !kInPlace || cut.gathered; }
 
   // Where a group's rows come from the sweep: in place, or side by side in the cache.
   PatchMap<C> swept_into(const Group& group, [[maybe_unused]] const PatchMap<T>& out, int64_t rows) const {
     if constexpr (kInPlace) {
-      if (!cut.far) return out;
+      if (!cut.gathered) return out;
     }
     const int64_t pixel = p.branches * group.channels, row = group.patch.columns * pixel;
     C* near = static_cast<C*>(scratch(Slot::map, rows * row * static_cast<int64_t>(sizeof(C))));

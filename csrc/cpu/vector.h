@@ -69,6 +69,15 @@ inline Vector<C, N> broadcast(C value) {
   return value - Vector<C, N>{};  // exact for every number; a loop over lanes compiles to one insertion a lane
 }
 
+// Keeps a vector in a register for all its uses: a compiler that can multiply by memory reads it again for each of them,
+// which took the depthwise taps a fifth more time on AVX2 and a quarter on AVX-512 (Zen 4, GCC 12).
+template <class V>
+[[gnu::always_inline]] inline void hold([[maybe_unused]] V& v) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) >= 16 && sizeof(V) <= kRegisterBytes) asm("" : "+v"(v));
+#endif
+}
+
 template <int N>
 inline Vector<float, N> widen(const bfloat16* p) {
   Vector<uint16_t, N> h;
@@ -271,7 +280,13 @@ inline void for_whole_vectors(int64_t count, F&& f) {
 
 template <class T>
 inline Compute<T> load_one(const T* p) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return __builtin_bit_cast(float, uint32_t{p->bits} << 16);
+#if defined(__F16C__)
+  } else if constexpr (sizeof(T) == 2) {
+    return _cvtsh_ss(p->bits);
+#endif
+  } else if constexpr (sizeof(T) == 2) {
     return load_first<4>(p, 1)[0];
   } else {
     return *p;
