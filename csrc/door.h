@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "huge_pages.h"
 #include "shapes.h"
 
 namespace espk {
@@ -63,7 +64,10 @@ inline Tensor dense_map(const Tensor& t, Layout layout) {
 inline Tensor dense_weight(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline Tensor empty_map(std::vector<int64_t> sizes, const Tensor& like, Layout layout) {
-  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format_of(layout));
+  Tensor map =
+      torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format_of(layout));
+  if (map.is_cpu()) prefer_huge_pages(map.mutable_data_ptr(), map.numel() * bytes_of(type_of(map)));
+  return map;
 }
 
 // Each library has one device and defines these for it: whether a kernel that it starts now may touch the tensor's memory,

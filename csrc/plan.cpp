@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <thread>
 
+#include "huge_pages.h"
+
 namespace espk {
 namespace {
 
@@ -225,7 +227,9 @@ Bytes Plan::take_arena() const {
       return arena;
     }
   }
-  return aligned_bytes(arena_bytes);
+  Bytes arena = aligned_bytes(arena_bytes);
+  prefer_huge_pages(arena.get(), arena_bytes);
+  return arena;
 }
 
 void Plan::give_back(Bytes arena) const {
@@ -241,6 +245,7 @@ void Plan::run(const char* input, const std::vector<char*>& outputs, int64_t ima
     const char* input;
     const std::vector<char*>& outputs;
   } context{*this, input, outputs};
+  for (std::size_t r = 0; r < outputs.size(); ++r) prefer_huge_pages(outputs[r], images * output_bytes[r]);
   const int64_t threads = thread_count(), alone = threads > 1 ? images / threads * threads : 0;
   if (alone > 0) {
     parallel_for(
