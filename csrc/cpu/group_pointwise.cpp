@@ -26,6 +26,7 @@ struct Chunks {
   int64_t images, pixels, size, count;  // count a whole image
   int64_t parts;                        // of all channels
   bool cut;                             // a part is one block of packed columns
+  bool part_by_part;
 
   template <class C>
   static Chunks of(const GroupPointwise& p) {
@@ -42,6 +43,17 @@ struct Chunks {
 
   int64_t units() const { return images * count * parts; }
 
+  struct Unit {
+    int64_t image, chunk, part;
+  };
+  // All parts of a chunk in turn, which read the same lines; or where the weights outweigh the map, all chunks of a part,
+  // so that a thread reads few of the weights, which another one has prepared.
+  Unit at(int64_t unit) const {
+    const int64_t all = images * count, part = part_by_part ? unit / all : unit % parts;
+    const int64_t chunk = part_by_part ? unit % all : unit / parts;
+    return {chunk / count, chunk % count, part};
+  }
+
  private:
   explicit Chunks(const GroupPointwise& p) {
     const bool last = p.layout == Layout::channels_last;
@@ -51,6 +63,7 @@ struct Chunks {
     const int64_t wanted = ceil_div(pixels * images * p.groups, 64);
     size = last ? least(most(round_up(wanted, 12), 24), 96) : least(most(round_up(wanted, 48), 48), 192);
     count = ceil_div(pixels, size);
+    part_by_part = p.out_channels / p.groups > images * pixels;
   }
 };
 
@@ -67,7 +80,8 @@ void run_pairs(const GroupPointwise& p, const void* shared, int64_t begin, int64
   const Chunks chunks = Chunks::of<float>(p);
   const PointwiseWeights weights = weights_of(p);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t part = unit % chunks.parts, first = unit / chunks.parts * chunks.size;
+    const auto [image, chunk, part] = chunks.at(unit);
+    const int64_t first = chunk * chunks.size;
     const int64_t first_column = chunks.cut ? packed_block<float>(p.out_channels, part) : 0;
     const int64_t end_column = chunks.cut ? packed_block<float>(p.out_channels, part + 1) : weights.out;
     Bfloat16Product product =
@@ -92,8 +106,7 @@ void run_type(const GroupPointwise& p, void* shared, int64_t begin, int64_t end)
   const bool pixels = weights.pixels, is_narrow = weights.is_narrow<C>();
   const NarrowGroups<C> narrow = weights.narrow<C>();
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t part = unit % chunks.parts, chunk = unit / chunks.parts % chunks.count;
-    const int64_t image = unit / chunks.parts / chunks.count;
+    const auto [image, chunk, part] = chunks.at(unit);
     const int64_t first = chunk * chunks.size, count = least(chunks.size, chunks.pixels - first);
     const int64_t group = chunks.cut || is_narrow ? 0 : part;
     const int64_t first_column = chunks.cut ? packed_block<C>(p.out_channels, part) : 0;
