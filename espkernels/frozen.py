@@ -19,7 +19,7 @@ from espkernels import backends, inference, ops, replay
 from espkernels import nn as layers
 from espkernels.fused_unit import Unit
 from espkernels.layout import out_size, vector_dtype
-from espkernels.norms import Norm
+from espkernels.norms import affine_of
 
 __all__ = [
     "Frozen",
@@ -29,21 +29,8 @@ __all__ = [
     "FrozenEESP",
     "FrozenGlobalAverage",
     "FrozenLinear",
-    "affine_of",
     "slope_of",
 ]
-
-
-def affine_of(norm: Norm) -> tuple[Tensor, Tensor]:
-    """Scale and shift a channel of a batch norm with its running statistics, in float64."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -norm.running_mean.detach().double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    return scale, shift
 
 
 def slope_of(act: nn.PReLU, channels: int) -> Tensor:

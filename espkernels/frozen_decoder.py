@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from espkernels import inference
-from espkernels.frozen import Frozen, FrozenConvolution, affine_of, slope_of
+from espkernels.frozen import Frozen, FrozenConvolution, slope_of
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join
+from espkernels.norms import affine_of
 
 __all__ = ["FrozenJoin", "FrozenPyramidPooling"]
 

@@ -1,7 +1,8 @@
-"""An EESP unit of modules as one call of :func:`espkernels.training.eesp_training`, where that is the same thing.
+"""An EESP unit of modules as one or two calls of operators, where that is the same thing as its layers one by one.
 
-The operator knows nothing of modules. What a person may have hung on them, a hook, a parametrisation, another kind of
-batch norm, runs only when the modules are called, so such a unit stays with its layers.
+In training it is :func:`espkernels.training.eesp_training`; without gradients two operators, into whose epilogues the
+norms and PReLUs go. Operators know nothing of modules. What a person may have hung on them, a hook, a parametrisation,
+another kind of batch norm, runs only when the modules are called, so such a unit stays with its layers.
 """
 
 from __future__ import annotations
@@ -13,12 +14,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from espkernels import backends
+from espkernels import backends, ops
 from espkernels.layout import layout_of, out_size, vector_dtype
-from espkernels.norms import NORMS, Norm, bias_of, running, takes_batch, track, weight_of
+from espkernels.norms import NORMS, Norm, affine_of, bias_of, running, takes_batch, track, weight_of
 from espkernels.training import eesp_training
 
-__all__ = ["Unit", "UnitLayers", "fits", "hooked", "is_pointwise", "is_pyramid", "laid_out", "run", "wanted"]
+__all__ = [
+    "Unit",
+    "UnitLayers",
+    "fits",
+    "hooked",
+    "infer",
+    "is_pointwise",
+    "is_pyramid",
+    "laid_out",
+    "run",
+    "settled",
+    "wanted",
+]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
@@ -105,8 +118,13 @@ def wanted(unit: Unit, layers: UnitLayers, x: Tensor) -> bool:
     )
 
 
+def settled(layers: UnitLayers, x: Tensor) -> bool:
+    """Whether every norm has its running statistics, and no autocast decides on the dtype of each layer."""
+    return not any(map(takes_batch, layers.norms)) and not torch.is_autocast_enabled(x.device.type)
+
+
 def fits(layers: UnitLayers, x: Tensor) -> bool:
-    """Whether :func:`run` does for the map ``x`` what ``layers`` would do.
+    """Whether :func:`run`, or :func:`infer` of a :func:`settled` unit, does for the map ``x`` what ``layers`` would do.
 
     That is on kernels that train whole units, and where every layer is just what its class says.
     """
@@ -168,4 +186,27 @@ def run(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:
     )
     pixels = x.shape[0] * x.shape[2] * x.shape[3], y.shape[0] * y.shape[2] * y.shape[3]
     track(norms, moments, (pixels[0], pixels[1], pixels[1]))
+    return y.contiguous(memory_format=layout_of(x))
+
+
+def infer(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:
+    """The unit's result for ``x``, without gradients, in the format of ``x``: 3.5 maps of traffic instead of about 20.
+
+    The kernels are fastest in channels_last: a contiguous ``x`` and its result are copied once each.
+    """
+    reduce, expand, stride = layers.reduce, layers.expand, layers.stride
+    compute = vector_dtype(x.dtype)
+    affines = [[vector.to(compute) for vector in affine_of(norm)] for norm in layers.norms]
+    (scale, shift), (pyramid_scale, pyramid_shift), (last_scale, last_shift) = affines
+    slopes = [activation.weight.to(compute) for activation in layers.activations]
+    image = x.contiguous(memory_format=torch.channels_last)
+    out_shape = (expand.out_channels, *(out_size(size, stride) for size in x.shape[2:]))
+    residual = image if layers.adds_input and x.shape[1:] == out_shape else None
+    slope = slopes[2] if len(slopes) > 2 else None
+    reduce_weight, expand_weight = laid_out(reduce.weight).flatten(1), laid_out(expand.weight).flatten(1)
+    reduced = ops.group_pointwise(image, reduce_weight, reduce.groups, scale, shift, None, slopes[0])
+    y = ops.pyramid_pointwise(
+        reduced, unit.pyramid_weight(), layers.dilations, expand_weight, expand.groups,
+        pyramid_scale, pyramid_shift, slopes[1], last_scale, last_shift, residual, slope, stride, layers.hff,
+    )  # fmt: skip
     return y.contiguous(memory_format=layout_of(x))

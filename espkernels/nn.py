@@ -197,13 +197,14 @@ class EESP(nn.Module):
     ``r_lim`` is the receptive-field limit of :func:`kernel_sizes`. ``hff=False`` concatenates the branches as they are
     (Table 6), ``dilated=False`` makes every dilation 1 (Table 5); neither changes parameters or keys.
 
-    In training the whole unit is one operator (:mod:`espkernels.training`), and ``memory`` says what it
-    keeps for the backward pass besides x: the reduced map, the map in front of the last batch norm and, with "save",
-    the concatenated map, which "recompute" makes again. Its gradients have none of their own.
+    Without gradients the unit is two operators, into which its norms and PReLUs go. In training it is one
+    (:mod:`espkernels.training`), and ``memory`` says what that keeps for the backward pass besides x: the reduced map,
+    the map in front of the last batch norm and, with "save", the concatenated map, which "recompute" makes again. Its
+    gradients have none of their own.
 
-    A hook on any submodule runs: a unit with one, or with another class of layers inside, runs layer by layer in
-    training too. A convolution that carries one (or whose container does), or that is no longer what the constructor
-    made, by its class, bias, stride, padding or dilation, is called as a module instead of through the operators.
+    A hook on any submodule runs: a unit with one, or with another class of layers inside, runs layer by layer then. A
+    convolution that carries one (or whose container does), or that is no longer what the constructor made, by its
+    class, bias, stride, padding or dilation, is called as a module instead of through the operators.
 
     Raises ValueError for a ``stride`` other than 1 and 2, a ``k`` outside 1 to 8, ``in_channels`` that ``k`` does not
     divide, ``out_channels`` that ``k`` squared does not divide, and an unknown ``down_method`` or ``memory``.
@@ -280,8 +281,11 @@ class EESP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = self.layers()
-        if fused_unit.wanted(self, layers, x) and fused_unit.fits(layers, x):
-            return fused_unit.run(self, layers, x)
+        if fused_unit.fits(layers, x):
+            if fused_unit.wanted(self, layers, x):
+                return fused_unit.run(self, layers, x)
+            if fused_unit.settled(layers, x):
+                return fused_unit.infer(self, layers, x)
         reduced = self._reduce(x)
         expanded = self._expand(self.br_after_cat(self._pyramid(reduced)))
         if self.stride == 2 and self.down_method == "avg":

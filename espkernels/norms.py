@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from espkernels.layout import vector_dtype
 
-__all__ = ["NORMS", "Norm", "bias_of", "folded", "running", "takes_batch", "track", "weight_of"]
+__all__ = ["NORMS", "Norm", "affine_of", "bias_of", "folded", "running", "takes_batch", "track", "weight_of"]
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -51,6 +51,18 @@ def running(norms: Sequence[Norm], device: torch.device) -> tuple[Tensor | None,
             else:
                 part.append(buffer.double())
     return torch.cat(parts[0]), torch.cat(parts[1])
+
+
+def affine_of(norm: Norm) -> tuple[Tensor, Tensor]:
+    """Scale and shift a channel of a batch norm with its running statistics, in float64."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.detach().double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    return scale, shift
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Where a unit of modules runs as one operator in training, what it keeps, and where its layers run one by one."""
+"""Where a unit of modules runs as operators of whole units, what it keeps, and where its layers run one by one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from layer_results import randomised, results, twin
 from torch import Tensor, nn
 
 from espkernels import nn as fused
-from espkernels import use_backend
+from espkernels import ops, use_backend
 from espkernels.training import eesp_training
 
 pytestmark = pytest.mark.usefixtures("same_each_time")
@@ -184,3 +184,90 @@ def test_compiles_whole(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(a[f"_orig_mod.{key}" if f"_orig_mod.{key}" in a else key], value)
     assert len(graphs) == 1
     assert "espkernels.eesp_training.default" in [str(node.target) for node in graphs[0].graph.nodes]
+
+
+# --- without gradients -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def inference_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A word for each call of what follows a unit's reduction without gradients."""
+    calls: list[str] = []
+    original = ops.pyramid_pointwise
+    monkeypatch.setattr(ops, "pyramid_pointwise", lambda *a: calls.append("pyramid_pointwise") or original(*a))
+    return calls
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        (16, 16),
+        (16, 32),
+        (16, 16, 2),
+        (16, 32, 2, 4, 9, "avg"),
+        (12, 18, 1, 3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("hff", [True, False], ids=["hff", "no-hff"])
+@torch.no_grad()
+def test_without_gradients(unit: Any, hff: bool, layout: torch.memory_format, inference_calls: list[str]) -> None:
+    layer = randomised(fused.EESP(*unit, hff=hff)).double().eval()
+    x = torch.randn(2, unit[0], 7, 6, dtype=torch.float64).contiguous(memory_format=layout)
+    actual = layer(x)
+    torch.testing.assert_close(actual, twin(layer)(x), rtol=1e-10, atol=1e-10)
+    assert actual.is_contiguous(memory_format=layout)
+    assert len(inference_calls) == 1
+
+
+@pytest.mark.parametrize("name", NORMS)
+@torch.no_grad()
+def test_norms_without_gradients(name: str, inference_calls: list[str]) -> None:
+    layer = randomised(fused.EESP(16, 32, r_lim=7)).double().eval()
+    _change(name, layer)
+    x = torch.randn(2, 16, 6, 7, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), twin(layer)(x), rtol=1e-10, atol=1e-10)
+    assert bool(inference_calls) == (name != "not tracked")  # it takes the statistics of the batch
+
+
+@torch.no_grad()
+def test_bfloat16_without_gradients(inference_calls: list[str]) -> None:
+    """Closer to the truth than the layers, which round each of their results: 3 stored maps instead of 7."""
+    layer = randomised(fused.EESP(64, 64)).bfloat16().eval()
+    x = torch.randn(2, 64, 9, 10).bfloat16()
+    truth = twin(layer).double()(x.double())
+    ours, layers = ((each(x).double() - truth).norm() for each in (layer, twin(layer)))
+    assert ours < layers
+    assert inference_calls
+
+
+@pytest.mark.parametrize("name", PARTS)
+@torch.no_grad()
+def test_hooks_fire_without_gradients(name: str, inference_calls: list[str]) -> None:
+    layer = randomised(fused.EESP(16, 16)).double().eval()
+    other, x = twin(layer), torch.randn(2, 16, 5, 6, dtype=torch.float64)
+    seen: list[str] = []
+    for each in (layer, other):
+        each.get_submodule(name).register_forward_hook(lambda *args: seen.append(name) or 2 * args[2])
+    torch.testing.assert_close(layer(x), other(x), rtol=1e-10, atol=1e-10)
+    assert seen == [name, name]
+    assert not inference_calls
+
+
+@torch.no_grad()
+def test_autocast_without_gradients_decides_layer_by_layer(inference_calls: list[str]) -> None:
+    layer = randomised(fused.EESP(16, 16)).eval()
+    with torch.autocast("cpu"):
+        layer(torch.randn(2, 16, 5, 6))
+    assert not inference_calls
+
+
+@torch.no_grad()
+def test_weights_edited_in_place_count_without_gradients() -> None:
+    layer, x = randomised(fused.EESP(16, 16)).double().eval(), torch.randn(2, 16, 5, 6, dtype=torch.float64)
+    layer(x)
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        if tensor.is_floating_point():
+            tensor.mul_(1.25)
+    torch.testing.assert_close(layer(x), twin(layer)(x), rtol=1e-10, atol=1e-10)

@@ -381,11 +381,16 @@ def test_official_positional_order() -> None:
 
 def test_the_operators_run(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("spatial_pyramid", "group_pointwise"):
+    for name in ("spatial_pyramid", "group_pointwise", "pyramid_pointwise"):
         original = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *a, n=name, f=original, **k: calls.append(n) or f(*a, **k))
+    down = fused.DownSampler(8, 24).eval()
     with torch.no_grad():
-        fused.DownSampler(8, 24).eval()(torch.randn(1, 8, 8, 8), torch.randn(1, 3, 32, 32))
+        down(torch.randn(1, 8, 8, 8), torch.randn(1, 3, 32, 32))
+        assert calls == ["group_pointwise", "pyramid_pointwise"]
+        calls.clear()
+        down.eesp.br_after_cat.register_forward_hook(lambda *_: None)
+        down(torch.randn(1, 8, 8, 8), torch.randn(1, 3, 32, 32))
     assert calls == ["group_pointwise", "spatial_pyramid", "group_pointwise"]
     calls.clear()
     plain.DownSampler(8, 24).eval()(torch.randn(1, 8, 8, 8), torch.randn(1, 3, 32, 32))
