@@ -190,23 +190,19 @@ def run(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:
 
 
 def infer(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:
-    """The unit's result for ``x``, without gradients, in the format of ``x``: 3.5 maps of traffic instead of about 20.
-
-    The kernels are fastest in channels_last: a contiguous ``x`` and its result are copied once each.
-    """
+    """The unit's result for ``x``, without gradients, in the format of ``x``: 3.5 maps of traffic instead of about 20."""
     reduce, expand, stride = layers.reduce, layers.expand, layers.stride
     compute = vector_dtype(x.dtype)
     affines = [[vector.to(compute) for vector in affine_of(norm)] for norm in layers.norms]
     (scale, shift), (pyramid_scale, pyramid_shift), (last_scale, last_shift) = affines
     slopes = [activation.weight.to(compute) for activation in layers.activations]
-    image = x.contiguous(memory_format=torch.channels_last)
+    dense = x.contiguous(memory_format=layout_of(x))  # as the residual has to be
     out_shape = (expand.out_channels, *(out_size(size, stride) for size in x.shape[2:]))
-    residual = image if layers.adds_input and x.shape[1:] == out_shape else None
+    residual = dense if layers.adds_input and x.shape[1:] == out_shape else None
     slope = slopes[2] if len(slopes) > 2 else None
     reduce_weight, expand_weight = laid_out(reduce.weight).flatten(1), laid_out(expand.weight).flatten(1)
-    reduced = ops.group_pointwise(image, reduce_weight, reduce.groups, scale, shift, None, slopes[0])
-    y = ops.pyramid_pointwise(
+    reduced = ops.group_pointwise(dense, reduce_weight, reduce.groups, scale, shift, None, slopes[0])
+    return ops.pyramid_pointwise(
         reduced, unit.pyramid_weight(), layers.dilations, expand_weight, expand.groups,
         pyramid_scale, pyramid_shift, slopes[1], last_scale, last_shift, residual, slope, stride, layers.hff,
     )  # fmt: skip
-    return y.contiguous(memory_format=layout_of(x))
