@@ -190,7 +190,7 @@ def run(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:
 
 
 def infer(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:
-    """The unit's result for ``x``, without gradients, in the format of ``x``: 3.5 maps of traffic instead of about 20."""
+    """The unit's result for ``x``, without gradients, in its format: 3.5 maps of traffic instead of about 20."""
     reduce, expand, stride = layers.reduce, layers.expand, layers.stride
     compute = vector_dtype(x.dtype)
     affines = [[vector.to(compute) for vector in affine_of(norm)] for norm in layers.norms]
