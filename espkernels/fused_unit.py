@@ -154,6 +154,11 @@ def fits(layers: UnitLayers, x: Tensor) -> bool:
     return all(weight.dtype == x.dtype for weight in weights)
 
 
+def _adds_input(layers: UnitLayers, x: Tensor) -> bool:
+    out_shape = (layers.expand.out_channels, *(out_size(size, layers.stride) for size in x.shape[2:]))
+    return layers.adds_input and x.shape[1:] == out_shape
+
+
 def run(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:
     """The unit's result for ``x`` in the format of ``x``; updates the norms' running statistics as they would.
 
@@ -163,7 +168,6 @@ def run(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:
     norms, reduce, expand, stride = layers.norms, layers.reduce, layers.expand, layers.stride
     compute = vector_dtype(x.dtype)
     means, variances = running(norms, x.device)
-    out_shape = (expand.out_channels, *(out_size(size, stride) for size in x.shape[2:]))
     y, moments = eesp_training(
         x.contiguous(memory_format=torch.channels_last),
         laid_out(reduce.weight).flatten(1),
@@ -181,7 +185,7 @@ def run(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:
         [takes_batch(norm) for norm in norms],
         stride,
         layers.hff,
-        layers.adds_input and x.shape[1:] == out_shape,
+        _adds_input(layers, x),
         layers.memory == "save",
     )
     pixels = x.shape[0] * x.shape[2] * x.shape[3], y.shape[0] * y.shape[2] * y.shape[3]
@@ -197,8 +201,7 @@ def infer(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:
     (scale, shift), (pyramid_scale, pyramid_shift), (last_scale, last_shift) = affines
     slopes = [activation.weight.to(compute) for activation in layers.activations]
     dense = x.contiguous(memory_format=layout_of(x))  # as the residual has to be
-    out_shape = (expand.out_channels, *(out_size(size, stride) for size in x.shape[2:]))
-    residual = dense if layers.adds_input and x.shape[1:] == out_shape else None
+    residual = dense if _adds_input(layers, x) else None
     slope = slopes[2] if len(slopes) > 2 else None
     reduce_weight, expand_weight = laid_out(reduce.weight).flatten(1), laid_out(expand.weight).flatten(1)
     reduced = ops.group_pointwise(dense, reduce_weight, reduce.groups, scale, shift, None, slopes[0])

@@ -53,16 +53,17 @@ def running(norms: Sequence[Norm], device: torch.device) -> tuple[Tensor | None,
     return torch.cat(parts[0]), torch.cat(parts[1])
 
 
+@torch.no_grad()
 def affine_of(norm: Norm) -> tuple[Tensor, Tensor]:
     """Scale and shift a channel of a batch norm with its running statistics, in float64."""
     assert norm.running_mean is not None and norm.running_var is not None
-    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -norm.running_mean.detach().double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    return scale, shift
+    return _affine(norm, norm.running_mean.double(), norm.running_var.double())
+
+
+def _affine(norm: Norm, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift a channel of a batch norm with these statistics, float64."""
+    scale = weight_of(norm, torch.float64, means.device) * (variances + norm.eps).rsqrt()
+    return scale, bias_of(norm, torch.float64, means.device) - means * scale
 
 
 @torch.no_grad()
@@ -114,7 +115,6 @@ def folded(weight: Tensor, norm: Norm, x: Tensor) -> tuple[Tensor, Tensor, Tenso
         assert norm.running_mean is not None
         assert norm.running_var is not None
         means, variances = norm.running_mean.double(), norm.running_var.double()
-    scale = weight_of(norm, torch.float64, x.device) * (variances + norm.eps).rsqrt()
+    scale, shift = _affine(norm, means, variances)
     dtype = vector_dtype(x.dtype)
-    shift = bias_of(norm, torch.float64, x.device) - means * scale
     return x, (scale[:, None] * wide).to(dtype), shift.to(dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
@@ -90,13 +90,21 @@ def same_each_time(threads: None) -> Iterator[None]:
 
 
 @pytest.fixture
-def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A word for each call of a whole unit in training: a unit that ran layer by layer would prove nothing about it."""
-    from espkernels import training
+def calls_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], list[str]]:
+    """Gives a list in which each call of a module's function puts its name from now on."""
 
-    calls: list[str] = []
-    original = training.eesp_training
-    monkeypatch.setattr(
-        "espkernels.fused_unit.eesp_training", lambda *a, **k: calls.append("eesp_training") or original(*a, **k)
-    )
-    return calls
+    def watch(module: Any, name: str) -> list[str]:
+        calls: list[str] = []
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: calls.append(name) or original(*a, **k))
+        return calls
+
+    return watch
+
+
+@pytest.fixture
+def fused_calls(calls_of: Callable[[Any, str], list[str]]) -> list[str]:
+    """A word for each call of a whole unit in training: a unit that ran layer by layer would prove nothing about it."""
+    from espkernels import fused_unit
+
+    return calls_of(fused_unit, "eesp_training")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -125,15 +126,18 @@ PARTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_hooks_fire_in_training(name: str, fused_calls: list[str]) -> None:
-    layer = randomised(fused.EESP(16, 16)).double()
+def assert_hook_fires(layer: nn.Module, name: str) -> None:
     other, x = twin(layer), torch.randn(2, 16, 5, 6, dtype=torch.float64)
     seen: list[str] = []
     for each in (layer, other):
         each.get_submodule(name).register_forward_hook(lambda *args: seen.append(name) or 2 * args[2])
     torch.testing.assert_close(layer(x), other(x), rtol=1e-10, atol=1e-10)
     assert seen == [name, name]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_hooks_fire_in_training(name: str, fused_calls: list[str]) -> None:
+    assert_hook_fires(randomised(fused.EESP(16, 16)).double(), name)
     assert not fused_calls
 
 
@@ -190,12 +194,9 @@ def test_compiles_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def inference_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def inference_calls(calls_of: Callable[[Any, str], list[str]]) -> list[str]:
     """A word for each call of what follows a unit's reduction without gradients."""
-    calls: list[str] = []
-    original = ops.pyramid_pointwise
-    monkeypatch.setattr(ops, "pyramid_pointwise", lambda *a: calls.append("pyramid_pointwise") or original(*a))
-    return calls
+    return calls_of(ops, "pyramid_pointwise")
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
@@ -245,13 +246,7 @@ def test_bfloat16_without_gradients(inference_calls: list[str]) -> None:
 @pytest.mark.parametrize("name", PARTS)
 @torch.no_grad()
 def test_hooks_fire_without_gradients(name: str, inference_calls: list[str]) -> None:
-    layer = randomised(fused.EESP(16, 16)).double().eval()
-    other, x = twin(layer), torch.randn(2, 16, 5, 6, dtype=torch.float64)
-    seen: list[str] = []
-    for each in (layer, other):
-        each.get_submodule(name).register_forward_hook(lambda *args: seen.append(name) or 2 * args[2])
-    torch.testing.assert_close(layer(x), other(x), rtol=1e-10, atol=1e-10)
-    assert seen == [name, name]
+    assert_hook_fires(randomised(fused.EESP(16, 16)).double().eval(), name)
     assert not inference_calls
 
 

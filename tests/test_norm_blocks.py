@@ -26,12 +26,9 @@ pytestmark = [
 
 
 @pytest.fixture
-def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def norm_calls(calls_of: Callable[[Any, str], list[str]]) -> list[str]:
     """A name for each call of the operator so far."""
-    calls: list[str] = []
-    original = fused_norm.batch_norm_prelu
-    monkeypatch.setattr(fused_norm, "batch_norm_prelu", lambda *a: calls.append("batch_norm_prelu") or original(*a))
-    return calls
+    return calls_of(fused_norm, "batch_norm_prelu")
 
 
 def pixels(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -19,7 +19,7 @@ constexpr const BlockShape (&kPixelShapes)[4] = kRegisters == 32 ? kPixelShapesO
 constexpr BlockShape kPlaneShapes[] = {{1, 8}, {2, 4}, {4, 2}, {8, 1}};
 
 // Every shape is compiled. Part of a vector of channels and float64 are rare where a map has few columns: of pixels, they
-// have the first two shapes alone, those of one row.
+// have the first two shapes alone.
 template <class C>
 constexpr int shape_count(bool pixels, int64_t lanes) {
   return pixels && (lanes < kLanes<C> || sizeof(C) == 8) ? 2 : 4;

@@ -86,8 +86,8 @@ struct Sweep {
   int64_t out_segment, out_row, out_column;  // steps of the result
   int64_t valid, valid_step;                 // vector `column` holds valid - column * valid_step numbers to store
   const C *scale = nullptr, *shift = nullptr, *slope = nullptr;  // affine and PReLU of the result, all three or none
-  bool far = false;  // vectors are whole lines, and are stored past the cache
   int64_t epilogue_segment = 0;                                  // their step from segment to segment
+  bool far = false;  // vectors are whole lines, and are stored past the cache
 };
 
 template <class C>
