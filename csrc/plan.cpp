@@ -94,6 +94,15 @@ void Recording::drop_unread(Plan& plan) {
   std::reverse(plan.recorded_as.begin(), plan.recorded_as.end());
 }
 
+// Whether the result of a step may take its residual's place in memory: both are whole buffers of one size, and no other
+// of its maps is the residual's.
+bool Recording::overwrites_residual(const Step& step) const {
+  if (step.residual < 0) return false;
+  const int64_t bytes = ranges_[static_cast<std::size_t>(step.residual)].bytes;
+  return step.bytes.back() == bytes && ranges_[static_cast<std::size_t>(step.touches.back())].bytes == bytes &&
+         std::count(step.touches.begin(), step.touches.end(), step.residual) == 1;
+}
+
 std::unique_ptr<Plan> Recording::finish(const std::vector<Range>& results, std::string& refusal) {
   auto plan = std::make_unique<Plan>();
   for (const Range& result : results) {
@@ -123,6 +132,15 @@ std::unique_ptr<Plan> Recording::finish(const std::vector<Range>& results, std::
   for (std::size_t result : plan->results_) given[result] = true;
   Floorplan floorplan;
   for (std::size_t s = 0; s < steps.size(); ++s) {
+    // A result that is stored where its residual was needs no lines of the cache but those the residual came in.
+    const auto result = static_cast<std::size_t>(steps[s]->touches.back());
+    if (overwrites_residual(*steps[s]) && !given[result] && plan->offsets_[result] < 0) {
+      const auto residual = static_cast<std::size_t>(steps[s]->residual);
+      if (!given[residual] && last[residual] == static_cast<int64_t>(s)) {
+        plan->offsets_[result] = plan->offsets_[residual];
+        last[residual] = -1;
+      }
+    }
     for (int64_t touched : steps[s]->touches) {
       const auto buffer = static_cast<std::size_t>(touched);
       int64_t& offset = plan->offsets_[buffer];

@@ -42,6 +42,7 @@ struct Mover {
     if (place->buffer >= 0) pointer = buffers[place->buffer] + place->offset;
     ++place;
   }
+  void residual(const void*& pointer, int64_t bytes) { map(pointer, bytes); }
   void out(void*& pointer, int64_t) {
     pointer = buffers[place->buffer] + place->offset;
     ++place;
@@ -63,8 +64,9 @@ class Step {
   virtual bool has_cut() const = 0;
 
   const char* const name;
-  std::vector<int64_t> touches;  // buffers
+  std::vector<int64_t> touches;  // buffers, the result's last
   std::vector<int64_t> bytes;  // of the map in each of them
+  int64_t residual = -1;  // the buffer of its residual
   int64_t weight_bytes = 0;
   int64_t cut = 1;  // it is cut for as many times the threads, which changes no bit
 };
@@ -188,6 +190,10 @@ class Recording {
     int64_t compute_bytes;
 
     void map(const void* pointer, MapBytes bytes) { places.push_back(recording.find(pointer, bytes, step)); }
+    void residual(const void* pointer, MapBytes bytes) {
+      map(pointer, bytes);
+      step.residual = places.back().buffer;
+    }
     void out(const void* pointer, MapBytes bytes) { map(pointer, bytes); }
     void weight(const void*& pointer) { pointer = nullptr; }
     void vector(const void*& pointer, int64_t count) { constant(pointer, count * compute_bytes); }
@@ -201,6 +207,7 @@ class Recording {
 
   Place find(const void* pointer, MapBytes bytes, Step& step);
   void drop_unread(Plan& plan);
+  bool overwrites_residual(const Step& step) const;
 
   int64_t input_bytes_;
   std::vector<Range> ranges_;

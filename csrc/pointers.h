@@ -1,5 +1,6 @@
 // Where the pointers of a problem point to and how far, so that a plan can move them: visitor.map(pointer, bytes) for a
-// map that is read, visitor.out(pointer, bytes) for one that is written, visitor.vector(pointer, count) for numbers of the
+// map that is read, visitor.residual(pointer, bytes) for one that is read just before the result is stored in its place,
+// visitor.out(pointer, bytes) for one that is written, the last of them, visitor.vector(pointer, count) for numbers of the
 // compute type that never change, visitor.constant(pointer, bytes) for others, visitor.weight(pointer) for weights, which
 // kernels read from their prepared copy only.
 #pragma once
@@ -28,7 +29,7 @@ void visit(Visitor& v, Epilogue& e, int64_t channels, MapBytes residual_bytes) {
   v.vector(e.scale, channels);
   v.vector(e.shift, channels);
   v.vector(e.slope, channels);
-  v.map(e.residual, residual_bytes);
+  v.residual(e.residual, residual_bytes);
 }
 
 template <class Visitor>

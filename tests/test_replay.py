@@ -421,6 +421,38 @@ def test_maps_take_turns_in_a_small_arena(frozen: Any) -> None:
     assert plan.arena_bytes <= 4 * max(sum(step_bytes) for *_, step_bytes in plan.steps())
 
 
+class Fork(nn.Module):
+    """A map that two units read, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = stem(1)
+        self.first, self.second, *self.last = (plain.EESP(16, 16) for _ in range(4))
+        self.last = nn.ModuleList(self.last)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = self.stem(x)
+        maps = [self.first(y), self.second(y)]
+        return [last(one) for last, one in zip(self.last, maps, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@torch.no_grad()
+def test_a_unit_is_stored_over_a_map_that_nobody_reads_again(dtype: torch.dtype) -> None:
+    x = photograph(2, 3, 40, 44).to(dtype)
+    size = 16 * 40 * 44 * x.element_size()  # of each map; a reduced one has a quarter of it
+    units = nn.Sequential(stem(1), *(plain.EESP(16, 16) for _ in range(3)))
+    chain, fork = (espkernels.freeze(trained(model).eval().to(dtype)) for model in (units, Fork()))
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(chain(x), layers(chain, x))
+        for one, other in zip(fork(x), layers(fork, x), strict=True):
+            assert torch.equal(one, other)
+    # The chain's maps take turns in the stem's place; the fork's first unit has to leave it for the second.
+    assert the_plan(chain).plan.arena_bytes == size + size // 4
+    assert the_plan(fork).plan.arena_bytes == 2 * size + size // 4
+
+
 @torch.no_grad()
 def test_replays_take_no_memory(frozen: Any) -> None:
     x = photograph(2, 3, 224, 224)
