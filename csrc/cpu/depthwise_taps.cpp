@@ -51,15 +51,27 @@ struct AffinePrelu {
   }
 };
 
+// Where a block's first output lies in the tile, and how the rows below it follow.
+template <class C>
+struct BlockRows {
+  const C* tile;
+  int64_t first, row_step, round;
+
+  const C* at(int64_t offset, int row) const {
+    const int64_t from = first + offset + row * row_step;
+    return tile + (from < round ? from : from - round);
+  }
+};
+
 template <class C, int N, int R, int X, int Count, int Step>
-[[gnu::always_inline]] inline void add_run(Vector<C, N> (&sum)[R][X], const TapRun& run, const C* tile,
-                                           int64_t row_step, const C* weights) {
+[[gnu::always_inline]] inline void add_run(Vector<C, N> (&sum)[R][X], const TapRun& run, const BlockRows<C>& rows,
+                                           const C* weights) {
   Vector<C, N> w[Count];
 #pragma GCC unroll 4
   for (int t = 0; t < Count; ++t) w[t] = load<N>(weights + run.weights[t] * N);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const C* p = tile + run.offset + r * row_step;
+    const C* p = rows.at(run.offset, r);
 #pragma GCC unroll 32
     for (int j = 0; j < X + (Count - 1) * Step; ++j) {
       Vector<C, N> v = load<N>(p + j * N);
@@ -73,21 +85,23 @@ template <class C, int N, int R, int X, int Count, int Step>
   }
 }
 
-// One tap of weight `w` whose inputs begin at `from`.
+// One tap of weight `w` whose inputs lie at `offset` from their outputs.
 template <class C, int N, int R, int X>
-[[gnu::always_inline]] inline void add_tap(Vector<C, N> (&sum)[R][X], Vector<C, N> w, const C* from, int64_t row_step) {
+[[gnu::always_inline]] inline void add_tap(Vector<C, N> (&sum)[R][X], Vector<C, N> w, const BlockRows<C>& rows,
+                                           int64_t offset) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+    const C* from = rows.at(offset, r);
 #pragma GCC unroll 16
-    for (int i = 0; i < X; ++i) sum[r][i] += w * load<N>(from + r * row_step + i * N);
+    for (int i = 0; i < X; ++i) sum[r][i] += w * load<N>(from + i * N);
   }
 }
 
 template <class C, int N, int R, int X, int Count, int Step>
-[[gnu::always_inline]] inline void add_alike(Vector<C, N> (&sum)[R][X], const TapRun* run, const C* tile,
-                                             int64_t row_step, const C* weights) {
+[[gnu::always_inline]] inline void add_alike(Vector<C, N> (&sum)[R][X], const TapRun* run, const BlockRows<C>& rows,
+                                             const C* weights) {
   for (const TapRun* end = run + run->alike; run < end; ++run) {
-    add_run<C, N, R, X, Count, Step>(sum, *run, tile, row_step, weights);
+    add_run<C, N, R, X, Count, Step>(sum, *run, rows, weights);
   }
 }
 
@@ -97,23 +111,22 @@ constexpr int run_kind(int count, int step) { return count * (TapRun::kMostStep 
 // in registers through a loop, and not through the cases of a switch. float64, which the other types are checked with,
 // goes tap by tap: the cases are most of the compile time.
 template <class C, int N, int R, int X>
-[[gnu::always_inline]] inline void add_taps(Vector<C, N> (&sum)[R][X], const TapRun* run, const C* tile,
-                                            int64_t row_step, const C* weights) {
+[[gnu::always_inline]] inline void add_taps(Vector<C, N> (&sum)[R][X], const TapRun* run, const BlockRows<C>& rows,
+                                            const C* weights) {
   if constexpr (sizeof(C) < 8 && R * X + TapRun::kMostTaps + 1 <= kRegisters) {
     switch (run_kind(run->count, run->step)) {
-      case run_kind(3, 1): return add_alike<C, N, R, X, 3, 1>(sum, run, tile, row_step, weights);
-      case run_kind(3, 2): return add_alike<C, N, R, X, 3, 2>(sum, run, tile, row_step, weights);
-      case run_kind(3, 3): return add_alike<C, N, R, X, 3, 3>(sum, run, tile, row_step, weights);
-      case run_kind(3, 4): return add_alike<C, N, R, X, 3, 4>(sum, run, tile, row_step, weights);
-      case run_kind(2, 1): return add_alike<C, N, R, X, 2, 1>(sum, run, tile, row_step, weights);
-      case run_kind(2, 3): return add_alike<C, N, R, X, 2, 3>(sum, run, tile, row_step, weights);
-      default: return add_alike<C, N, R, X, 1, 1>(sum, run, tile, row_step, weights);
+      case run_kind(3, 1): return add_alike<C, N, R, X, 3, 1>(sum, run, rows, weights);
+      case run_kind(3, 2): return add_alike<C, N, R, X, 3, 2>(sum, run, rows, weights);
+      case run_kind(3, 3): return add_alike<C, N, R, X, 3, 3>(sum, run, rows, weights);
+      case run_kind(3, 4): return add_alike<C, N, R, X, 3, 4>(sum, run, rows, weights);
+      case run_kind(2, 1): return add_alike<C, N, R, X, 2, 1>(sum, run, rows, weights);
+      case run_kind(2, 3): return add_alike<C, N, R, X, 2, 3>(sum, run, rows, weights);
+      default: return add_alike<C, N, R, X, 1, 1>(sum, run, rows, weights);
     }
   } else {
     for (const TapRun* end = run + run->alike; run < end; ++run) {
       for (int t = 0; t < run->count; ++t) {
-        add_tap<C, N, R, X>(sum, load<N>(weights + run->weights[t] * N), tile + run->offset + t * run->step * N,
-                            row_step);
+        add_tap<C, N, R, X>(sum, load<N>(weights + run->weights[t] * N), rows, run->offset + t * run->step * N);
       }
     }
   }
@@ -173,12 +186,12 @@ void sweep_blocks(const Sweep<C>& given) {
         }
         const Segment segment = s.taps->segments[g];
         const TapRun *run = s.taps->runs + segment.first_run, *end = run + segment.run_count;
-        const C* tile = s.tile + y * s.row_step + x * N;
+        const BlockRows<C> rows{s.tile, s.first + y * s.row_step + x * N, s.row_step, s.round};
         if constexpr (Pixels) {
-          for (; run < end; run += run->alike) add_taps<C, N, R, X>(sum, run, tile, s.row_step, s.weights);
+          for (; run < end; run += run->alike) add_taps<C, N, R, X>(sum, run, rows, s.weights);
         } else {
           for (; run < end; ++run) {
-            add_tap<C, N, R, X>(sum, broadcast<C, N>(s.weights[run->weights[0]]), tile + run->offset, s.row_step);
+            add_tap<C, N, R, X>(sum, broadcast<C, N>(s.weights[run->weights[0]]), rows, run->offset);
           }
         }
         if (!whole) {
@@ -283,7 +296,7 @@ void sweep(const Sweep<C>& s) {
   const int64_t panel = round_up(most(s.panel, 1), s.shape.columns);
   for (int64_t x = 0; x < s.columns; x += panel) {
     Sweep<C> part = s;
-    part.tile += x * s.lanes;
+    part.first += x * s.lanes;
     part.columns = least(panel, s.columns - x);
     part.out += x * s.out_column;
     part.valid -= x * s.valid_step;

@@ -75,8 +75,9 @@ struct Sweep {
   int lanes;           // numbers in a vector: channels of a pixel (pixels), or columns of a plane
   bool pixels;         // weights are vectors, one number a channel; else one number for all lanes
   BlockShape shape;    // from choose_block
-  const C* tile;       // output (row, column) has its taps around tile + row * row_step + column * lanes
-  int64_t row_step;
+  const C* tile;       // output (row, column) has its taps around tile + first + row * row_step + column * lanes
+  int64_t first = 0, row_step;
+  int64_t round = INT64_MAX;  // the tile's size where its rows come round: the row after the last is the first
   int64_t rows, columns;
   int64_t panel;  // columns that go through all rows before the next ones, from panel_columns
   const TapList* taps;
@@ -111,8 +112,8 @@ struct Strips {
 
 constexpr int64_t kTileBytes = 256 * 1024, kMostTileBytes = 1024 * 1024;
 
-// bytes_of_row: the tile rows of one row of the strip; overlap: rows read beyond those of the strip itself; others: units
-// besides the strips; wanted: units at least, where rows allow.
+// bytes_of_row: the tile rows of one row of the strip, 0 where they come round; overlap: rows read beyond those of the
+// strip itself; others: units besides the strips; wanted: units at least, where rows allow.
 inline Strips choose_strips(int64_t height, int64_t bytes_of_row, int64_t overlap, int64_t others, int64_t wanted = 8) {
   const int64_t row = most(bytes_of_row, 1);
   // Rows read twice cost as much as rows read once: a strip is no shorter than its overlap, where memory allows.

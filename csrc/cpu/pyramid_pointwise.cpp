@@ -55,12 +55,13 @@ void before(const Problem& p, void* shared) {
   });
 }
 
-// A unit is a strip of one image with all its channels.
+// A unit is a strip of one image with all its channels. It goes through its tiles a few rows at a time, and their rows
+// come round: they hold no more than these rows need, and a strip is as long as the threads allow.
 template <class C>
 Strips strips_of(const Problem& p) {
-  const int64_t row_bytes = (p.width + 2 * reach(p, p.width)) * p.channels * static_cast<int64_t>(sizeof(C));
+  constexpr int64_t kStripsOfThread = 4;
   const int64_t overlap = ceil_div(2 * reach(p, p.height) + 1, p.stride);
-  return choose_strips(p.out_height, p.stride * row_bytes, overlap, p.batch, most(p.threads, 1));
+  return choose_strips(p.out_height, 0, overlap, p.batch, kStripsOfThread * most(p.threads, 1));
 }
 
 int64_t units(const Problem& p) {
@@ -107,17 +108,20 @@ struct UnitStrips {
         step(rows_of_map()),
         pitch(pixels ? p.out_channels() : round_up(step * p.out_width, kLanes<C>)),
         shortcut(p.shortcut, p.pointwise_channels, step * p.out_width),
-        whole(p, strips.rows, pixels ? least(lanes, p.channels) : p.out_width, step),
-        last(p, strips.rows, pixels ? p.channels - (blocks - 1) * lanes : p.out_width, step),
+        whole(p, step, pixels ? least(lanes, p.channels) : p.out_width),
+        last(p, step, pixels ? p.channels - (blocks - 1) * lanes : p.out_width),
         tiles(whole.zeroed_tiles(blocks)) {}
 
   void run(int64_t unit) const {
     const int64_t image = unit / strips.count, first = unit % strips.count * strips.rows;
     const int64_t rows = least(strips.rows, p.out_height - first);
     if (rows <= 0) return;
-    fill_tiles(image, first);
+    int64_t filled = 0;
     for (int64_t y = 0; y < rows; y += step) {
       const int64_t map_rows = least(step, rows - y), count = map_rows * p.out_width;
+      const int64_t needed = (y + map_rows - 1) * p.stride + 2 * whole.tile.border_rows + 1;
+      fill_tiles(image, first * p.stride, filled, needed);
+      filled = needed;
       const int64_t numbers = pixels ? count * pitch : p.out_channels() * pitch;
       C* map = static_cast<C*>(scratch(Slot::map, numbers * static_cast<int64_t>(sizeof(C))));
       sweep_into(map, y, map_rows);
@@ -139,18 +143,21 @@ struct UnitStrips {
   const PyramidStrip<C>& strip_of(int64_t block) const { return block + 1 < blocks ? whole : last; }
   C* tile_of(int64_t block) const { return tiles + block * whole.tile.size(); }
 
-  void fill_tiles(int64_t image, int64_t first) const {
+  // Rows [filled, needed) of the strip that begins at row `first`.
+  void fill_tiles(int64_t image, int64_t first, int64_t filled, int64_t needed) const {
     const T* x = static_cast<const T*>(p.x) + image * p.channels * p.height * p.width;
-    const bool moving = strips.count > 1;
+    const bool moving = strips.count > 1 || step < strips.rows;
     for (int64_t block = 0; block < blocks; ++block) {
       const PyramidStrip<C>& strip = strip_of(block);
-      if (pixels) {
-        fill_pixels(strip.tile, tile_of(block), x + block * lanes, first * p.stride, p.height, {0, p.width}, moving,
-                    p.channels, strip.valid);
-      } else {
-        fill_plane(strip.tile, tile_of(block), x + block * p.height * p.width, first * p.stride, p.height, {0, p.width},
-                   moving);
-      }
+      strip.tile.for_rounds(filled, needed, [&](const Tile& rows, int64_t offset, int64_t row) {
+        C* to = tile_of(block) + offset;
+        if (pixels) {
+          fill_pixels(rows, to, x + block * lanes, first + row, p.height, {0, p.width}, moving, p.channels,
+                      strip.valid);
+        } else {
+          fill_plane(rows, to, x + block * p.height * p.width, first + row, p.height, {0, p.width}, moving);
+        }
+      });
     }
   }
 
@@ -158,10 +165,11 @@ struct UnitStrips {
   void sweep_into(C* map, int64_t y, int64_t rows) const {
     for (int64_t block = 0; block < blocks; ++block) {
       const PyramidStrip<C>& strip = strip_of(block);
-      const C* tile = tile_of(block) + y * p.stride * strip.tile.row_pitch();
       const int64_t channel = block * lanes;
       Sweep<C> sweep =
-          strip.sweep(tile, rows, pixels ? branch_weights.of_block(block) : branch_weights.of_channel(block));
+          strip.sweep(tile_of(block), rows, pixels ? branch_weights.of_block(block) : branch_weights.of_channel(block));
+      sweep.first = y * p.stride % strip.tile.rows * strip.tile.row_pitch();
+      sweep.round = strip.tile.size();
       sweep.scale = affine.scale + channel;
       sweep.shift = affine.shift + channel;
       sweep.slope = affine.slope + channel;

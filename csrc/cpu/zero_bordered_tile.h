@@ -34,6 +34,17 @@ struct Tile {
     return part;
   }
 
+  // Where rows come round, the row after the last is the first: calls f(part, offset, first) for the parts of the tile, one
+  // or several, that rows [begin, end) fill, with the part's offset in the tile and the first of its rows.
+  template <class F>
+  void for_rounds(int64_t begin, int64_t end, F&& f) const {
+    while (begin < end) {
+      const int64_t at = begin % rows, count = least(end - begin, rows - at);
+      f(of_rows(count), at * row_pitch(), begin);
+      begin += count;
+    }
+  }
+
   // Distance from the first output's element at row 0, position 0 to its tap at (y, x).
   int64_t offset(int64_t y, int64_t x) const {
     const int64_t column = x + border_columns;
