@@ -59,9 +59,8 @@ void before(const Problem& p, void* shared) {
 // come round: they hold no more than these rows need, and a strip is as long as the threads allow.
 template <class C>
 Strips strips_of(const Problem& p) {
-  constexpr int64_t kStripsOfThread = 4;
   const int64_t overlap = ceil_div(2 * reach(p, p.height) + 1, p.stride);
-  return choose_strips(p.out_height, 0, overlap, p.batch, kStripsOfThread * most(p.threads, 1));
+  return choose_strips(p.out_height, 0, overlap, p.batch, most(p.threads, 1));
 }
 
 int64_t units(const Problem& p) {
