@@ -323,7 +323,7 @@ class OperatorTests:
 
     def operators_needed(self, kinked: bool) -> dict[str, list[str]]:
         """Our operators that the backward must run for the gradient of each argument alone, with PReLUs or without."""
-        raise NotImplementedError
+        raise NotImplementedError  # each operator's tests say
 
     def backward_calls(self, arguments: Arguments, wanted: list[str]) -> list[str]:
         arguments = arguments | {name: arguments[name].detach().requires_grad_() for name in wanted}

@@ -29,7 +29,7 @@ class Body(nn.Module):
         self.register_buffer("mixing", torch.eye(16))
 
     def forward(self, x: Tensor) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError  # each subclass has its own
 
     def logits(self, y: Tensor) -> Tensor:
         result: Tensor = self.head(nn.functional.adaptive_avg_pool2d(y, 1).flatten(1))

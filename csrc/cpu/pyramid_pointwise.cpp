@@ -57,18 +57,12 @@ void before(const Problem& p, void* shared) {
 
 // A unit is a strip of one image with all its channels. It goes through its tiles a few rows at a time, and their rows
 // come round: they hold no more than these rows need, and a strip is as long as the threads allow.
-template <class C>
 Strips strips_of(const Problem& p) {
   const int64_t overlap = ceil_div(2 * reach(p, p.height) + 1, p.stride);
   return choose_strips(p.out_height, 0, overlap, p.batch, most(p.threads, 1));
 }
 
-int64_t units(const Problem& p) {
-  return with_type(p.type, [&](auto* type) {
-    using C = Compute<std::remove_pointer_t<decltype(type)>>;
-    return p.batch * strips_of<C>(p).count;
-  });
-}
+int64_t units(const Problem& p) { return p.batch * strips_of(p).count; }
 
 // `z` is rounded to bfloat16, as every framework stores it.
 void multiply_pairs(const PointwiseWeights& weights, const void* packed, const float* z, int64_t rows,
@@ -101,7 +95,7 @@ struct UnitStrips {
         affine(p, static_cast<char*>(shared) + epilogue_offset(p)),
         pointwise(reinterpret_cast<const C*>(static_cast<char*>(shared) + pointwise_offset(p))),
         weights(weights_of(p)),
-        strips(strips_of<C>(p)),
+        strips(strips_of(p)),
         lanes(pixels ? kLanes<C> : 1),
         blocks(ceil_div(p.channels, lanes)),
         step(rows_of_map()),

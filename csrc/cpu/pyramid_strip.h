@@ -20,10 +20,8 @@ struct PyramidStrip {
   Tile tile;
   TapList taps;
 
-  PyramidStrip(const Pyramid& p, int64_t rows, int64_t innermost) : PyramidStrip(p, rows, innermost, rows) {}
-
-  PyramidStrip(const Pyramid& p, int64_t rows, int64_t innermost, int64_t step)
-      : PyramidStrip(p, rows, innermost, step, p.out_width) {}
+  PyramidStrip(const Pyramid& p, int64_t rows, int64_t innermost)
+      : PyramidStrip(p, rows, innermost, rows, p.out_width) {}
 
   PyramidStrip(const Pyramid& p, int64_t rows, int64_t innermost, int64_t step, int64_t out_columns)
       : problem(p),
