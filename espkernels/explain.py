@@ -31,7 +31,7 @@ def explain(model: nn.Module, sample: Tensor) -> Explanation:
 
     A frozen model is recorded as its forward passes are, cut as it was tuned, and each kernel of the plan is timed
     inside whole replays, on the threads that torch has. Bytes, multiply-adds and the share of the roof come from the
-    plan and from ceilings measured here (about a second for each number of threads, once a process). Of a model that is
+    plan and from ceilings measured here (two seconds for each number of threads, once a process). Of a model that is
     not frozen a frozen copy is explained, and the notes say so.
 
     Where a forward pass cannot be replayed, ``refusal`` says why; the rows are then the modules that run operations of

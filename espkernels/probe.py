@@ -22,6 +22,10 @@ __all__ = ["Ceilings", "probe"]
 # Bytes of both buffers together: in the second-level cache, in the third or beside it, in memory.
 SIZES = (2**19, 2**21, 2**24, 2**28)
 
+# How often each rate is measured, all in turn, and for how many seconds: neighbours of a shared machine can slow one
+# stretch of time to half.
+ROUNDS, SECONDS = 3, 0.1
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -51,43 +55,45 @@ class Ceilings:
         return asdict(self)
 
 
-@functools.cache
 def probe(threads: int, dtype: torch.dtype = torch.float32) -> Ceilings:
-    """The ceilings with ``threads`` threads and products of ``dtype``; about a second, once a process.
+    """The ceilings with ``threads`` threads and products of ``dtype``; two seconds, once a process.
 
     One of several threads could do the work alone, so more threads never have a lower ceiling.
     """
     found = _measure(threads, dtype)
     if threads == 1:
         return found
-    alone = probe(1, dtype)
+    alone = _measure(1, dtype)
     bandwidth = {size: max(rate, alone.bandwidth[size]) for size, rate in found.bandwidth.items()}
     return replace(found, flops=max(found.flops, alone.flops), bandwidth=bandwidth)
 
 
+@functools.cache
 def _measure(threads: int, dtype: torch.dtype) -> Ceilings:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         n = 1024
         a, b, product = (torch.rand(n, n).to(dtype) for _ in range(3))
-        flops = 2 * n**3 / _best(lambda: torch.mm(a, b, out=product))
-        bandwidth = {}
+        calls: list[Callable[[], object]] = [lambda: torch.mm(a, b, out=product)]
         for size in SIZES:
             source, target = torch.zeros(size // 8), torch.zeros(size // 8)
-            bandwidth[size] = size / _best(functools.partial(target.copy_, source))
-        return Ceilings(threads, flops, bandwidth, str(dtype).removeprefix("torch."))
+            calls.append(functools.partial(target.copy_, source))
+        rounds = [[_best(call) for call in calls] for _ in range(ROUNDS)]
+        multiplying, *copying = (min(seconds) for seconds in zip(*rounds, strict=True))
+        bandwidth = {size: size / seconds for size, seconds in zip(SIZES, copying, strict=True)}
+        return Ceilings(threads, 2 * n**3 / multiplying, bandwidth, str(dtype).removeprefix("torch."))
     finally:
         torch.set_num_threads(before)
 
 
-def _best(call: Callable[[], object], seconds: float = 0.15) -> float:
+def _best(call: Callable[[], object]) -> float:
     """The shortest seconds a call: a ceiling is what the machine does when nothing disturbs it."""
     timer = timeit.Timer(call)
     single = min(timer.repeat(5, 1))
     calls = max(1, int(1e-3 / single))
     best, spent = single, 0.0
-    while spent < seconds:
+    while spent < SECONDS:
         elapsed = timer.timeit(calls)
         best, spent = min(best, elapsed / calls), spent + elapsed
     return best
