@@ -1,6 +1,8 @@
 // What the doors of training share: vectors of channels in float64 from tensors and back, and kernels with a second stage.
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "cpu_run.h"
@@ -32,15 +34,16 @@ inline Tensor vector_of(const std::vector<const std::vector<double>*>& parts, co
   int64_t count = 0;
   for (const auto* part : parts) count += static_cast<int64_t>(part->size());
   Tensor result = torch::stable::new_empty(like, std::vector<int64_t>{count});
-  int64_t at = 0;
-  for (const auto* part : parts) {
-    for (double value : *part) {
-      if (like.scalar_type() == ScalarType::Double) {
-        static_cast<double*>(result.mutable_data_ptr())[at++] = value;
-      } else {
-        static_cast<float*>(result.mutable_data_ptr())[at++] = static_cast<float>(value);
-      }
+  auto fill = [&](auto* to) {
+    using T = std::remove_pointer_t<decltype(to)>;
+    for (const auto* part : parts) {
+      to = std::transform(part->begin(), part->end(), to, [](double value) { return static_cast<T>(value); });
     }
+  };
+  if (like.scalar_type() == ScalarType::Double) {
+    fill(static_cast<double*>(result.mutable_data_ptr()));
+  } else {
+    fill(static_cast<float*>(result.mutable_data_ptr()));
   }
   return result;
 }

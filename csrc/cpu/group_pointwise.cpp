@@ -151,8 +151,7 @@ void run_type(const GroupPointwise& p, void* shared, int64_t begin, int64_t end)
     if (pixels && chunks.parts > 1 && chunks.pixels * p.in_channels * static_cast<int64_t>(sizeof(T)) > kNearBytes) {
       const int64_t next = least(chunks.size, chunks.pixels - first - count) * p.in_channels;
       const int64_t from = next * part / chunks.parts, to = next * (part + 1) / chunks.parts;
-      ahead.add(static_cast<const T*>(p.x) + (first + count) * p.in_channels + from,
-                (to - from) * static_cast<int64_t>(sizeof(T)));
+      ahead.add(static_cast<const T*>(p.x) + (first + count) * p.in_channels + from, to - from);
       ahead.over(count * weights.in * out);
       product.ahead = &ahead;
     }

@@ -20,15 +20,16 @@ constexpr int kPackedRows = block_rows(kPackedVectors);
 // Memory that is read next, fetched into the second-level cache a line at a time between the blocks of products: while
 // those multiply, the memory would otherwise stand still.
 struct Ahead {
-  static constexpr int kMost = 3;
+  static constexpr int kMost = 4;
   const char* at[kMost];
   int64_t lines[kMost];
   int count = 0;
   int64_t multiply_adds_a_line = 1, credit = 0;
 
-  void add(const void* from, int64_t bytes) {
-    at[count] = static_cast<const char*>(from);
-    lines[count++] = bytes / 64;
+  template <class T>
+  void add(const T* from, int64_t numbers) {
+    at[count] = reinterpret_cast<const char*>(from);
+    lines[count++] = numbers * static_cast<int64_t>(sizeof(T)) / 64;
   }
   // Spreads the lines over the products to come.
   void over(int64_t multiply_adds) {

@@ -60,11 +60,12 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
     if (p.moments.mean) shared.moments.begin(run, 0, p.out_channels);
     runs.for_chunks(run, [&](int64_t first, int64_t pixels, int64_t next) {
       const T* x = static_cast<const T*>(p.x) + first * p.in_channels;
-      const InputRows<C> z = input_rows(shared.normalise, p.normalise, x, p.in_channels, pixels, Slot::map);
-      Ahead ahead;
-      ahead.add(x + pixels * p.in_channels, next * p.in_channels * static_cast<int64_t>(sizeof(T)));
-      ahead.over(pixels * p.in_channels * weights.out);
       T* out = static_cast<T*>(p.out) + first * p.out_channels;
+      const PixelRows<C> z = input_rows(shared.normalise, p.normalise, x, p.in_channels, pixels, Slot::map);
+      Ahead ahead;  // of what is overwritten too: the machine reads lines before it writes to them
+      if (!far) ahead.add(out + pixels * p.out_channels, next * p.out_channels);
+      ahead.add(x + pixels * p.in_channels, next * p.in_channels);
+      ahead.over(pixels * p.in_channels * weights.out);
       T* made = far ? static_cast<T*>(scratch(Slot::rows, pixels * p.out_channels * int64_t{sizeof(T)})) : out;
       multiply_pixels<T>(weights, shared.weights, z.data, z.pitch, pixels, Epilogue{}, made, p.out_channels, &ahead);
       if (far && out == first_out) copy_row(out, made, p.out_channels);

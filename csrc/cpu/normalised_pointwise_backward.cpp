@@ -63,13 +63,13 @@ int64_t units(const Problem& p) { return runs_of(p).count; }
 
 // weight_sums += gradient^T x input, for every group.
 template <class C>
-void add_weight_gradient(const Problem& p, C* weight_sums, const C* gradient, const InputRows<C>& input, int64_t pixels,
-                         Ahead* ahead) {
+void add_weight_gradient(const Problem& p, C* weight_sums, const PixelRows<C>& gradient, const PixelRows<C>& input,
+                         int64_t pixels, Ahead* ahead) {
   const int64_t in = p.in_channels / p.groups, out = p.out_channels / p.groups;
   for (int64_t group = 0; group < p.groups; ++group) {
-    MatrixProduct<C> product =
-        weight_gradient<C>(weight_sums + group * out * in, out, in, pixels,
-                           Matrix<C>{gradient + group * out, 1, p.out_channels}, input.data + group * in, input.pitch);
+    MatrixProduct<C> product = weight_gradient<C>(weight_sums + group * out * in, out, in, pixels,
+                                                  Matrix<C>{gradient.data + group * out, 1, gradient.pitch},
+                                                  input.data + group * in, input.pitch);
     product.ahead = ahead;
     multiply(product);
   }
@@ -78,11 +78,10 @@ void add_weight_gradient(const Problem& p, C* weight_sums, const C* gradient, co
 // The gradient behind the PReLU of the input becomes the one in front of it.
 template <class T>
 void pass_prelu(const Problem& p, const Shared<Compute<T>>& shared, int64_t run, const Compute<T>* behind,
-                int64_t first, int64_t pixels) {
+                int64_t first, int64_t pixels, bool far) {
   using C = Compute<T>;
   const T* x = static_cast<const T*>(p.x) + first * p.in_channels;
   T* grad_x = static_cast<T*>(p.grad_x) + first * p.in_channels;
-  const bool far = is_far(static_cast<T*>(p.grad_x), p.pixels, p.in_channels);
   for_channel_blocks<C>(p.in_channels, [&](auto lanes, auto vectors, int64_t channel, auto valid) {
     constexpr int N = decltype(lanes)::value, J = decltype(vectors)::value;
     NormaliseLanes<C, N> normalise[J];
@@ -111,6 +110,7 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
   const Shared<C> shared(p, memory);
   const PixelRuns runs = runs_of(p);
   const PointwiseWeights weights = weights_of(p);
+  const bool far = p.normalise.scale && is_far(static_cast<T*>(p.grad_x), p.pixels, p.in_channels);
   for (int64_t run = begin; run < end; ++run) {
     C* weight_sums = shared.weight_sums + run * weight_size(p);
     if (p.grad_weight) fill_zero(weight_sums, weight_size(p));
@@ -119,27 +119,29 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
       const int64_t out_at = first * p.out_channels, in_at = first * p.in_channels;
       const T *grad = static_cast<const T*>(p.grad) + out_at, *out = static_cast<const T*>(p.out) + out_at;
       const T* x = static_cast<const T*>(p.x) + in_at;
-      Ahead ahead;
-      const int64_t out_bytes = p.out_channels * static_cast<int64_t>(sizeof(T));
-      ahead.add(grad + pixels * p.out_channels, next * out_bytes);
-      ahead.add(out + pixels * p.out_channels, next * out_bytes);
-      ahead.add(x + pixels * p.in_channels, next * p.in_channels * static_cast<int64_t>(sizeof(T)));
+      Ahead ahead;  // of what is overwritten too: the machine reads lines before it writes to them
+      if (p.grad_x && !far) {
+        ahead.add(static_cast<const T*>(p.grad_x) + in_at + pixels * p.in_channels, next * p.in_channels);
+      }
+      ahead.add(grad + pixels * p.out_channels, next * p.out_channels);
+      ahead.add(out + pixels * p.out_channels, next * p.out_channels);
+      ahead.add(x + pixels * p.in_channels, next * p.in_channels);
       ahead.over((p.grad_weight && p.grad_x ? 2 : 1) * pixels * p.out_channels * weights.out);
-      const C* gradient = norm_gradient_rows(shared.norm, grad, out, p.out_channels, pixels, Slot::map);
+      const PixelRows<C> gradient = norm_gradient_rows(shared.norm, grad, out, p.out_channels, pixels, Slot::map);
       if (p.grad_weight) {
-        const InputRows<C> z = input_rows(shared.normalise, p.normalise, x, p.in_channels, pixels, Slot::rows);
+        const PixelRows<C> z = input_rows(shared.normalise, p.normalise, x, p.in_channels, pixels, Slot::rows);
         add_weight_gradient(p, weight_sums, gradient, z, pixels, &ahead);
       }
       if (!p.grad_x) return;
       if (p.normalise.scale) {
         C* behind = static_cast<C*>(scratch(Slot::tile, pixels * p.in_channels * static_cast<int64_t>(sizeof(C))));
-        multiply_pixels<C>(weights, shared.weights, gradient, p.out_channels, pixels, Epilogue{}, behind, p.in_channels,
-                           &ahead);
-        pass_prelu<T>(p, shared, run, behind, first, pixels);
+        multiply_pixels<C>(weights, shared.weights, gradient.data, gradient.pitch, pixels, Epilogue{}, behind,
+                           p.in_channels, &ahead);
+        pass_prelu<T>(p, shared, run, behind, first, pixels, far);
       } else {
         Epilogue epilogue{};
         if (p.residual) epilogue.residual = static_cast<const T*>(p.residual) + in_at;
-        multiply_pixels<T>(weights, shared.weights, gradient, p.out_channels, pixels, epilogue,
+        multiply_pixels<T>(weights, shared.weights, gradient.data, gradient.pitch, pixels, epilogue,
                            static_cast<T*>(p.grad_x) + in_at, p.in_channels, &ahead);
       }
     });
