@@ -6,6 +6,8 @@ VENV := .venv
 IN_VENV := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 ARGS ?=
+# In an environment of its own, 2 GB: it does not go together with constraints.txt.
+LITERT_CONVERTER := torch==2.13.0 litert-torch==0.10.0
 
 export ESPKERNELS_WERROR ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -29,7 +31,7 @@ test: build ## all tests; make test ARGS="-k pyramid" for some
 bench: build ## verify and time the kernels; table, chart and JSON in bench/results/
 	$(IN_VENV) -m espkernels bench $(ARGS)
 
-peers: $(VENV)/peers ## beside onnxruntime, OpenVINO, ncnn and torch.compile; installs them first; bench/results/peers.*
+peers: $(VENV)/peers ## beside onnxruntime, OpenVINO, ncnn, LiteRT and torch.compile; installs them first; bench/results/peers.*
 	$(IN_VENV) -m bench.peers $(ARGS)
 
 training: build ## training steps beside eager, torch.compile and checkpointing; bench/results/training.*; ARGS="--full"
@@ -57,6 +59,8 @@ clean: ## remove everything that make made
 
 $(VENV)/peers: constraints.txt pyproject.toml | build
 	$(IN_VENV) -m pip install -c constraints.txt --no-build-isolation -e '.[bench,peers]'
+	$(IN_VENV) -m venv --clear --without-pip $(VENV)/litert
+	$(IN_VENV) -m pip --python $(VENV)/litert/bin/python install $(LITERT_CONVERTER) || rm -r $(VENV)/litert
 	@touch $@
 
 # Compiles only what changed, and says so in a line when nothing did.

@@ -9,12 +9,11 @@ faster depends on the row; the fastest way counts, for the peers as for this lib
 * OpenVINO takes its maps as [B, C, H, W] and, declared so to its preprocessing, as [B, H, W, C], which spares a
   channels_last caller two transpositions.
 * ncnn runs a batch in one go, and image by image. pnnx converts a TorchScript trace for it.
+* LiteRT, on XNNPACK, takes its maps in both layouts like OpenVINO. Its converter asks for an older typing_extensions
+  than the tools of this project, and for two gigabytes: 'make peers' gives it an environment of its own, .venv/litert.
 
 In bfloat16 torch and this library take a model and an input of that dtype, and OpenVINO turns what it stores and
-multiplies into it itself. onnxruntime has no such kernels for CPUs, and ncnn's results came out wrong.
-
-LiteRT is not among them. Its converter, litert-torch 0.10, brings xdsl 0.28, which wants typing-extensions below 4.13,
-and constraints.txt pins a later one; it also brings jax, transformers and torchao, over a gigabyte in all.
+multiplies into it itself. onnxruntime and LiteRT have no such kernels for CPUs, and ncnn's results came out wrong.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -230,6 +230,41 @@ def _pnnx(job: Job, images: Tensor) -> str:
     return str(stem)
 
 
+# Where 'make peers' puts LiteRT's converter.
+LITERT_PYTHON = Path(sys.prefix) / "litert" / "bin" / "python"
+
+
+def _litert(job: Job) -> Opened:
+    from ai_edge_litert.interpreter import Interpreter
+
+    if job.dtype != torch.float32:
+        raise RuntimeError("no bfloat16 kernels for CPUs")
+    interpreter = Interpreter(model_path=_tflite(job), num_threads=job.threads)
+    interpreter.allocate_tensors()
+    (given,), (made,) = interpreter.get_input_details(), interpreter.get_output_details()
+    last = job.way == "channels_last"
+    interpreter.set_tensor(given["index"], (job.input.permute(0, 2, 3, 1) if last else job.input).numpy())
+
+    def results() -> list[Tensor]:
+        output = torch.from_numpy(interpreter.get_tensor(made["index"]))
+        return [output.permute(0, 3, 1, 2).contiguous() if last and output.dim() == 4 else output]
+
+    return Opened(interpreter.invoke, results)
+
+
+def _tflite(job: Job) -> str:
+    """The model converted for LiteRT; the name of its file."""
+    program, file = job.folder / "litert.pt2", job.folder / f"{job.way}.tflite"
+    if not file.exists():
+        torch.export.save(torch.export.export(job.model, (job.input,)), program)
+        exporter = Path(__file__).with_name("litert_export.py")
+        command: list[str | Path] = [LITERT_PYTHON, "-I", exporter, program, file, job.way]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"its converter could not convert the model: {done.stderr.strip()[-300:]}")
+    return str(file)
+
+
 ENGINES = {
     OURS: Engine(tuple(LAYOUTS), (), _torch(freeze)),
     "eager": Engine(tuple(LAYOUTS), (), _torch(lambda model: model)),
@@ -237,6 +272,7 @@ ENGINES = {
     "onnxruntime": Engine(("prelu", "relu"), ("onnxruntime", "onnx"), _onnxruntime),
     "openvino": Engine(tuple(LAYOUTS), ("openvino",), _openvino),
     "ncnn": Engine(("batch", "images"), ("ncnn", "pnnx"), _ncnn),
+    "litert": Engine(tuple(LAYOUTS), ("ai_edge_litert",), _litert),
 }
 
 
@@ -247,4 +283,6 @@ def why_not(name: str) -> str | None:
     missing = [package for package in ENGINES[name].packages if importlib.util.find_spec(package) is None]
     if missing:
         return f"{' and '.join(missing)} not found; 'make peers' installs them: the extra 'peers'"
+    if name == "litert" and not LITERT_PYTHON.exists():
+        return f"its converter is not in {LITERT_PYTHON.parents[1]}, where 'make peers' puts it"
     return None

@@ -195,6 +195,7 @@ COLORS = {
     "onnxruntime": "#38761d",
     "openvino": "#741b47",
     "ncnn": "#f1a208",
+    "litert": "#45818e",
     "floor": "#7f7f7f",
 }
 

@@ -76,7 +76,7 @@ def test_engine_computes_in_bfloat16_or_says_why_not(engine: str, way: str, tmp_
     race.saved(task, tmp_path)
     worker = Worker(engine, tmp_path / "log")
     try:
-        if engine in ("onnxruntime", "ncnn"):
+        if engine in ("onnxruntime", "ncnn", "litert"):
             with pytest.raises(Refused, match="bfloat16"):
                 worker.open(tmp_path, 1, way, 120)
             return
@@ -102,7 +102,7 @@ def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-@pytest.mark.parametrize("engine", [OURS, "onnxruntime", "openvino", "ncnn"])
+@pytest.mark.parametrize("engine", [OURS, "onnxruntime", "openvino", "ncnn", "litert"])
 def test_engine_runs_the_segmentation_network(engine: str, tmp_path: Path) -> None:
     """Its adaptive poolings, channel shuffle and resizing are what converters trip over."""
     _needs(engine)
