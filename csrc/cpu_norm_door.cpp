@@ -3,6 +3,8 @@
 // shortcut included, about 12, 15 and 2).
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "training_norms.h"
@@ -125,6 +127,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_prelu_backward(const Tenso
           vector_of({&n.norm.grad_slope}, weight)};
 }
 
+// A buffer [channels] goes by `share` towards numbers * factor, in its own type; from either end, so that 0 and 1 are exact.
+template <class T>
+void approach(const Tensor& buffer, const double* numbers, double factor, double share) {
+  T* at = static_cast<T*>(buffer.mutable_data_ptr());
+  const T weight = static_cast<T>(share);
+  for (int64_t i = 0, step = buffer.stride(0); i < buffer.size(0); ++i, at += step) {
+    const T to = static_cast<T>(numbers[i] * factor);
+    *at = std::abs(weight) < T(0.5) ? *at + weight * (to - *at) : to - (to - *at) * (T(1) - weight);
+  }
+}
+
+void track_norms(const std::vector<Tensor>& means, const std::vector<Tensor>& variances,
+                 const std::vector<Tensor>& batches, const Tensor& moments, std::vector<double> shares,
+                 std::vector<int64_t> counts) {
+  const size_t norms = means.size();
+  STD_TORCH_CHECK(
+      variances.size() == norms && batches.size() == norms && shares.size() == norms && counts.size() == norms,
+      "means, variances, batches, shares, counts: expected one of each a norm");
+  int64_t channels = 0;
+  for (size_t i = 0; i < norms; ++i) {
+    for (const Tensor* buffer : {&means[i], &variances[i]}) {
+      STD_TORCH_CHECK(buffer->dim() == 1 && buffer->size(0) == means[i].size(0) &&
+                          (buffer->scalar_type() == ScalarType::Float || buffer->scalar_type() == ScalarType::Double),
+                      "means, variances: expected vectors of one length, float32 or float64");
+    }
+    STD_TORCH_CHECK(batches[i].numel() == 1 && batches[i].scalar_type() == ScalarType::Long,
+                    "batches: expected one int64 a norm");
+    channels += means[i].size(0);
+  }
+  STD_TORCH_CHECK(moments.dim() == 2 && moments.size(0) == 2, "moments: expected [2, channels]");
+  const std::vector<double> found =
+      numbers(torch::stable::flatten(moments), 2 * channels, ScalarType::Double, "moments");
+  const double *mean = found.data(), *variance = mean + channels;
+  for (size_t i = 0; i < norms; ++i) {
+    const int64_t batch = ++*static_cast<int64_t*>(batches[i].mutable_data_ptr());
+    const double share = std::isnan(shares[i]) ? 1.0 / static_cast<double>(batch) : shares[i];
+    const double count = static_cast<double>(counts[i]), unbiased = count / std::max(count - 1, 1.0);
+    auto go = [&](const Tensor& buffer, const double* from, double factor) {
+      const bool wide = buffer.scalar_type() == ScalarType::Double;
+      wide ? approach<double>(buffer, from, factor, share) : approach<float>(buffer, from, factor, share);
+    };
+    go(means[i], mean, 1);
+    go(variances[i], variance, unbiased);
+    mean += means[i].size(0);
+    variance += means[i].size(0);
+  }
+}
+
 Tensor average_pool_backward(const Tensor& grad, int64_t height, int64_t width) {
   check_map(grad, "grad");
   AveragePoolBackward p{};
@@ -243,6 +293,7 @@ STABLE_TORCH_LIBRARY_IMPL(espkernels, CPU, m) {
   using namespace espk;
   m.impl("batch_norm_prelu", TORCH_BOX(&batch_norm_prelu));
   m.impl("batch_norm_prelu_backward", TORCH_BOX(&batch_norm_prelu_backward));
+  m.impl("track_norms", TORCH_BOX(&track_norms));
   m.impl("average_pool_backward", TORCH_BOX(&average_pool_backward));
   m.impl("long_range_shortcut", TORCH_BOX(&long_range_shortcut));
   m.impl("long_range_shortcut_backward", TORCH_BOX(&long_range_shortcut_backward));

@@ -64,6 +64,12 @@ ESPK_LIBRARY(ESPK_NAMESPACE, m) {
   m.def(
       "batch_norm_prelu_backward(Tensor grad, Tensor x, Tensor statistics, Tensor weight, Tensor bias, Tensor slope, "
       "float eps, bool batch_statistics, bool wants_x) -> (Tensor, Tensor, Tensor, Tensor)");
+  // What a step of training does to the buffers of batch norms i of C_i channels: one batch more, and means[i], variances[i]
+  // [C_i] go by shares[i], or by one over the number of batches where that is no number, towards their part of the moments,
+  // float64 [2, sum of C_i]: mean and biased variance of counts[i] values a channel.
+  m.def(
+      "track_norms(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] batches, Tensor moments, float[] shares, "
+      "int[] counts) -> ()");
   // grad [B, C, H', W'] of average_pool -> [B, C, height, width] in channels_last
   m.def("average_pool_backward(Tensor grad, SymInt height, SymInt width) -> Tensor");
   // The end of a down-sampler: prelu(concat(pooled [B, M, H, W], expanded [B, N, H, W]) + image weight + shift, slope) with
