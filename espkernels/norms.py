@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import compress
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,8 @@ def track(norms: Sequence[Norm], moments: Tensor, counts: Sequence[int]) -> None
     tracked = [
         norm.training and norm.track_running_stats and mean is not None for norm, mean in zip(norms, means, strict=True)
     ]
-    if all(tracked) and _in_one_call([*means, *variances]):
+    buffers = [*means, *variances]
+    if all(tracked) and _in_one_call(buffers):
         # Behind kernels that swept the caches each call of torch's takes 10 microseconds, and the loop below has 20.
         torch.ops.espkernels.track_norms.default(
             means,
@@ -92,7 +94,7 @@ def track(norms: Sequence[Norm], moments: Tensor, counts: Sequence[int]) -> None
             list(counts),
         )
         if not torch.compiler.is_compiling():
-            increment_version([*means, *variances])  # a graph that kept them for its gradient must hear of it
+            increment_version(buffers)  # a graph that kept them for its gradient must hear of it
         return
     sizes = [norm.num_features for norm in norms]
     taken = zip(*(part.split(sizes) for part in moments.unbind()), strict=True)
@@ -110,7 +112,7 @@ def track(norms: Sequence[Norm], moments: Tensor, counts: Sequence[int]) -> None
         variance.lerp_((batch_variance * (count / max(count - 1, 1))).to(variance.dtype), share)
 
 
-def _in_one_call(buffers: Sequence[Tensor | None]) -> bool:
+def _in_one_call(buffers: list[Tensor | None]) -> TypeGuard[list[Tensor]]:
     """Whether an operator updates them: it takes vectors on the CPU of a type that norms compute in."""
     return backends.library is not None and all(
         buffer is not None and buffer.device.type == "cpu" and buffer.dtype in (torch.float32, torch.float64)
