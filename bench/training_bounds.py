@@ -1,21 +1,23 @@
 """What bounds a training step of ours: the operators that take its time, our own and torch's.
 
-A step alone is profiled in a process of its own, ``python -m bench.training_bounds FOLDER WAY MEMORY``, with the
-allocator setting of the trainers.
+Steps alone are timed in a process of its own, ``python -m bench.training_bounds FOLDER WAY MEMORY``, with the
+allocator setting of the trainers. Each operator is timed where torch calls it, below autograd. Not by torch's profiler:
+under it operators that make the largest maps took five times as long.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.comparison import LAYOUTS
 from bench.trainers import ALLOCATOR
@@ -31,7 +33,8 @@ STEPS = 5
 def bounds(files: Path, way: str, memory: str) -> list[dict[str, Any]]:
     """The operators of a step of the model in ``files`` (:func:`bench.race.saved`), the longest first.
 
-    Each with its calls and seconds a step, and its share. Empty where the process fails, which says why.
+    Each with its calls and seconds a step, and its share of a step's time; what is left of that is Python and autograd.
+    Empty where the process fails, which says why.
     """
     command = [sys.executable, "-m", "bench.training_bounds", str(files), way, memory]
     ran = subprocess.run(command, env=os.environ | ALLOCATOR, capture_output=True, text=True)
@@ -51,13 +54,25 @@ def sentence(operators: list[dict[str, Any]], least: float = 0.04) -> str:
     )
 
 
-def _operator(event: str) -> str:
-    """The event by its operator: the forward pass of one of ours runs in its autograd node."""
-    ours = re.fullmatch(r"GeneratedBackwardFor_espkernels_(\w+)_default", event)
-    return ours[1] if ours else event.removeprefix("espkernels::")
+class _Operators(TorchDispatchMode):
+    """Calls and seconds of every operator that is called under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        start = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        elapsed = time.perf_counter() - start
+        name = func._schema.name.removeprefix("espkernels::")
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+        return result
 
 
-def _profiled(files: Path, way: str, memory: str) -> list[dict[str, Any]]:
+def _timed(files: Path, way: str, memory: str) -> list[dict[str, Any]]:
     layout = LAYOUTS[way]
     model = torch.load(files / "model.pt", weights_only=False).to(memory_format=layout)
     replace(model, memory=memory)
@@ -67,21 +82,25 @@ def _profiled(files: Path, way: str, memory: str) -> list[dict[str, Any]]:
     step = Step(model, x, given)
     for _ in range(2):
         step()
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    whole = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        step()
+        whole.append(time.perf_counter() - start)
+    with _Operators() as operators:
         for _ in range(STEPS):
             step()
-    events = [event for event in profiled.key_averages() if event.self_cpu_time_total > 0]
-    whole = sum(event.self_cpu_time_total for event in events)
-    found: dict[str, dict[str, Any]] = {}
-    for event in events:
-        # The autograd node of an operator and the call inside it are one call.
-        name = _operator(event.key)
-        one = found.setdefault(name, {"operator": name, "calls": 0.0, "seconds": 0.0, "share": 0.0})
-        one["calls"] = max(one["calls"], event.count / STEPS)
-        one["seconds"] += 1e-6 * event.self_cpu_time_total / STEPS
-        one["share"] += event.self_cpu_time_total / whole
-    return sorted(found.values(), key=lambda one: -one["seconds"])
+    found = [
+        {
+            "operator": name,
+            "calls": operators.calls[name] / STEPS,
+            "seconds": seconds / STEPS,
+            "share": seconds / STEPS / statistics.median(whole),
+        }
+        for name, seconds in operators.seconds.items()
+    ]
+    return sorted(found, key=lambda one: -one["seconds"])
 
 
 if __name__ == "__main__":
-    print(json.dumps(_profiled(Path(sys.argv[1]), sys.argv[2], sys.argv[3])[:20]))
+    print(json.dumps(_timed(Path(sys.argv[1]), sys.argv[2], sys.argv[3])[:20]))
