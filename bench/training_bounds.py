@@ -27,7 +27,7 @@ from espkernels.replace import replace
 
 __all__ = ["bounds", "sentence"]
 
-STEPS = 5
+STEPS = 15
 
 
 def bounds(files: Path, way: str, memory: str) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ def sentence(operators: list[dict[str, Any]], least: float = 0.04) -> str:
 
 
 class _Operators(TorchDispatchMode):
-    """Calls and seconds of every operator that is called under it."""
+    """Calls and seconds of every operator that a step calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,22 +82,21 @@ def _timed(files: Path, way: str, memory: str) -> list[dict[str, Any]]:
     step = Step(model, x, given)
     for _ in range(2):
         step()
-    whole = []
-    for _ in range(STEPS):
-        start = time.perf_counter()
-        step()
-        whole.append(time.perf_counter() - start)
-    with _Operators() as operators:
-        for _ in range(STEPS):
+    timed = []
+    for _ in range(1 + STEPS):
+        with _Operators() as operators:
+            start = time.perf_counter()
             step()
+            timed.append((time.perf_counter() - start, operators))
+    del timed[0]  # the first one under a mode of torch's
     found = [
         {
             "operator": name,
-            "calls": operators.calls[name] / STEPS,
-            "seconds": seconds / STEPS,
-            "share": seconds / STEPS / statistics.median(whole),
+            "calls": calls,
+            "seconds": statistics.median(operators.seconds[name] for _, operators in timed),
+            "share": statistics.median(operators.seconds[name] / whole for whole, operators in timed),
         }
-        for name, seconds in operators.seconds.items()
+        for name, calls in timed[0][1].calls.items()
     ]
     return sorted(found, key=lambda one: -one["seconds"])
 
