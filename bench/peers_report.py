@@ -145,7 +145,8 @@ def markdown(run: dict[str, Any], picture_name: str) -> str:
         lines += [
             "The kernels that take at least 8 % of our time, nothing else running; the roof is what this",
             "machine's measured ceilings of copying and multiply-adds allow. `python -m espkernels explain` has every",
-            "layer, and [bench/tried.md](/bench/tried.md) what was tried.",
+            "layer, and [bench/tried.md](/bench/tried.md) what was tried. A batch goes through the same kernels image",
+            "by image: its row is bounded as that of one image is.",
             "",
         ]
         lines += [f"* {row['row']} x{row['threads']}: {sentence(row['bounds'])}" for row in short]
