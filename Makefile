@@ -6,8 +6,8 @@ VENV := .venv
 IN_VENV := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 ARGS ?=
-# In an environment of its own, 2 GB: it does not go together with constraints.txt.
-LITERT_CONVERTER := torch==2.13.0 litert-torch==0.10.0
+# In an environment of its own, 2 GB: it does not go together with constraints.txt, but for torch.
+LITERT_CONVERTER = $(shell grep '^torch==' constraints.txt) litert-torch==0.10.0
 
 export ESPKERNELS_WERROR ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -328,5 +328,6 @@ def test_one_row_from_command_to_picture(tmp_path: Path, monkeypatch: pytest.Mon
     operators = {one["operator"]: one for one in found["bounds"]}
     assert operators["eesp_training"]["calls"] == operators["eesp_training_backward"]["calls"] == 1
     assert 0 < operators["eesp_training_backward"]["share"] < 1
+    assert sum(one["share"] for one in found["bounds"]) <= 1.0001
     assert "torch.compile was not timed" in (tmp_path / "training.md").read_text()
     assert (tmp_path / "training.png").stat().st_size > 5000

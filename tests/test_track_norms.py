@@ -1,4 +1,4 @@
-"""The buffers of batch norms in one call: what torch's own modules make of theirs."""
+"""The buffers of batch norms in one call, and in the loop beside it: what the definition makes of them."""
 
 from __future__ import annotations
 
