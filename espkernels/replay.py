@@ -99,6 +99,9 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _in_parts(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         result = None
         learned = any(_storage(a) in self.learned for a in given)
@@ -132,6 +135,12 @@ class _Watch(TorchDispatchMode):
             self.refuse(f"{unwritten or f'{func} on shape {list(given[0].shape)}'} has no kernel in this library")
         self.data.update(_storage(a) for a in tree_leaves(result) if isinstance(a, Tensor))
         return result
+
+
+def _in_parts(func: Any) -> bool:
+    """Whether torch makes an operation of others that are to be seen: in inference mode they do not come by themselves."""
+    whole = func in _HARMLESS or Translation.knows(func) or func.namespace == "espkernels"
+    return not whole and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 class _WatchReads(TorchFunctionMode):

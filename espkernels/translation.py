@@ -85,6 +85,11 @@ class Translation:
             return None
         return rule(self, *args, **kwargs)
 
+    @staticmethod
+    def knows(func: Any) -> bool:
+        """Whether there is a rule for ``func``, for some arguments at least."""
+        return func in _RULES
+
     def unwritten(self, x: Tensor) -> str:
         """Which operation made the memory of ``x`` that no kernel has written, or ""."""
         return self._unwritten.get(x.untyped_storage().data_ptr(), "")

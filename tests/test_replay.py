@@ -364,11 +364,32 @@ def test_negated_views(frozen: Any) -> None:
     assert not frozen.plans
 
 
-def test_inference_mode(frozen: Any) -> None:
+class Composite(nn.Module):
+    """Operations that torch makes of others, which inference mode hands over whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = stem(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).contiguous(memory_format=torch.channels_last).to(x.dtype)
+        return torch.concat([x, x], 1).mean((2, 3), keepdim=True).flatten(1).unflatten(1, (2, -1)).type_as(x)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_every_mode_of_inference_is_replayed(frozen: Any, mode: Callable[[], Any]) -> None:
     x = photograph(2, 3, 64, 64)
-    with torch.inference_mode():
-        first = frozen(x)
-    assert torch.equal(frozen(x), first)
+    segmentation = espkernels.freeze(trained(models.espnetv2_segmentation(0.5, 7)).eval())
+    composite = espkernels.freeze(trained(Composite()).eval())
+    calls: list[Callable[[Tensor], Tensor]] = [frozen, segmentation, segmentation.classes, composite]
+    with torch.no_grad():
+        expected = [layers(frozen, x), layers(segmentation, x), layers(segmentation, x).argmax(1), layers(composite, x)]
+    with mode():
+        for call, of_layers in zip(calls, expected, strict=True):
+            assert torch.equal(call(x).to(of_layers.dtype), of_layers)
+    for model, plans in ((frozen, 1), (segmentation, 2), (composite, 1)):
+        assert [recorded.refusal for recorded in model.plans.values()] == [""] * plans
+    assert torch.equal(frozen(x), expected[0])  # outside of the mode, where the plan stays
 
 
 def test_a_frozen_model_inside_another() -> None:
