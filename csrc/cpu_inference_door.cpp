@@ -44,17 +44,20 @@ int64_t filtered(int64_t size, int64_t filter, int64_t stride, int64_t padding) 
   return (size + 2 * padding - filter) / stride + 1;
 }
 
-Tensor grouped_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& shift,
-                           const std::optional<Tensor>& slope, int64_t groups, bool separate) {
-  GroupedConvolution p{};
+void describe_groups(GroupedConvolution& p, const Tensor& x, const Tensor& weight, int64_t groups) {
   p.type = type_of(x);
-  p.in = separate ? weight.size(1) : x.size(1) / groups;
-  p.batch = separate ? x.size(0) / p.in : x.size(0);
+  p.batch = x.size(0);
   p.height = x.size(2);
   p.width = x.size(3);
   p.groups = groups;
+  p.in = weight.size(1);
   p.out_of_group = weight.size(0) / groups;
-  p.separate = separate;
+}
+
+Tensor grouped_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& shift,
+                           const std::optional<Tensor>& slope, int64_t groups) {
+  GroupedConvolution p{};
+  describe_groups(p, x, weight, groups);
   STD_TORCH_CHECK(p.in >= 1 && p.in <= kMaxBranches && p.height >= 1 && p.width >= 1,
                   "x: expected 1 to 8 inputs a group");
   const Tensor map = dense_map(x, Layout::channels_last), dense = dense_weight(weight);
@@ -102,18 +105,6 @@ void run_adaptive_average(const Tensor& x, const EpilogueTensors& epilogue, cons
   run_into("adaptive_average", kernels().adaptive_average, AdaptiveAverage{}, x, epilogue, into, first);
 }
 
-// A branch of pyramid pooling above the size of its map in one pass, where its windows allow that.
-bool run_enlarged_branch(const Tensor& x, const void* weight, int64_t height, int64_t width,
-                         const EpilogueTensors& epilogue, const Tensor& into, int64_t first) {
-  EnlargedBranch p{};
-  p.inner_height = height;
-  p.inner_width = width;
-  p.weight = weight;
-  if (!averages_pairs(x.size(2), height) || !averages_pairs(x.size(3), width)) return false;
-  run_into("enlarged_branch", kernels().enlarged_branch, p, x, epilogue, into, first);
-  return true;
-}
-
 void check_size(int64_t height, int64_t width) {
   STD_TORCH_CHECK(height >= 1 && width >= 1, "height, width: expected at least 1");
 }
@@ -151,8 +142,21 @@ Tensor adaptive_average(const Tensor& x, int64_t height, int64_t width) {
   return out;
 }
 
-// Every branch writes a map of its own, normalised and activated: ten channels of fifty would fill lines of the cache by
-// halves, at three times the cost. Concatenation and channel shuffle are the order in which the merge reads the maps.
+// x convolved depthwise 3x3.
+Tensor depthwise(const Tensor& x, const void* weight) {
+  SpatialPyramid p{};
+  describe(p, x, Layout::channels_last, {x.size(0), x.size(1), x.size(2), x.size(3)}, {1}, 1, true);
+  Tensor out = result_map({x.size(0), x.size(1), x.size(2), x.size(3)}, x, Layout::channels_last);
+  p.x = x.const_data_ptr();
+  p.weight = weight;
+  p.out_pixel = x.size(1);
+  p.out = out.mutable_data_ptr();
+  launch("depthwise", kernels().spatial_pyramid, p);
+  return out;
+}
+
+// Branches below the size of the map, and those whose averages are not all of 2x2, are maps that the last kernel reads; it
+// makes all others where it reads them. Concatenation and channel shuffle are the order in which it does.
 Tensor pyramid_pooling(const Tensor& x, const Tensor& weight, std::vector<int64_t> sizes, int64_t enlarged,
                        const Tensor& scale, const Tensor& shift, const Tensor& slope, const Tensor& merge_weight,
                        const Tensor& merge_shift, const Tensor& merge_slope) {
@@ -173,38 +177,52 @@ Tensor pyramid_pooling(const Tensor& x, const Tensor& weight, std::vector<int64_
   const EpilogueTensors whole =
       dense_epilogue(x, Layout::channels_last, concatenated, scale, shift, std::nullopt, slope);
   STD_TORCH_CHECK(whole.scale && whole.shift && whole.slope, "scale, shift, slope: expected all three");
-  Tensor out = result_map({branches * x.size(0), channels, height, width}, x, Layout::channels_last);
-  for (int64_t b = 0; b < branches; ++b) {
-    const int64_t h = sizes[size_t(2 * b)], w = sizes[size_t(2 * b + 1)];
-    const int64_t channel = b * channels, first = channel * x.size(0) * height * width;
+  const Tensor merge = dense_weight(merge_weight);
+  const std::vector<int64_t> result{x.size(0), channels, height, width};
+  const EpilogueTensors merged =
+      dense_epilogue(x, Layout::channels_last, result, std::nullopt, merge_shift, std::nullopt, merge_slope);
+  PyramidPooling p{};
+  describe_groups(p, x, merge, channels);
+  std::vector<Tensor> alive;  // maps and vectors of branches, until the kernel has read them
+  for (int64_t k = 0; k < branches; ++k) {
+    const int64_t h = sizes[size_t(2 * k)], w = sizes[size_t(2 * k + 1)], channel = k * channels;
     check_size(h, w);
-    const EpilogueTensors epilogue{slice(*whole.scale, channel, channels), slice(*whole.shift, channel, channels),
-                                   std::nullopt, slice(*whole.slope, channel, channels)};
-    const bool same = h == height && w == width, larger = b < enlarged;
+    EpilogueTensors epilogue{slice(*whole.scale, channel, channels), slice(*whole.shift, channel, channels),
+                             std::nullopt, slice(*whole.slope, channel, channels)};
+    const bool same = h == height && w == width, larger = k < enlarged;
     const void* filter = static_cast<const char*>(filters.const_data_ptr()) + channel * 9 * bytes_of(type_of(x));
-    if (!same && larger && run_enlarged_branch(map, filter, h, w, epilogue, out, first)) continue;
-    Tensor resized = map;
-    if (!same) {
-      resized = result_map({x.size(0), channels, h, w}, x, Layout::channels_last);
+    PooledBranch& branch = p.branch[k];
+    branch.filtered = same || (larger && averages_pairs(height, h) && averages_pairs(width, w));
+    branch.height = h;
+    branch.width = w;
+    branch.weight = filter;
+    Tensor read = map;
+    if (!branch.filtered) {
+      read = result_map({x.size(0), channels, h, w}, x, Layout::channels_last);
       if (larger) {
-        run_resize(map, EpilogueTensors{}, resized, 0);
+        run_resize(map, EpilogueTensors{}, read, 0);
       } else {
-        run_adaptive_average(map, EpilogueTensors{}, resized, 0);
+        run_adaptive_average(map, EpilogueTensors{}, read, 0);
       }
+      read = depthwise(read, filter);
     }
-    SpatialPyramid p{};
-    describe(p, x, Layout::channels_last, {x.size(0), channels, h, w}, {1}, 1, true);
-    Tensor filtered = same ? out : result_map({x.size(0), channels, h, w}, x, Layout::channels_last);
-    p.x = resized.const_data_ptr();
-    p.weight = filter;
-    if (same) p.epilogue = pointers(epilogue);
-    p.out_pixel = filtered.size(1);
-    p.out = static_cast<char*>(filtered.mutable_data_ptr()) + (same ? first * bytes_of(p.type) : 0);
-    launch("depthwise", kernels().spatial_pyramid, p);
-    if (!same && larger) run_adaptive_average(filtered, epilogue, out, first);
-    if (!same && !larger) run_resize(filtered, epilogue, out, first);
+    if (!branch.filtered && larger) {
+      const Tensor averaged = result_map(result, x, Layout::channels_last);
+      run_adaptive_average(read, EpilogueTensors{}, averaged, 0);
+      read = averaged;
+      branch.height = height;
+      branch.width = width;
+    }
+    branch.x = read.const_data_ptr();
+    branch.epilogue = pointers(epilogue);
+    alive.insert(alive.end(), {read, *epilogue.scale, *epilogue.shift, *epilogue.slope});
   }
-  return grouped_convolution(out, merge_weight, merge_shift, merge_slope, channels, true);
+  Tensor out = result_map(result, x, Layout::channels_last);
+  p.weight = merge.const_data_ptr();
+  p.epilogue = pointers(merged);
+  p.out = out.mutable_data_ptr();
+  launch("pyramid_pooling", kernels().pyramid_pooling, p);
+  return out;
 }
 
 // Depthwise 3x3 convolutions run as a pyramid of one branch, all others as one dense matrix product a row.
@@ -245,7 +263,7 @@ Tensor convolution(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
     launch("depthwise", kernels().spatial_pyramid, p);
     return out;
   }
-  if (many) return grouped_convolution(x, weight, shift, slope, groups, false);
+  if (many) return grouped_convolution(x, weight, shift, slope, groups);
   Convolution p{};
   p.bfloat16 = kernels().bfloat16;
   p.type = type_of(x);

@@ -137,14 +137,6 @@ void visit_pointers(Visitor& v, Concatenate& p) {
 }
 
 template <class Visitor>
-void visit_pointers(Visitor& v, EnlargedBranch& p) {
-  v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
-  v.weight(p.weight);
-  visit(v, p.epilogue, p.channels, 0);
-  v.out(p.out, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.out_pixel));
-}
-
-template <class Visitor>
 void visit_pointers(Visitor& v, GroupedConvolution& p) {
   v.map(p.x, map_bytes(p.type, p.batch, p.in_channels(), p.height * p.width, p.in_channels()));
   v.weight(p.weight);
@@ -152,6 +144,23 @@ void visit_pointers(Visitor& v, GroupedConvolution& p) {
   v.weight(p.epilogue.shift);
   v.weight(p.epilogue.slope);
   v.out(p.out, map_bytes(p.type, p.batch, p.out_channels(), p.height * p.width, p.out_channels()));
+}
+
+template <class Visitor>
+void visit_pointers(Visitor& v, PyramidPooling& p) {
+  auto weights = [&](const void*& weight, Epilogue& epilogue) {
+    v.weight(weight);
+    v.weight(epilogue.scale);
+    v.weight(epilogue.shift);
+    v.weight(epilogue.slope);
+  };
+  for (int64_t k = 0; k < p.branches(); ++k) {
+    PooledBranch& b = p.branch[k];
+    v.map(b.x, map_bytes(p.type, p.batch, p.channels(), p.pixels_of(b), p.channels()));
+    weights(b.weight, b.epilogue);
+  }
+  weights(p.weight, p.epilogue);
+  v.out(p.out, map_bytes(p.type, p.batch, p.channels(), p.height * p.width, p.channels()));
 }
 
 }  // namespace espk

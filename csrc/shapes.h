@@ -293,29 +293,11 @@ struct Concatenate {
   int64_t numbers() const { return rows * row; }
 };
 
-// x [B, C, H, W] resized bilinearly to inner_height x inner_width, convolved depthwise 3x3 with weight [C, 3, 3], averaged
-// back over windows that share the larger map out evenly, all of 2x2 (averages_pairs): prelu(that * scale + shift)
-// -> [B, C, H, W], channels_last.
-struct EnlargedBranch {
-  Type type;
-  int64_t batch, channels, height, width, inner_height, inner_width;
-  const void* x;
-  const void* weight;
-  Epilogue epilogue;  // without a residual
-  int64_t out_pixel;  // as in PyramidPointwise
-  void* out;
-
-  // Those of the convolution at the larger size, as the network counts them; the kernel does with fewer.
-  int64_t multiply_adds() const { return 9 * batch * channels * inner_height * inner_width; }
-};
-
 // 3x3 convolution in `groups` groups of `in` inputs and `out_of_group` outputs, padded by one, channels_last, with weight
-// [groups * out_of_group, in, 3, 3]. Input j of group g is channel g * in + j of x, or channel g of map j where x is `in`
-// maps of `groups` channels one behind the other (`separate`: concatenated, a channel shuffle would put them so).
+// [groups * out_of_group, in, 3, 3]. Input j of group g is channel g * in + j of x.
 struct GroupedConvolution {
   Type type;
   int64_t batch, height, width, groups, in, out_of_group;
-  bool separate;
   const void* x;
   const void* weight;
   Epilogue epilogue;  // without a residual
@@ -324,6 +306,36 @@ struct GroupedConvolution {
   int64_t in_channels() const { return groups * in; }
   int64_t out_channels() const { return groups * out_of_group; }
   int64_t multiply_adds() const { return 9 * batch * height * width * out_channels() * in; }
+};
+
+// A branch of efficient pyramid pooling, prelu(y * scale + shift) of `epilogue` in the size of the pooling's map. `filtered`:
+// y is x [B, C, H, W] in that size, resized bilinearly to height x width, convolved depthwise 3x3 with weight [C, 3, 3], and
+// averaged back over windows that share the larger map out evenly, all of 2x2 (averages_pairs); or only convolved, in its own
+// size. Else y is x [B, C, height, width] resized bilinearly to that size.
+struct PooledBranch {
+  bool filtered;
+  int64_t height, width;
+  const void *x, *weight;
+  Epilogue epilogue;  // without a residual
+};
+
+// The branches of efficient pyramid pooling, each one input of every group of their merge, which has one output a channel
+// -> [B, C, H, W], channels_last.
+struct PyramidPooling : GroupedConvolution {  // without an x
+  PooledBranch branch[kMaxBranches];
+
+  int64_t channels() const { return groups; }
+  int64_t branches() const { return in; }
+  bool enlarges(const PooledBranch& b) const { return b.filtered && (b.height != height || b.width != width); }
+  // Of the map that a branch reads.
+  int64_t pixels_of(const PooledBranch& b) const { return b.filtered ? height * width : b.height * b.width; }
+
+  // Those of the convolutions at the sizes of the branches, as the network counts them; the kernel does with fewer.
+  int64_t multiply_adds() const {
+    int64_t filters = 0;
+    for (int64_t k = 0; k < branches(); ++k) filters += branch[k].filtered ? branch[k].height * branch[k].width : 0;
+    return GroupedConvolution::multiply_adds() + 9 * batch * channels() * filters;
+  }
 };
 
 }  // namespace espk

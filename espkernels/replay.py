@@ -138,9 +138,10 @@ class _Watch(TorchDispatchMode):
 
 
 def _in_parts(func: Any) -> bool:
-    """Whether torch makes an operation of others that are to be seen: in inference mode they do not come by themselves."""
+    """Whether torch makes an operation of others, which come one by one except in inference mode."""
     whole = func in _HARMLESS or Translation.knows(func) or func.namespace == "espkernels"
-    return not whole and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return composite and not whole
 
 
 class _WatchReads(TorchFunctionMode):

@@ -16,11 +16,9 @@ struct GroupTiles {
   int64_t image, first, count;
 
   void fill(int64_t first_row, Columns columns) const {
-    if (p.separate || p.in == 1) {
-      for (int64_t j = 0; j < p.in; ++j) {
-        const T* map = static_cast<const T*>(p.x) + (j * p.batch + image) * p.height * p.width * p.groups;
-        fill_pixels(tile, tiles + j * tile.size(), map + first, first_row, p.height, columns, true, p.groups, count);
-      }
+    if (p.in == 1) {
+      const T* map = static_cast<const T*>(p.x) + image * p.height * p.width * p.groups;
+      fill_pixels(tile, tiles, map + first, first_row, p.height, columns, true, p.groups, count);
     } else if (count == N && p.in == 2) {
       fill_in_turn(first_row, columns, [&](C* to, const T* from) { separate<2>(to, from); });
     } else if (count == N && p.in == 4) {

@@ -16,8 +16,8 @@ extern const Kernel<AveragePool> average_pool;
 extern const Kernel<GlobalAverage> global_average;
 extern const Kernel<Resize> resize;
 extern const Kernel<AdaptiveAverage> adaptive_average;
-extern const Kernel<EnlargedBranch> enlarged_branch;
 extern const Kernel<GroupedConvolution> grouped_convolution;
+extern const Kernel<PyramidPooling> pyramid_pooling;
 extern const Kernel<ResizedArgmax> resized_argmax;
 extern const Kernel<Affine> affine;
 extern const Kernel<ChangeLayout> change_layout;
@@ -48,8 +48,8 @@ extern const Kernels kernels = {
     global_average,
     resize,
     adaptive_average,
-    enlarged_branch,
     grouped_convolution,
+    pyramid_pooling,
     resized_argmax,
     affine,
     change_layout,

@@ -29,8 +29,8 @@ struct Kernels {
   const Kernel<GlobalAverage>& global_average;
   const Kernel<Resize>& resize;
   const Kernel<AdaptiveAverage>& adaptive_average;
-  const Kernel<EnlargedBranch>& enlarged_branch;
   const Kernel<GroupedConvolution>& grouped_convolution;
+  const Kernel<PyramidPooling>& pyramid_pooling;
   const Kernel<ResizedArgmax>& resized_argmax;
   const Kernel<Affine>& affine;
   const Kernel<ChangeLayout>& change_layout;

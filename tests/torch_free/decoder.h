@@ -1,4 +1,4 @@
-// The kernels that only the decoder of segmentation needs: resizing, means, grouped convolutions, enlarged branches.
+// The kernels that only the decoder of segmentation needs: resizing, means, grouped convolutions, pyramid pooling.
 #pragma once
 
 #include "inference.h"
@@ -73,28 +73,68 @@ inline void check_resampling(const Case& s, Type type, const Tensor& x, const St
   average.epilogue = buffers.epilogue;
   check("adaptive_average", s, kernels.adaptive_average, average, &espk::AdaptiveAverage::out,
         epilogue(averaged_pairs(large), steps), Target{Layout::channels_last});
+}
 
-  // Each channel is one number everywhere, so that mixes are exact whatever their weights.
-  Tensor level({s.batch, s.channels, s.height, s.width}), doubled({s.batch, s.channels, 2 * s.height, 2 * s.width});
-  for (int64_t i = 0; i < level.count(); ++i)
-    level.values[static_cast<size_t>(i)] = static_cast<double>(i / (s.height * s.width) % 5 - 2);
-  for (int64_t i = 0; i < doubled.count(); ++i)
-    doubled.values[static_cast<size_t>(i)] = static_cast<double>(i / (4 * s.height * s.width) % 5 - 2);
-  const Tensor weight = draw.integers({s.channels, 1, 3, 3});
-  const Buffer level_buffer(type, Layout::channels_last, level), weight_buffer(type, Layout::contiguous, weight);
-  espk::EnlargedBranch branch{};
-  branch.type = type;
-  branch.batch = s.batch;
-  branch.channels = branch.out_pixel = s.channels;
-  branch.height = s.height;
-  branch.width = s.width;
-  branch.inner_height = 2 * s.height;
-  branch.inner_width = 2 * s.width;
-  branch.x = level_buffer.data();
-  branch.weight = weight_buffer.data();
-  branch.epilogue = buffers.epilogue;
-  check("enlarged_branch", s, kernels.enlarged_branch, branch, &espk::EnlargedBranch::out,
-        epilogue(averaged_pairs(grouped(doubled, weight, s.channels)), steps), Target{Layout::channels_last});
+// A map [batch, channels, height, width] whose channels are one number everywhere, so that mixes are exact whatever their
+// weights.
+inline Tensor level(int64_t batch, int64_t channels, int64_t height, int64_t width) {
+  Tensor map({batch, channels, height, width});
+  for (int64_t i = 0; i < map.count(); ++i)
+    map.values[static_cast<size_t>(i)] = static_cast<double>(i / (height * width) % 5 - 2);
+  return map;
+}
+
+// Branches of every kind: above the size of the map, in it, a map of that size and one of another.
+inline void check_pyramid_pooling(const Case& s, Type type) {
+  Draw draw;
+  const int64_t branches = 4, half = (s.height + 1) / 2, third = (s.width + 2) / 3;
+  const Tensor same = level(s.batch, s.channels, s.height, s.width);
+  const Tensor weights[] = {draw.integers({s.channels, 1, 3, 3}), draw.integers({s.channels, 1, 3, 3})};
+  const Tensor map = draw.integers(same.sizes), small = level(s.batch, s.channels, half, third);
+  const Tensor made[] = {
+      averaged_pairs(grouped(level(s.batch, s.channels, 2 * s.height, 2 * s.width), weights[0], s.channels)),
+      grouped(same, weights[1], s.channels), map, same};
+  const Buffer maps[] = {
+      {type, Layout::channels_last, same}, {type, Layout::channels_last, map}, {type, Layout::channels_last, small}};
+  const Buffer filters[] = {{type, Layout::contiguous, weights[0]}, {type, Layout::contiguous, weights[1]}};
+  const void* read[] = {maps[0].data(), maps[0].data(), maps[1].data(), maps[2].data()};
+
+  espk::PyramidPooling p{};
+  p.type = type;
+  p.batch = s.batch;
+  p.height = s.height;
+  p.width = s.width;
+  p.groups = s.channels;
+  p.in = branches;
+  p.out_of_group = 1;
+  Tensor shuffled({s.batch, branches * s.channels, s.height, s.width});
+  std::vector<EpilogueBuffers> epilogues;
+  for (int64_t k = 0; k < branches; ++k) {
+    const auto at = static_cast<size_t>(k);
+    const Steps steps = draw.steps(s.channels, {});
+    epilogues.emplace_back(type, Layout::channels_last, steps);
+    p.branch[k] = {k < 2,
+                   k == 0   ? 2 * s.height
+                   : k == 3 ? half
+                            : s.height,
+                   k == 0   ? 2 * s.width
+                   : k == 3 ? third
+                            : s.width,
+                   read[at],
+                   k < 2 ? filters[at].data() : nullptr,
+                   epilogues.back().epilogue};
+    const Tensor branch = epilogue(made[at], steps);
+    for (int64_t c = 0; c < s.channels; ++c)
+      shuffled = with_channels(shuffled, channels_of(branch, c, 1), c * branches + k);
+  }
+  const Tensor weight = draw.integers({s.channels, branches, 3, 3});
+  const Steps steps = draw.steps(s.channels, {});
+  const Buffer weight_buffer(type, Layout::contiguous, weight);
+  const EpilogueBuffers buffers(type, Layout::channels_last, steps);
+  p.weight = weight_buffer.data();
+  p.epilogue = buffers.epilogue;
+  check<espk::PyramidPooling>("pyramid_pooling", s, kernels.pyramid_pooling, p, &espk::PyramidPooling::out,
+                              epilogue(grouped(shuffled, weight, s.channels), steps), Target{Layout::channels_last});
 }
 
 inline void check_decoder(const Case& s, Type type, Layout) {
@@ -115,29 +155,19 @@ inline void check_decoder(const Case& s, Type type, Layout) {
   const EpilogueBuffers buffers(type, Layout::channels_last, shifted);
   const Buffer weight_buffer(type, Layout::contiguous, weight);
   const Tensor expected = epilogue(grouped(inputs, weight, s.channels), shifted);
-  // The same inputs, as one map and as several behind one another.
-  Tensor separate({inputs_of_group * s.batch, s.channels, s.height, s.width});
-  for (int64_t j = 0; j < inputs_of_group; ++j)
-    for (int64_t b = 0; b < s.batch; ++b)
-      for (int64_t c = 0; c < s.channels; ++c)
-        for (int64_t y = 0; y < s.height; ++y)
-          for (int64_t z = 0; z < s.width; ++z)
-            separate.at(j * s.batch + b, c, y, z) = inputs.at(b, c * inputs_of_group + j, y, z);
-  for (const bool apart : {false, true}) {
-    const Buffer map(type, Layout::channels_last, apart ? separate : inputs);
-    espk::GroupedConvolution p{};
-    p.type = type;
-    p.batch = s.batch;
-    p.height = s.height;
-    p.width = s.width;
-    p.groups = s.channels;
-    p.in = inputs_of_group;
-    p.out_of_group = outputs_of_group;
-    p.separate = apart;
-    p.x = map.data();
-    p.weight = weight_buffer.data();
-    p.epilogue = buffers.epilogue;
-    check("grouped_convolution", s, kernels.grouped_convolution, p, &espk::GroupedConvolution::out, expected,
-          Target{Layout::channels_last});
-  }
+  const Buffer map(type, Layout::channels_last, inputs);
+  espk::GroupedConvolution p{};
+  p.type = type;
+  p.batch = s.batch;
+  p.height = s.height;
+  p.width = s.width;
+  p.groups = s.channels;
+  p.in = inputs_of_group;
+  p.out_of_group = outputs_of_group;
+  p.x = map.data();
+  p.weight = weight_buffer.data();
+  p.epilogue = buffers.epilogue;
+  check("grouped_convolution", s, kernels.grouped_convolution, p, &espk::GroupedConvolution::out, expected,
+        Target{Layout::channels_last});
+  check_pyramid_pooling(s, type);
 }
