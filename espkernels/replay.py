@@ -14,6 +14,8 @@ other attributes set later, what ``forward`` keeps or draws in Python, and one i
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -25,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from espkernels import backends
+from espkernels.result_memory import KEPT_BYTES, ResultMemory
 from espkernels.translation import Translation
 
 __all__ = ["Layers", "Recorded", "Replayed", "Result", "forget", "generation", "record", "replayed"]
@@ -178,10 +181,20 @@ class Result:
     shape: tuple[int, ...]
     dtype: torch.dtype
     channels_last: bool
+    memory: ResultMemory = field(default_factory=ResultMemory, compare=False)
 
     def empty(self, images: int) -> Tensor:
+        size = (images, *self.shape)
+        count = math.prod(size)
+        if count * self.dtype.itemsize < KEPT_BYTES:
+            memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+            return torch.empty(size, dtype=self.dtype, memory_format=memory_format)
+        return self.memory.empty(size, self._stride, self.dtype, count)
+
+    @functools.cached_property
+    def _stride(self) -> tuple[int, ...]:
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        return torch.empty((images, *self.shape), dtype=self.dtype, memory_format=memory_format)
+        return torch.empty((1, *self.shape), memory_format=memory_format, device="meta").stride()
 
 
 @dataclass(frozen=True)
