@@ -24,9 +24,26 @@ inline V mix(V first, V second, C weight_of_second) {
   return first * (C(1) - weight_of_second) + second * weight_of_second;
 }
 
-// Where all columns lie, the same for every row: a division each.
-inline void place_columns(Between* to, int64_t width, int64_t out_width) {
-  for (int64_t x = 0; x < out_width; ++x) to[x] = Between(x, width, out_width);
+// Where an output column lies, as the mix of two columns of the input.
+template <class C>
+struct MixedColumn {
+  int64_t first, second;
+  C share_of_first, share_of_second;
+
+  template <class V>
+  V mix(V a, V b) const {
+    return a * share_of_first + b * share_of_second;
+  }
+};
+
+// All columns, the same for every row: a division each.
+template <class C>
+inline void place_columns(MixedColumn<C>* to, int64_t width, int64_t out_width) {
+  for (int64_t x = 0; x < out_width; ++x) {
+    const Between at(x, width, out_width);
+    const C second = static_cast<C>(at.weight);
+    to[x] = {at.first, at.second, C(1) - second, second};
+  }
 }
 
 // Row `rows` of a map [H, W, C] whose rows hold `row` numbers, from the two that it lies between.

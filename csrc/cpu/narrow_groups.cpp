@@ -3,34 +3,71 @@
 namespace espk::ESPK_ISA {
 namespace {
 
-// `count` pixels of one set from `a` on: P at a time share the loads of weights and places.
-template <class C, int P>
-void multiply_narrow(const NarrowGroups<C>& n, const MatrixProduct<C>& p, const C* weights, const Index<C>* places,
-                     int64_t row, int64_t inputs, int64_t outputs) {
+// What is known of a set: its groups' weights, where each lane finds its input in each step, and their epilogue.
+template <class C>
+struct Set {
+  static constexpr int N = kLanes<C>;
+  using V = Vector<C, N>;
+
+  const C* weights;
+  const Index<C>* places;
+  int64_t inputs, outputs;
+  V scale, shift, slope;  // a step that is left out multiplies by one or adds nothing
+
+  Set(const MatrixProduct<C>& p, const C* weights, const Index<C>* places, int64_t inputs, int64_t outputs)
+      : weights(weights),
+        places(places),
+        inputs(inputs),
+        outputs(outputs),
+        scale(p.scale ? load_first<N>(p.scale, outputs) : broadcast<C, N>(1)),
+        shift(p.shift ? load_first<N>(p.shift, outputs) : V{}),
+        slope(p.slope ? load_first<N>(p.slope, outputs) : broadcast<C, N>(1)) {}
+};
+
+// Pixels `row` to `row` + P: they share the loads of weights and places. Two: the inputs fill more than one vector.
+template <class C, int P, bool Two>
+void multiply_pixels(const MatrixProduct<C>& p, const Set<C>& set, int64_t depth, int64_t row) {
   constexpr int N = kLanes<C>;
   using V = Vector<C, N>;
   V low[P], high[P], sum[P];
 #pragma GCC unroll 8
   for (int i = 0; i < P; ++i) {
     const C* a = p.a + (row + i) * p.a_row;
-    low[i] = load_first<N>(a, inputs);
-    high[i] = inputs > N ? load_first<N>(a + N, inputs - N) : V{};
+    low[i] = load_first<N>(a, set.inputs);
+    if constexpr (Two) high[i] = load_first<N>(a + N, set.inputs - N);
     sum[i] = V{};
   }
-  for (int64_t j = 0; j < n.in; ++j, weights += N, places += N) {
+  const C* weights = set.weights;
+  const Index<C>* places = set.places;
+  for (int64_t j = 0; j < depth; ++j, weights += N, places += N) {
     const V weight = load<N>(weights);
 #pragma GCC unroll 8
-    for (int i = 0; i < P; ++i) sum[i] += weight * pick<C>(low[i], high[i], places);
+    for (int i = 0; i < P; ++i) {
+      if constexpr (Two) {
+        sum[i] += weight * pick<C>(low[i], high[i], places);
+      } else {
+        sum[i] += weight * pick<C>(low[i], places);
+      }
+    }
   }
+  auto finish = [&](auto&& save) {
 #pragma GCC unroll 8
-  for (int i = 0; i < P; ++i) {
-    V v = sum[i];
-    if (p.scale) v = v * load_first<N>(p.scale, outputs);
-    if (p.shift) v = v + load_first<N>(p.shift, outputs);
-    if (p.residual) v = v + load_first<N>(p.residual + (row + i) * p.residual_row, outputs);
-    if (p.slope) v = v > V{} ? v : v * load_first<N>(p.slope, outputs);
-    store_first<N>(p.out + (row + i) * p.out_row, v, outputs);
-  }
+    for (int i = 0; i < P; ++i) {
+      V v = sum[i] * set.scale + set.shift;
+      if (p.residual) v = v + load_first<N>(p.residual + (row + i) * p.residual_row, set.outputs);
+      save(p.out + (row + i) * p.out_row, v > V{} ? v : v * set.slope);
+    }
+  };
+  if (set.outputs == N) return finish([](C* to, V v) { store<N>(to, v); });
+  finish([&](C* to, V v) { store_first<N>(to, v, set.outputs); });
+}
+
+template <class C, bool Two>
+void multiply_set(const MatrixProduct<C>& p, const Set<C>& set, int64_t depth) {
+  constexpr int P = kRegisters == 32 ? 8 : 4;
+  int64_t row = 0;
+  for (; row + P <= p.rows; row += P) multiply_pixels<C, P, Two>(p, set, depth, row);
+  for (; row < p.rows; ++row) multiply_pixels<C, 1, Two>(p, set, depth, row);
 }
 
 }  // namespace
@@ -60,23 +97,23 @@ void pack_narrow_groups(const NarrowGroups<Compute<T>>& n, Compute<T>* to, const
 
 template <class C>
 void multiply_narrow_groups(const NarrowGroups<C>& n, const MatrixProduct<C>& whole) {
-  constexpr int N = kLanes<C>, P = kRegisters == 32 ? 8 : 4;
+  constexpr int N = kLanes<C>;
   const Index<C>* places = reinterpret_cast<const Index<C>*>(whole.b + n.sets() * n.in * N);
-  for (int64_t set = 0; set < n.sets(); ++set) {
-    const int64_t groups = least(n.together, n.groups - set * n.together), channel = set * n.together * n.out;
+  for (int64_t s = 0; s < n.sets(); ++s) {
+    const int64_t groups = least(n.together, n.groups - s * n.together), channel = s * n.together * n.out;
     MatrixProduct<C> p = whole;
-    p.a += set * n.together * n.in;
+    p.a += s * n.together * n.in;
     p.out += channel;
     if (p.scale) p.scale += channel;
     if (p.shift) p.shift += channel;
     if (p.slope) p.slope += channel;
     if (p.residual) p.residual += channel;
-    const C* weights = whole.b + set * n.in * N;
-    int64_t row = 0;
-    for (; row + P <= p.rows; row += P) {
-      multiply_narrow<C, P>(n, p, weights, places, row, groups * n.in, groups * n.out);
+    const Set<C> set(p, whole.b + s * n.in * N, places, groups * n.in, groups * n.out);
+    if (set.inputs > N) {
+      multiply_set<C, true>(p, set, n.in);
+    } else {
+      multiply_set<C, false>(p, set, n.in);
     }
-    for (; row < p.rows; ++row) multiply_narrow<C, 1>(n, p, weights, places, row, groups * n.in, groups * n.out);
   }
 }
 

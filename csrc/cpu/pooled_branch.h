@@ -37,13 +37,13 @@ struct SharedBranch {
   static constexpr int64_t kTaps = 16, kNumbers = (kTaps + 3) * N;
 
   C* blocks = nullptr;
-  Between* columns = nullptr;
+  MixedColumn<C>* columns = nullptr;
   int64_t* windows = nullptr;
 
   SharedBranch() = default;
   SharedBranch(const PyramidPooling& p, const PooledBranch& b, Carving& memory)
       : blocks(memory.take<C>(ceil_div(p.channels(), N) * kNumbers)),
-        columns(memory.take<Between>(p.enlarges(b) ? b.width : p.width)),
+        columns(memory.take<MixedColumn<C>>(p.enlarges(b) ? b.width : p.width)),
         windows(memory.take<int64_t>(p.enlarges(b) ? p.width : 0)) {}
 };
 

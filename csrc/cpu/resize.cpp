@@ -13,20 +13,26 @@ namespace {
 
 constexpr int64_t kRows = 4;  // of a unit
 
-int64_t shared_bytes(const Resize& p) { return p.out_width * static_cast<int64_t>(sizeof(Between)); }
+int64_t shared_bytes(const Resize& p) { return p.out_width * static_cast<int64_t>(sizeof(MixedColumn<double>)); }
 
-void before(const Resize& p, void* shared) { place_columns(static_cast<Between*>(shared), p.width, p.out_width); }
+void before(const Resize& p, void* shared) {
+  with_type(p.type, [&](auto* type) {
+    place_columns(static_cast<MixedColumn<Compute<std::remove_pointer_t<decltype(type)>>>*>(shared), p.width,
+                  p.out_width);
+  });
+}
 
 int64_t units(const Resize& p) { return p.batch * ceil_div(p.out_height, kRows); }
 
 template <class T>
-void run_type(const Resize& p, const Between* columns, int64_t begin, int64_t end) {
+void run_type(const Resize& p, const MixedColumn<Compute<T>>* columns, int64_t begin, int64_t end) {
   using C = Compute<T>;
   constexpr int N = kLanes<C>;
   const int64_t row = p.width * p.channels, strips = ceil_div(p.out_height, kRows);
   C* mixed = static_cast<C*>(scratch(Slot::rows, (row + p.channels) * static_cast<int64_t>(sizeof(C))));
   C* gate = mixed + row;
   const AffinePrelu<C> finish(p.epilogue);
+  const bool plain = !p.skip && p.epilogue.empty();
   int64_t gated = -1;  // the image whose gate is in memory
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t image = unit / strips, first = unit % strips * kRows;
@@ -40,12 +46,21 @@ void run_type(const Resize& p, const Between* columns, int64_t begin, int64_t en
       const int64_t pixel = (image * p.out_height + y) * p.out_width;
       T* out = static_cast<T*>(p.out) + pixel * p.out_pixel;
       const T* skip = p.skip ? static_cast<const T*>(p.skip) + pixel * p.channels : nullptr;
+      if (plain) {
+        for (int64_t x = 0; x < p.out_width; ++x, out += p.out_pixel) {
+          const C *left = mixed + columns[x].first * p.channels, *right = mixed + columns[x].second * p.channels;
+          for_whole_vectors<N>(p.channels, [&](int64_t c, int64_t valid) {
+            const Vector<C, N> a = load_first<N>(left + c, valid), b = load_first<N>(right + c, valid);
+            store_first<N>(out + c, columns[x].mix(a, b), valid);
+          });
+        }
+        continue;
+      }
       for (int64_t x = 0; x < p.out_width; ++x, out += p.out_pixel) {
         const C *left = mixed + columns[x].first * p.channels, *right = mixed + columns[x].second * p.channels;
-        const C across = static_cast<C>(columns[x].weight);
         for_whole_vectors<N>(p.channels, [&](int64_t c, int64_t valid) {
           const Vector<C, N> a = load_first<N>(left + c, valid), b = load_first<N>(right + c, valid);
-          Vector<C, N> v = mix(a, b, across);
+          Vector<C, N> v = columns[x].mix(a, b);
           if (skip) {
             const Vector<C, N> s = load_first<N>(skip + c, valid);
             v += p.gate ? s * load_first<N>(gate + c, valid) : s;
@@ -59,8 +74,10 @@ void run_type(const Resize& p, const Between* columns, int64_t begin, int64_t en
 }
 
 void run(const Resize& p, void* shared, int64_t begin, int64_t end) {
-  const Between* columns = static_cast<const Between*>(shared);
-  with_type(p.type, [&](auto* type) { run_type<std::remove_pointer_t<decltype(type)>>(p, columns, begin, end); });
+  with_type(p.type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    run_type<T>(p, static_cast<const MixedColumn<Compute<T>>*>(shared), begin, end);
+  });
 }
 
 }  // namespace

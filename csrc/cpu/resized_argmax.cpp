@@ -8,17 +8,20 @@ namespace {
 
 constexpr int64_t kRows = 4;  // of a unit
 
-int64_t shared_bytes(const ResizedArgmax& p) { return p.out_width * static_cast<int64_t>(sizeof(Between)); }
+int64_t shared_bytes(const ResizedArgmax& p) { return p.out_width * static_cast<int64_t>(sizeof(MixedColumn<double>)); }
 
 void before(const ResizedArgmax& p, void* shared) {
-  place_columns(static_cast<Between*>(shared), p.width, p.out_width);
+  with_type(p.type, [&](auto* type) {
+    place_columns(static_cast<MixedColumn<Compute<std::remove_pointer_t<decltype(type)>>>*>(shared), p.width,
+                  p.out_width);
+  });
 }
 
 int64_t units(const ResizedArgmax& p) { return p.batch * ceil_div(p.out_height, kRows); }
 
 // The winners of kLanes pixels, whose channels are laid across the lanes of vectors one channel each.
 template <class C>
-Vector<Index<C>, kLanes<C>> winners(const C* mixed, const Between* columns, int64_t count, int64_t channels) {
+Vector<Index<C>, kLanes<C>> winners(const C* mixed, const MixedColumn<C>* columns, int64_t count, int64_t channels) {
   constexpr int N = kLanes<C>;
   Vector<C, N> best{};
   Vector<Index<C>, N> winner{};
@@ -26,10 +29,10 @@ Vector<Index<C>, kLanes<C>> winners(const C* mixed, const Between* columns, int6
     const int64_t valid = least(N, channels - c);
     Vector<C, N> v[N];
     for (int i = 0; i < N; ++i) {
-      const Between& column = columns[i < count ? i : count - 1];
+      const MixedColumn<C>& column = columns[i < count ? i : count - 1];
       const Vector<C, N> a = load_first<N>(mixed + column.first * channels + c, valid);
       const Vector<C, N> b = load_first<N>(mixed + column.second * channels + c, valid);
-      v[i] = mix(a, b, static_cast<C>(column.weight));
+      v[i] = column.mix(a, b);
     }
     transpose<N, C>(v);
     if (c == 0) best = v[0];
@@ -44,7 +47,7 @@ Vector<Index<C>, kLanes<C>> winners(const C* mixed, const Between* columns, int6
 }
 
 template <class To, class C>
-void find_row(To* out, const C* mixed, const Between* columns, const ResizedArgmax& p) {
+void find_row(To* out, const C* mixed, const MixedColumn<C>* columns, const ResizedArgmax& p) {
   constexpr int N = kLanes<C>;
   for (int64_t x = 0; x < p.out_width; x += N) {
     const int64_t count = least(N, p.out_width - x);
@@ -54,7 +57,7 @@ void find_row(To* out, const C* mixed, const Between* columns, const ResizedArgm
 }
 
 template <class T>
-void run_type(const ResizedArgmax& p, const Between* columns, int64_t begin, int64_t end) {
+void run_type(const ResizedArgmax& p, const MixedColumn<Compute<T>>* columns, int64_t begin, int64_t end) {
   using C = Compute<T>;
   const int64_t row = p.width * p.channels, strips = ceil_div(p.out_height, kRows);
   C* mixed = static_cast<C*>(scratch(Slot::rows, row * static_cast<int64_t>(sizeof(C))));
@@ -74,8 +77,10 @@ void run_type(const ResizedArgmax& p, const Between* columns, int64_t begin, int
 }
 
 void run(const ResizedArgmax& p, void* shared, int64_t begin, int64_t end) {
-  const Between* columns = static_cast<const Between*>(shared);
-  with_type(p.type, [&](auto* type) { run_type<std::remove_pointer_t<decltype(type)>>(p, columns, begin, end); });
+  with_type(p.type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    run_type<T>(p, static_cast<const MixedColumn<Compute<T>>*>(shared), begin, end);
+  });
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ struct ResizedRows {
   const T* x;  // the map's first pixel, from the block's first channel on
   int64_t valid, pixel;  // channels of the block, and of the map
   int64_t height, width, out_height, out_width;
-  const Between* columns;  // from place_columns
+  const MixedColumn<Compute<T>>* columns;  // from place_columns
 
   // Columns [first, end) of row `row`, N channels a column, as last(them); zeros beside the resized map. `mixed` has room
   // for the columns that they lie between.
@@ -34,7 +34,7 @@ struct ResizedRows {
     for (int64_t i = begin; i < stop; ++i) {
       const Vector<C, N> a = load<N>(mixed + (columns[i].first - left) * N);
       const Vector<C, N> b = load<N>(mixed + (columns[i].second - left) * N);
-      store<N>(to + (i - first) * N, last(mix(a, b, static_cast<C>(columns[i].weight))));
+      store<N>(to + (i - first) * N, last(columns[i].mix(a, b)));
     }
   }
 };

@@ -347,6 +347,17 @@ inline Vector<C, kLanes<C>> pick(Vector<C, kLanes<C>> low, Vector<C, kLanes<C>> 
     return (Vector<C, kLanes<C>>)_mm512_permutex2var_ps((__m512)low, at, (__m512)high);
   }
 }
+
+// The same of one vector. Without a mask GCC 12 warns of what its own header leaves undefined.
+template <class C>
+inline Vector<C, kLanes<C>> pick(Vector<C, kLanes<C>> from, const Index<C>* places) {
+  const __m512i at = _mm512_loadu_si512(places);
+  if constexpr (sizeof(C) == 8) {
+    return (Vector<C, kLanes<C>>)_mm512_mask_permutexvar_pd((__m512d)from, (__mmask8)-1, at, (__m512d)from);
+  } else {
+    return (Vector<C, kLanes<C>>)_mm512_mask_permutexvar_ps((__m512)from, (__mmask16)-1, at, (__m512)from);
+  }
+}
 #else
 #if defined(__AVX2__)
 template <class C>
@@ -374,6 +385,17 @@ inline Vector<C, kLanes<C>> pick(Vector<C, kLanes<C>> low, Vector<C, kLanes<C>> 
   Vector<C, N> picked{};
   for (int i = 0; i < N; ++i) picked[i] = both[places[i]];
   return picked;
+}
+
+template <class C>
+inline Vector<C, kLanes<C>> pick(Vector<C, kLanes<C>> from, const Index<C>* places) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(C) == 4) {
+    const __m256i at = _mm256_loadu_si256((const __m256i*)places);
+    return (Vector<C, kLanes<C>>)_mm256_permutevar8x32_ps((__m256)from, at);
+  }
+#endif
+  return pick<C>(from, from, places);
 }
 #endif
 
