@@ -187,8 +187,7 @@ class Result:
         size = (images, *self.shape)
         count = math.prod(size)
         if count * self.dtype.itemsize < KEPT_BYTES:
-            memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-            return torch.empty(size, dtype=self.dtype, memory_format=memory_format)
+            return torch.empty_strided(size, self._stride, dtype=self.dtype)
         return self.memory.empty(size, self._stride, self.dtype, count)
 
     @functools.cached_property
@@ -335,7 +334,7 @@ class Replayed(nn.Module):
 
     def _replay(self, what: str, forward: Callable[[Tensor], Any], x: Tensor) -> Any:
         last = not x.is_contiguous()
-        key = (what, tuple(x.shape[1:]), x.dtype, last, backends.library.isa(), _generation)  # type: ignore[union-attr]
+        key = (what, x.shape[1:], x.dtype, last, backends.library.isa(), _generation)  # type: ignore[union-attr]
         recorded = self.plans.get(key)
         if recorded is not None and recorded.layers.exchanged():
             recorded = None
@@ -356,9 +355,8 @@ class Replayed(nn.Module):
 
     def _replayable(self, x: Any) -> bool:
         return (
-            isinstance(x, Tensor)
-            and type(x) in (Tensor, nn.Parameter)
-            and x.device.type == "cpu"
+            type(x) in (Tensor, nn.Parameter)
+            and x.is_cpu
             and x.dim() == 4
             and x.shape[0] > 0
             and not self.training
