@@ -142,14 +142,17 @@ Tensor adaptive_average(const Tensor& x, int64_t height, int64_t width) {
   return out;
 }
 
-// x convolved depthwise 3x3.
-Tensor depthwise(const Tensor& x, const void* weight) {
+// A map of pixels convolved depthwise 3x3, which is a pyramid of one branch.
+Tensor filter_depthwise(const Tensor& map, const void* weight, int64_t dilation, int64_t stride,
+                        const EpilogueTensors& epilogue) {
   SpatialPyramid p{};
-  describe(p, x, Layout::channels_last, {x.size(0), x.size(1), x.size(2), x.size(3)}, {1}, 1, true);
-  Tensor out = result_map({x.size(0), x.size(1), x.size(2), x.size(3)}, x, Layout::channels_last);
-  p.x = x.const_data_ptr();
+  const int64_t channels = map.size(1);
+  describe(p, map, Layout::channels_last, {map.size(0), channels, map.size(2), map.size(3)}, {dilation}, stride, true);
+  Tensor out = result_map({p.batch, channels, p.out_height, p.out_width}, map, Layout::channels_last);
+  p.x = map.const_data_ptr();
   p.weight = weight;
-  p.out_pixel = x.size(1);
+  p.epilogue = pointers(epilogue);
+  p.out_pixel = channels;
   p.out = out.mutable_data_ptr();
   launch("depthwise", kernels().spatial_pyramid, p);
   return out;
@@ -204,7 +207,7 @@ Tensor pyramid_pooling(const Tensor& x, const Tensor& weight, std::vector<int64_
       } else {
         run_adaptive_average(map, EpilogueTensors{}, read, 0);
       }
-      read = depthwise(read, filter);
+      read = filter_depthwise(read, filter, 1, 1, EpilogueTensors{});
     }
     if (!branch.filtered && larger) {
       const Tensor averaged = result_map(result, x, Layout::channels_last);
@@ -225,7 +228,7 @@ Tensor pyramid_pooling(const Tensor& x, const Tensor& weight, std::vector<int64_
   return out;
 }
 
-// Depthwise 3x3 convolutions run as a pyramid of one branch, all others as one dense matrix product a row.
+// Neither depthwise nor in many groups, a convolution is one dense matrix product a row.
 Tensor convolution(const Tensor& x, const Tensor& weight, std::optional<Tensor> shift, std::optional<Tensor> slope,
                    int64_t stride, int64_t padding, int64_t dilation, int64_t groups) {
   check_map(x, "x");
@@ -244,24 +247,16 @@ Tensor convolution(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
   const Tensor dense = dense_weight(weight);
   const int64_t channels = weight.size(0);
   if (depthwise) {
-    SpatialPyramid p{};
     const Tensor map = dense_map(x, Layout::channels_last);
-    p.out_pixel = channels;
-    describe(p, x, Layout::channels_last, {x.size(0), x.size(1), x.size(2), x.size(3)}, {dilation}, stride, true);
-    const std::vector<int64_t> sizes{p.batch, channels, p.out_height, p.out_width};
     const ScalarType compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     auto filled = [&](double value) { return torch::stable::full({channels}, value, compute); };
-    const bool plain = !shift && !slope;
-    const EpilogueTensors epilogue = plain ? EpilogueTensors{}
-                                           : dense_epilogue(x, p.layout, sizes, filled(1), shift ? *shift : filled(0),
-                                                            std::nullopt, slope ? *slope : filled(1));
-    Tensor out = result_map(sizes, x, p.layout);
-    p.x = map.const_data_ptr();
-    p.weight = dense.const_data_ptr();
-    p.epilogue = pointers(epilogue);
-    p.out = out.mutable_data_ptr();
-    launch("depthwise", kernels().spatial_pyramid, p);
-    return out;
+    EpilogueTensors epilogue{};
+    if (shift || slope) {
+      const std::vector<int64_t> sizes{x.size(0), channels, x.size(2), x.size(3)};
+      epilogue = dense_epilogue(x, Layout::channels_last, sizes, filled(1), shift ? *shift : filled(0), std::nullopt,
+                                slope ? *slope : filled(1));
+    }
+    return filter_depthwise(map, dense.const_data_ptr(), dilation, stride, epilogue);
   }
   if (many) return grouped_convolution(x, weight, shift, slope, groups);
   Convolution p{};
