@@ -46,12 +46,13 @@ def bounds(model: nn.Module, x: Tensor, threads: int) -> list[dict[str, Any]]:
     return sorted(kernels.values(), key=lambda sums: -sums["seconds"])
 
 
-def sentence(kernels: list[dict[str, Any]], least: float = 0.08) -> str:
-    """The kernels that take at least that share of the time."""
+def sentence(kernels: list[dict[str, Any]], peak: float, least: float = 0.08) -> str:
+    """The kernels that take at least that share of the time; ``peak`` in FLOP/s."""
     return "; ".join(
         f"{one['kernel']} {one['share']:.0%} ({one['calls']} calls, {duration(one['seconds'])}, "
-        f"{2e-9 * one['multiply_adds'] / one['seconds']:.0f} GFLOP/s, {1e-9 * one['bytes'] / one['seconds']:.0f} GB/s, "
-        f"{one['roof']:.0%} of the roof)"
+        f"{2e-9 * one['multiply_adds'] / one['seconds']:.0f} GFLOP/s, "
+        f"{2 * one['multiply_adds'] / one['seconds'] / peak:.0%} of the peak, "
+        f"{1e-9 * one['bytes'] / one['seconds']:.0f} GB/s, {one['roof']:.0%} of the roof)"
         for one in kernels
         if one["share"] >= least
     )

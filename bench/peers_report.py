@@ -143,13 +143,16 @@ def markdown(run: dict[str, Any], picture_name: str) -> str:
     if short:
         lines += ["", "## What bounds the rows that fall short", ""]
         lines += [
-            "The kernels that take at least 8 % of our time, nothing else running; the roof is what this",
-            "machine's measured ceilings of copying and multiply-adds allow. `python -m espkernels explain` has every",
-            "layer, and [bench/tried.md](/bench/tried.md) what was tried. A batch goes through the same kernels image",
-            "by image: its row is bounded as that of one image is.",
+            "The kernels that take at least 8 % of our time, nothing else running. The peak is the floor's rate; the",
+            "roof is what copying and torch.mm were measured to reach, above 100 % where a kernel multiplies faster",
+            "than torch.mm. `python -m espkernels explain` has every layer, [bench/tried.md](/bench/tried.md) what was",
+            "tried. A batch goes through the same kernels image by image: its row is bounded as that of one image.",
             "",
         ]
-        lines += [f"* {row['row']} x{row['threads']}: {sentence(row['bounds'])}" for row in short]
+        peaks = {peak["threads"]: peak["flops"] for peak in run["peaks"]}
+        lines += [
+            f"* {row['row']} x{row['threads']}: {sentence(row['bounds'], peaks[row['threads']])}" for row in short
+        ]
     reasons: dict[str, list[str]] = {}
     for row in run["rows"]:
         for name, reason in row["refused"].items():

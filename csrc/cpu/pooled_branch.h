@@ -6,8 +6,6 @@
 // of four resized rows, 16 multiply-adds where nine a larger pixel were 36 or 20.
 #pragma once
 
-#include <utility>
-
 #include "depthwise_taps.h"
 #include "kernels.h"
 #include "normalise.h"
@@ -15,8 +13,8 @@
 
 namespace espk::ESPK_ISA {
 
-// Most columns of a tile to fill, those beside the panel included.
-constexpr int64_t kMostPooledColumns = 64;
+// Most columns of a panel, and of what is filled for it in whole steps: one more to each side.
+constexpr int64_t kMostPooledPanel = 48, kMostPooledColumns = 64;
 
 // Rows [first_row, end_row) and columns [first_column, end_column) of the map, and where they go.
 template <class C>
@@ -88,26 +86,16 @@ class PooledRows {
     }
   }
 
-  // Numbers that `fill` needs beside the tile, of `rows` x `columns` at most.
-  static int64_t scratch_size(const PyramidPooling& p, int64_t rows, int64_t columns) {
-    int64_t size = 0;
-    for (int64_t k = 0; k < p.branches(); ++k) {
-      size =
-          most(size, p.enlarges(p.branch[k]) ? (kSide + 1) * ring_pitch(p, p.branch[k]) : N * (p.branch[k].width + 1));
-    }
-    return most(size, filtered_tile(p, rows, columns).second.size());
-  }
-
   // The part of channels [channel, channel + valid) of an image.
-  void fill(const PooledPart<C>& part, int64_t image, int64_t channel, int64_t valid, C* memory) const {
+  void fill(const PooledPart<C>& part, int64_t image, int64_t channel, int64_t valid) const {
     const C* filter = shared.blocks + channel / N * SharedBranch<C>::kNumbers;
     const T* x = static_cast<const T*>(b.x) + image * p.pixels_of(b) * p.channels() + channel;
     if (p.enlarges(b)) {
-      fill_enlarged(part, x, valid, filter, memory);
+      fill_enlarged(part, x, valid, filter);
     } else if (b.filtered) {
-      fill_filtered(part, x, valid, filter, memory);
+      fill_filtered(part, x, valid, filter);
     } else {
-      fill_map(part, x, valid, filter, memory);
+      fill_map(part, x, valid, filter);
     }
   }
 
@@ -131,13 +119,11 @@ class PooledRows {
     return (kMostPooledColumns * ceil_div(b.width, p.width) + kSide) * N;
   }
 
-  static std::pair<BlockShape, Tile> filtered_tile(const PyramidPooling& p, int64_t rows, int64_t columns) {
-    const BlockShape shape = choose_block<C>(true, N, rows, columns);
-    return {shape, Tile(1, N, least(1, p.height - 1), least(1, p.width - 1), rows + shape.rows - 1,
-                        round_up(columns, shape.columns))};
+  static C* memory(int64_t numbers) {
+    return static_cast<C*>(scratch(Slot::rows, numbers * static_cast<int64_t>(sizeof(C))));
   }
 
-  void fill_enlarged(const PooledPart<C>& part, const T* x, int64_t valid, const C* filter, C* memory) const {
+  void fill_enlarged(const PooledPart<C>& part, const T* x, int64_t valid, const C* filter) const {
     const ResizedRows<T> resized{x, valid, p.channels(), p.height, p.width, b.height, b.width, shared.columns};
     const int64_t left = shared.windows[part.first_column] - 1, right = shared.windows[part.end_column - 1] + 3;
     int64_t at[kMostPooledColumns];
@@ -145,7 +131,7 @@ class PooledRows {
       at[i] = (shared.windows[least(part.first_column + i, part.end_column - 1)] - 1 - left) * N;
     }
     const int64_t pitch = ring_pitch(p, b);
-    C *ring = memory, *mixed = memory + kSide * pitch;
+    C *ring = memory((kSide + 1) * pitch), *mixed = ring + kSide * pitch;
     const Finish finish(filter);
     int64_t next = -1;  // the resized row to come
     for (int64_t y = part.first_row; y < part.end_row; ++y) {
@@ -186,8 +172,11 @@ class PooledRows {
     }
   }
 
-  void fill_filtered(const PooledPart<C>& part, const T* x, int64_t valid, const C* filter, C* memory) const {
-    const auto [shape, tile] = filtered_tile(p, part.rows(), part.columns());
+  void fill_filtered(const PooledPart<C>& part, const T* x, int64_t valid, const C* filter) const {
+    const BlockShape shape = choose_block<C>(true, N, part.rows(), part.columns());
+    const Tile tile(1, N, least(1, p.height - 1), least(1, p.width - 1), part.rows() + shape.rows - 1,
+                    round_up(part.columns(), shape.columns));
+    C* tile_numbers = memory(tile.size());
     TapList taps;
     taps.begin_segment();
     for (int64_t i = -1; i <= 1; ++i) {
@@ -197,12 +186,13 @@ class PooledRows {
       }
     }
     taps.end_segment(N);
-    fill_pixels(tile, memory, x, part.first_row, p.height, {part.first_column, p.width}, true, p.channels(), valid);
+    fill_pixels(tile, tile_numbers, x, part.first_row, p.height, {part.first_column, p.width}, true, p.channels(),
+                valid);
     Sweep<C> s{};
     s.lanes = N;
     s.pixels = true;
     s.shape = shape;
-    s.tile = memory;
+    s.tile = tile_numbers;
     s.row_step = tile.row_pitch();
     s.rows = part.rows();
     s.columns = s.panel = part.columns();
@@ -219,13 +209,14 @@ class PooledRows {
   }
 
   // A map of this size, which may hold numbers that no mix must meet, or of another.
-  void fill_map(const PooledPart<C>& part, const T* x, int64_t valid, const C* filter, C* memory) const {
+  void fill_map(const PooledPart<C>& part, const T* x, int64_t valid, const C* filter) const {
     const Finish finish(filter);
+    C* mixed = memory((b.width + 1) * N);
     const ResizedRows<T> resized{x, valid, p.channels(), b.height, b.width, p.height, p.width, shared.columns};
     for (int64_t y = part.first_row; y < part.end_row; ++y) {
       C* to = part.to + (y - part.first_row) * part.pitch;
       if (b.height != p.height || b.width != p.width) {
-        resized.template make<N>(y, part.first_column, part.end_column, memory, to, finish);
+        resized.template make<N>(y, part.first_column, part.end_column, mixed, to, finish);
         continue;
       }
       const T* from = x + (y * p.width + part.first_column) * p.channels();

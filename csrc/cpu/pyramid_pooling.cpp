@@ -11,8 +11,8 @@ namespace {
 
 using Problem = PyramidPooling;
 
-// Equal panels of 48 columns at most: a fifth of what is filled lies beside the panel or the strip, and is filled twice.
-int64_t panel_of(const Problem& p) { return ceil_div(p.width, ceil_div(p.width, 48)); }
+// Equal panels: a fifth of what is filled lies beside the panel or the strip, and is filled twice.
+int64_t panel_of(const Problem& p) { return ceil_div(p.width, ceil_div(p.width, kMostPooledPanel)); }
 
 // Zeros in a tile but for `rows` rows from row `above` on and `columns` positions from position `beside` on.
 template <class C>
@@ -68,8 +68,6 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
   const Shared<T> shared(p, memory);
   const GroupedPanels<T> panels(p, panel_of(p));
   const Tile& tile = panels.tile;
-  const int64_t near = PooledRows<T>::scratch_size(p, tile.rows, tile.positions);
-  C* rows = static_cast<C*>(scratch(Slot::rows, near * static_cast<int64_t>(sizeof(C))));
   panels.run(shared.merge, begin, end, [&](const typename GroupedPanels<T>::Part& part, C* tiles) {
     // What the part's taps reach of the map; beside it the tiles are zero.
     PooledPart<C> reached{};
@@ -84,7 +82,7 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
       C* to = tiles + k * tile.size();
       reached.to = to + above * tile.row_pitch() + beside * N;
       fill_zero_around(tile, to, above, reached.rows(), beside, reached.columns());
-      PooledRows<T>(p, p.branch[k], shared.branch[k]).fill(reached, part.image, part.first_group, part.groups, rows);
+      PooledRows<T>(p, p.branch[k], shared.branch[k]).fill(reached, part.image, part.first_group, part.groups);
     }
   });
 }
