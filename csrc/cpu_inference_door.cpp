@@ -186,12 +186,12 @@ Tensor pyramid_pooling(const Tensor& x, const Tensor& weight, std::vector<int64_
       dense_epilogue(x, Layout::channels_last, result, std::nullopt, merge_shift, std::nullopt, merge_slope);
   PyramidPooling p{};
   describe_groups(p, x, merge, channels);
-  std::vector<Tensor> alive;  // maps and vectors of branches, until the kernel has read them
+  std::vector<Tensor> alive;  // maps of branches, until the kernel has read them
   for (int64_t k = 0; k < branches; ++k) {
     const int64_t h = sizes[size_t(2 * k)], w = sizes[size_t(2 * k + 1)], channel = k * channels;
     check_size(h, w);
-    EpilogueTensors epilogue{slice(*whole.scale, channel, channels), slice(*whole.shift, channel, channels),
-                             std::nullopt, slice(*whole.slope, channel, channels)};
+    const EpilogueTensors epilogue{slice(*whole.scale, channel, channels), slice(*whole.shift, channel, channels),
+                                   std::nullopt, slice(*whole.slope, channel, channels)};
     const bool same = h == height && w == width, larger = k < enlarged;
     const void* filter = static_cast<const char*>(filters.const_data_ptr()) + channel * 9 * bytes_of(type_of(x));
     PooledBranch& branch = p.branch[k];
@@ -218,7 +218,7 @@ Tensor pyramid_pooling(const Tensor& x, const Tensor& weight, std::vector<int64_
     }
     branch.x = read.const_data_ptr();
     branch.epilogue = pointers(epilogue);
-    alive.insert(alive.end(), {read, *epilogue.scale, *epilogue.shift, *epilogue.slope});
+    alive.push_back(read);
   }
   Tensor out = result_map(result, x, Layout::channels_last);
   p.weight = merge.const_data_ptr();

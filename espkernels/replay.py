@@ -61,11 +61,9 @@ class _Refused(Exception):
 _HARMLESS = {
     _aten.view.default,
     _aten._unsafe_view.default,
-    _aten.reshape.default,
     _aten.unsqueeze.default,
     _aten.squeeze.dim,
     _aten.squeeze.dims,
-    _aten.flatten.using_ints,
     _aten.permute.default,
     _aten.alias.default,
     _aten.detach.default,
@@ -102,8 +100,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _in_parts(func):
-            with self:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # of several operations, which come one by one except in inference mode
                 return func.decompose(*args, **kwargs)
         given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         result = None
@@ -138,13 +136,6 @@ class _Watch(TorchDispatchMode):
             self.refuse(f"{unwritten or f'{func} on shape {list(given[0].shape)}'} has no kernel in this library")
         self.data.update(_storage(a) for a in tree_leaves(result) if isinstance(a, Tensor))
         return result
-
-
-def _in_parts(func: Any) -> bool:
-    """Whether torch makes an operation of others, which come one by one except in inference mode."""
-    whole = func in _HARMLESS or Translation.knows(func) or func.namespace == "espkernels"
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-    return composite and not whole
 
 
 class _WatchReads(TorchFunctionMode):

@@ -85,11 +85,6 @@ class Translation:
             return None
         return rule(self, *args, **kwargs)
 
-    @staticmethod
-    def knows(func: Any) -> bool:
-        """Whether there is a rule for ``func``, for some arguments at least."""
-        return func in _RULES
-
     def unwritten(self, x: Tensor) -> str:
         """Which operation made the memory of ``x`` that no kernel has written, or ""."""
         return self._unwritten.get(x.untyped_storage().data_ptr(), "")
@@ -116,14 +111,9 @@ class Translation:
         mean = inference.global_average(x)
         return mean if keepdim else mean.flatten(1)
 
-    def dropout(self, x: Tensor, p: float, train: bool) -> Tensor | None:
-        return None if train else x
-
     def bilinear(self, x: Tensor, size: Any, align_corners: bool, *scales: Any) -> Tensor | None:
         if not align_corners:
             return None
-        if size is None:
-            size = [int(side * scale) for side, scale in zip(x.shape[2:], scales[0], strict=True)]
         to = _Resized(x, *size)
         return self._remember(self._resize(to), to)
 
@@ -239,11 +229,8 @@ _TAKING_IN = (_aten.mul.Tensor, _aten.add.Tensor)
 _RULES: dict[Any, Callable[..., Tensor | None]] = {
     _aten.mean.dim: Translation.mean,
     _aten._adaptive_avg_pool2d.default: Translation.adaptive_average,
-    _aten.adaptive_avg_pool2d.default: Translation.adaptive_average,
     _aten.avg_pool2d.default: Translation.average_pool,
-    _aten.upsample_bilinear2d.vec: Translation.bilinear,
     _aten.upsample_bilinear2d.default: Translation.bilinear,
-    _aten.dropout.default: Translation.dropout,
     _aten.sigmoid.default: Translation.sigmoid,
     _aten.relu.default: Translation.relu,
     _aten.cat.default: Translation.concatenate,

@@ -50,14 +50,13 @@ inline int64_t reach(const Pyramid& p, int64_t size) {
   return farthest;
 }
 
-// Calls f(branch, tap, y, x) for the 3x3 taps of each branch that can touch the map, with their distances.
+// Calls f(tap, y, x) for the 3x3 taps that can touch the map, with their distances.
 template <class F>
-inline void for_taps(const Pyramid& p, int64_t branch, F&& f) {
-  const int64_t dilation = p.dilations[branch];
+inline void for_taps(int64_t dilation, int64_t height, int64_t width, F&& f) {
   for (int64_t i = 0; i < 3; ++i) {
-    if (i != 1 && dilation >= p.height) continue;
+    if (i != 1 && dilation >= height) continue;
     for (int64_t j = 0; j < 3; ++j) {
-      if (j != 1 && dilation >= p.width) continue;
+      if (j != 1 && dilation >= width) continue;
       f(3 * i + j, (i - 1) * dilation, (j - 1) * dilation);
     }
   }

@@ -29,12 +29,8 @@ class GroupedPanels {
              round_up(panel, shape_.columns)) {
     taps_.begin_segment();
     for (int64_t j = 0; j < p.in; ++j) {
-      for (int64_t i = -1; i <= 1; ++i) {
-        for (int64_t k = -1; k <= 1; ++k) {
-          const bool touches = (i == 0 || p.height > 1) && (k == 0 || p.width > 1);
-          if (touches) taps_.add(j * tile.size() + tile.offset(i, k), 9 * j + 3 * (i + 1) + k + 1);
-        }
-      }
+      for_taps(1, p.height, p.width,
+               [&](int64_t tap, int64_t y, int64_t x) { taps_.add(j * tile.size() + tile.offset(y, x), 9 * j + tap); });
     }
     taps_.end_segment(N);
   }

@@ -6,9 +6,8 @@
 // of four resized rows, 16 multiply-adds where nine a larger pixel were 36 or 20.
 #pragma once
 
-#include "depthwise_taps.h"
-#include "kernels.h"
 #include "normalise.h"
+#include "pyramid_strip.h"
 #include "resized_rows.h"
 
 namespace espk::ESPK_ISA {
@@ -35,13 +34,13 @@ struct SharedBranch {
   static constexpr int64_t kTaps = 16, kNumbers = (kTaps + 3) * N;
 
   C* blocks = nullptr;
-  MixedColumn<C>* columns = nullptr;
+  Between<C>* columns = nullptr;
   int64_t* windows = nullptr;
 
   SharedBranch() = default;
   SharedBranch(const PyramidPooling& p, const PooledBranch& b, Carving& memory)
       : blocks(memory.take<C>(ceil_div(p.channels(), N) * kNumbers)),
-        columns(memory.take<MixedColumn<C>>(p.enlarges(b) ? b.width : p.width)),
+        columns(memory.take<Between<C>>(p.enlarges(b) ? b.width : p.width)),
         windows(memory.take<int64_t>(p.enlarges(b) ? p.width : 0)) {}
 };
 
@@ -173,35 +172,18 @@ class PooledRows {
   }
 
   void fill_filtered(const PooledPart<C>& part, const T* x, int64_t valid, const C* filter) const {
-    const BlockShape shape = choose_block<C>(true, N, part.rows(), part.columns());
-    const Tile tile(1, N, least(1, p.height - 1), least(1, p.width - 1), part.rows() + shape.rows - 1,
-                    round_up(part.columns(), shape.columns));
-    C* tile_numbers = memory(tile.size());
-    TapList taps;
-    taps.begin_segment();
-    for (int64_t i = -1; i <= 1; ++i) {
-      for (int64_t k = -1; k <= 1; ++k) {
-        const bool touches = (i == 0 || p.height > 1) && (k == 0 || p.width > 1);
-        if (touches) taps.add(tile.offset(i, k), 3 * (i + 1) + k + 1);
-      }
-    }
-    taps.end_segment(N);
-    fill_pixels(tile, tile_numbers, x, part.first_row, p.height, {part.first_column, p.width}, true, p.channels(),
-                valid);
-    Sweep<C> s{};
-    s.lanes = N;
-    s.pixels = true;
-    s.shape = shape;
-    s.tile = tile_numbers;
-    s.row_step = tile.row_pitch();
-    s.rows = part.rows();
-    s.columns = s.panel = part.columns();
-    s.taps = &taps;
-    s.weights = filter;
+    Pyramid one{};  // a block of channels, of which those that are none have weights of zero
+    one.layout = Layout::channels_last;
+    one.channels = N;
+    one.height = p.height;
+    one.width = p.width;
+    one.branches = one.stride = one.dilations[0] = 1;
+    const PyramidStrip<C> strip(one, part.rows(), N, part.rows(), part.columns());
+    C* tile = memory(strip.tile.size());
+    fill_pixels(strip.tile, tile, x, part.first_row, p.height, {part.first_column, p.width}, true, p.channels(), valid);
+    Sweep<C> s = strip.sweep(tile, part.rows(), filter);
     s.out = part.to;
-    s.out_column = N;
     s.out_row = part.pitch;
-    s.valid = N;
     s.scale = filter + SharedBranch<C>::kTaps * N;
     s.shift = s.scale + N;
     s.slope = s.shift + N;

@@ -19,7 +19,7 @@ inline TapList class_taps(const Pyramid& p, const Tile& tile, int64_t a, int64_t
   TapList list;
   list.begin_segment();
   for (int64_t k = 0; k < p.branches; ++k) {
-    for_taps(p, k, [&](int64_t tap, int64_t y, int64_t x) {
+    for_taps(p.dilations[k], p.height, p.width, [&](int64_t tap, int64_t y, int64_t x) {
       if ((a - y) % p.stride == 0 && (b - x) % p.stride == 0) {
         list.add(k * tile.size() + tile.offset((a - y) / p.stride, (b - x) / p.stride), 9 * k + tap);
       }

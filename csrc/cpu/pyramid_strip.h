@@ -34,7 +34,8 @@ struct PyramidStrip {
              round_up(columns, shape.columns) * (pixels ? 1 : lanes)) {
     for (int64_t k = 0; k < p.branches; ++k) {
       taps.begin_segment();
-      for_taps(p, k, [&](int64_t tap, int64_t y, int64_t x) { taps.add(tile.offset(y, x), 9 * k + tap); });
+      for_taps(p.dilations[k], p.height, p.width,
+               [&](int64_t tap, int64_t y, int64_t x) { taps.add(tile.offset(y, x), 9 * k + tap); });
       taps.end_segment(pixels ? lanes : 0);
     }
   }

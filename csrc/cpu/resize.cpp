@@ -13,19 +13,14 @@ namespace {
 
 constexpr int64_t kRows = 4;  // of a unit
 
-int64_t shared_bytes(const Resize& p) { return p.out_width * static_cast<int64_t>(sizeof(MixedColumn<double>)); }
+int64_t shared_bytes(const Resize& p) { return columns_bytes(p.out_width); }
 
-void before(const Resize& p, void* shared) {
-  with_type(p.type, [&](auto* type) {
-    place_columns(static_cast<MixedColumn<Compute<std::remove_pointer_t<decltype(type)>>>*>(shared), p.width,
-                  p.out_width);
-  });
-}
+void before(const Resize& p, void* shared) { place_columns(p.type, shared, p.width, p.out_width); }
 
 int64_t units(const Resize& p) { return p.batch * ceil_div(p.out_height, kRows); }
 
 template <class T>
-void run_type(const Resize& p, const MixedColumn<Compute<T>>* columns, int64_t begin, int64_t end) {
+void run_type(const Resize& p, const Between<Compute<T>>* columns, int64_t begin, int64_t end) {
   using C = Compute<T>;
   constexpr int N = kLanes<C>;
   const int64_t row = p.width * p.channels, strips = ceil_div(p.out_height, kRows);
@@ -42,33 +37,30 @@ void run_type(const Resize& p, const MixedColumn<Compute<T>>* columns, int64_t b
       for (int64_t c = 0; c < p.channels; ++c) gate[c] = 1 / (1 + std::exp(-load_one(logits + c)));
     }
     for (int64_t y = first; y < least(first + kRows, p.out_height); ++y) {
-      mix_rows(mixed, static_cast<const T*>(p.x) + image * p.height * row, Between(y, p.height, p.out_height), row);
+      mix_rows(mixed, static_cast<const T*>(p.x) + image * p.height * row, Between<C>(y, p.height, p.out_height), row);
       const int64_t pixel = (image * p.out_height + y) * p.out_width;
       T* out = static_cast<T*>(p.out) + pixel * p.out_pixel;
-      const T* skip = p.skip ? static_cast<const T*>(p.skip) + pixel * p.channels : nullptr;
-      if (plain) {
+      auto make_row = [&](auto&& last) {
         for (int64_t x = 0; x < p.out_width; ++x, out += p.out_pixel) {
           const C *left = mixed + columns[x].first * p.channels, *right = mixed + columns[x].second * p.channels;
           for_whole_vectors<N>(p.channels, [&](int64_t c, int64_t valid) {
             const Vector<C, N> a = load_first<N>(left + c, valid), b = load_first<N>(right + c, valid);
-            store_first<N>(out + c, columns[x].mix(a, b), valid);
+            store_first<N>(out + c, last(columns[x].mix(a, b), x, c, valid), valid);
           });
         }
+      };
+      if (plain) {
+        make_row([](Vector<C, N> v, int64_t, int64_t, int64_t) { return v; });
         continue;
       }
-      for (int64_t x = 0; x < p.out_width; ++x, out += p.out_pixel) {
-        const C *left = mixed + columns[x].first * p.channels, *right = mixed + columns[x].second * p.channels;
-        for_whole_vectors<N>(p.channels, [&](int64_t c, int64_t valid) {
-          const Vector<C, N> a = load_first<N>(left + c, valid), b = load_first<N>(right + c, valid);
-          Vector<C, N> v = columns[x].mix(a, b);
-          if (skip) {
-            const Vector<C, N> s = load_first<N>(skip + c, valid);
-            v += p.gate ? s * load_first<N>(gate + c, valid) : s;
-          }
-          store_first<N>(out + c, finish.template operator()<N>(v, c, valid), valid);
-        });
-        if (skip) skip += p.channels;
-      }
+      const T* skip = p.skip ? static_cast<const T*>(p.skip) + pixel * p.channels : nullptr;
+      make_row([&](Vector<C, N> v, int64_t x, int64_t c, int64_t valid) {
+        if (skip) {
+          const Vector<C, N> s = load_first<N>(skip + x * p.channels + c, valid);
+          v += p.gate ? s * load_first<N>(gate + c, valid) : s;
+        }
+        return finish.template operator()<N>(v, c, valid);
+      });
     }
   }
 }
@@ -76,7 +68,7 @@ void run_type(const Resize& p, const MixedColumn<Compute<T>>* columns, int64_t b
 void run(const Resize& p, void* shared, int64_t begin, int64_t end) {
   with_type(p.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    run_type<T>(p, static_cast<const MixedColumn<Compute<T>>*>(shared), begin, end);
+    run_type<T>(p, static_cast<const Between<Compute<T>>*>(shared), begin, end);
   });
 }
 

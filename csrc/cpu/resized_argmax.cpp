@@ -8,20 +8,15 @@ namespace {
 
 constexpr int64_t kRows = 4;  // of a unit
 
-int64_t shared_bytes(const ResizedArgmax& p) { return p.out_width * static_cast<int64_t>(sizeof(MixedColumn<double>)); }
+int64_t shared_bytes(const ResizedArgmax& p) { return columns_bytes(p.out_width); }
 
-void before(const ResizedArgmax& p, void* shared) {
-  with_type(p.type, [&](auto* type) {
-    place_columns(static_cast<MixedColumn<Compute<std::remove_pointer_t<decltype(type)>>>*>(shared), p.width,
-                  p.out_width);
-  });
-}
+void before(const ResizedArgmax& p, void* shared) { place_columns(p.type, shared, p.width, p.out_width); }
 
 int64_t units(const ResizedArgmax& p) { return p.batch * ceil_div(p.out_height, kRows); }
 
 // The winners of kLanes pixels, whose channels are laid across the lanes of vectors one channel each.
 template <class C>
-Vector<Index<C>, kLanes<C>> winners(const C* mixed, const MixedColumn<C>* columns, int64_t count, int64_t channels) {
+Vector<Index<C>, kLanes<C>> winners(const C* mixed, const Between<C>* columns, int64_t count, int64_t channels) {
   constexpr int N = kLanes<C>;
   Vector<C, N> best{};
   Vector<Index<C>, N> winner{};
@@ -29,7 +24,7 @@ Vector<Index<C>, kLanes<C>> winners(const C* mixed, const MixedColumn<C>* column
     const int64_t valid = least(N, channels - c);
     Vector<C, N> v[N];
     for (int i = 0; i < N; ++i) {
-      const MixedColumn<C>& column = columns[i < count ? i : count - 1];
+      const Between<C>& column = columns[i < count ? i : count - 1];
       const Vector<C, N> a = load_first<N>(mixed + column.first * channels + c, valid);
       const Vector<C, N> b = load_first<N>(mixed + column.second * channels + c, valid);
       v[i] = column.mix(a, b);
@@ -47,7 +42,7 @@ Vector<Index<C>, kLanes<C>> winners(const C* mixed, const MixedColumn<C>* column
 }
 
 template <class To, class C>
-void find_row(To* out, const C* mixed, const MixedColumn<C>* columns, const ResizedArgmax& p) {
+void find_row(To* out, const C* mixed, const Between<C>* columns, const ResizedArgmax& p) {
   constexpr int N = kLanes<C>;
   for (int64_t x = 0; x < p.out_width; x += N) {
     const int64_t count = least(N, p.out_width - x);
@@ -57,7 +52,7 @@ void find_row(To* out, const C* mixed, const MixedColumn<C>* columns, const Resi
 }
 
 template <class T>
-void run_type(const ResizedArgmax& p, const MixedColumn<Compute<T>>* columns, int64_t begin, int64_t end) {
+void run_type(const ResizedArgmax& p, const Between<Compute<T>>* columns, int64_t begin, int64_t end) {
   using C = Compute<T>;
   const int64_t row = p.width * p.channels, strips = ceil_div(p.out_height, kRows);
   C* mixed = static_cast<C*>(scratch(Slot::rows, row * static_cast<int64_t>(sizeof(C))));
@@ -65,7 +60,7 @@ void run_type(const ResizedArgmax& p, const MixedColumn<Compute<T>>* columns, in
     const int64_t image = unit / strips, first = unit % strips * kRows;
     const T* x = static_cast<const T*>(p.x) + image * p.height * row;
     for (int64_t y = first; y < least(first + kRows, p.out_height); ++y) {
-      mix_rows(mixed, x, Between(y, p.height, p.out_height), row);
+      mix_rows(mixed, x, Between<C>(y, p.height, p.out_height), row);
       const int64_t pixel = (image * p.out_height + y) * p.out_width;
       if (p.wide) {
         find_row(static_cast<int64_t*>(p.out) + pixel, mixed, columns, p);
@@ -79,7 +74,7 @@ void run_type(const ResizedArgmax& p, const MixedColumn<Compute<T>>* columns, in
 void run(const ResizedArgmax& p, void* shared, int64_t begin, int64_t end) {
   with_type(p.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    run_type<T>(p, static_cast<const MixedColumn<Compute<T>>*>(shared), begin, end);
+    run_type<T>(p, static_cast<const Between<Compute<T>>*>(shared), begin, end);
   });
 }
 

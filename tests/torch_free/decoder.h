@@ -84,6 +84,16 @@ inline Tensor level(int64_t batch, int64_t channels, int64_t height, int64_t wid
   return map;
 }
 
+inline void describe_groups(espk::GroupedConvolution& p, const Case& s, Type type, int64_t in, int64_t out_of_group) {
+  p.type = type;
+  p.batch = s.batch;
+  p.height = s.height;
+  p.width = s.width;
+  p.groups = s.channels;
+  p.in = in;
+  p.out_of_group = out_of_group;
+}
+
 // Branches of every kind: above the size of the map, in it, a map of that size and one of another.
 inline void check_pyramid_pooling(const Case& s, Type type) {
   Draw draw;
@@ -97,32 +107,19 @@ inline void check_pyramid_pooling(const Case& s, Type type) {
   const Buffer maps[] = {
       {type, Layout::channels_last, same}, {type, Layout::channels_last, map}, {type, Layout::channels_last, small}};
   const Buffer filters[] = {{type, Layout::contiguous, weights[0]}, {type, Layout::contiguous, weights[1]}};
+  const int64_t heights[] = {2 * s.height, s.height, s.height, half}, widths[] = {2 * s.width, s.width, s.width, third};
   const void* read[] = {maps[0].data(), maps[0].data(), maps[1].data(), maps[2].data()};
 
   espk::PyramidPooling p{};
-  p.type = type;
-  p.batch = s.batch;
-  p.height = s.height;
-  p.width = s.width;
-  p.groups = s.channels;
-  p.in = branches;
-  p.out_of_group = 1;
+  describe_groups(p, s, type, branches, 1);
   Tensor shuffled({s.batch, branches * s.channels, s.height, s.width});
   std::vector<EpilogueBuffers> epilogues;
   for (int64_t k = 0; k < branches; ++k) {
     const auto at = static_cast<size_t>(k);
     const Steps steps = draw.steps(s.channels, {});
     epilogues.emplace_back(type, Layout::channels_last, steps);
-    p.branch[k] = {k < 2,
-                   k == 0   ? 2 * s.height
-                   : k == 3 ? half
-                            : s.height,
-                   k == 0   ? 2 * s.width
-                   : k == 3 ? third
-                            : s.width,
-                   read[at],
-                   k < 2 ? filters[at].data() : nullptr,
-                   epilogues.back().epilogue};
+    p.branch[k] = {
+        k < 2, heights[at], widths[at], read[at], k < 2 ? filters[at].data() : nullptr, epilogues.back().epilogue};
     const Tensor branch = epilogue(made[at], steps);
     for (int64_t c = 0; c < s.channels; ++c)
       shuffled = with_channels(shuffled, channels_of(branch, c, 1), c * branches + k);
@@ -157,13 +154,7 @@ inline void check_decoder(const Case& s, Type type, Layout) {
   const Tensor expected = epilogue(grouped(inputs, weight, s.channels), shifted);
   const Buffer map(type, Layout::channels_last, inputs);
   espk::GroupedConvolution p{};
-  p.type = type;
-  p.batch = s.batch;
-  p.height = s.height;
-  p.width = s.width;
-  p.groups = s.channels;
-  p.in = inputs_of_group;
-  p.out_of_group = outputs_of_group;
+  describe_groups(p, s, type, inputs_of_group, outputs_of_group);
   p.x = map.data();
   p.weight = weight_buffer.data();
   p.epilogue = buffers.epilogue;
