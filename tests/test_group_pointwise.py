@@ -160,8 +160,9 @@ def test_a_nan_passes_the_prelu(isa: str) -> None:
     assert espkernels.group_pointwise(x, torch.ones(1, 1), 1, slope=slope).isnan().all()
 
 
-# Inputs, outputs and groups where a group's outputs fill half a vector or less: several groups share one.
+# Inputs, outputs and groups where the outputs of a group fill no vector of some instruction set.
 NARROW = [(32, 8, 4), (64, 16, 4), (18, 6, 3), (20, 4, 4), (40, 10, 5), (12, 6, 6), (9, 9, 9), (3, 3, 3), (34, 34, 17)]
+NARROW += [(32, 24, 4), (14, 35, 7)]
 each_narrow = pytest.mark.parametrize("sizes", NARROW, ids=lambda s: f"{s[0]}-to-{s[1]}-in-{s[2]}")
 
 

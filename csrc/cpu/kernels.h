@@ -68,8 +68,8 @@ bool isa_available(const char* name);  // in the binary, and this machine runs i
 bool set_isa(const char* name);        // false, and no change, where it is not available
 
 // Memory of the calling thread, aligned to 64 bytes, kept for its next call; each slot holds one block.
-enum class Slot { shared, tile, map, rows, results, shortcut };
-constexpr int kSlots = static_cast<int>(Slot::shortcut) + 1;
+enum class Slot { shared, tile, map, rows, results, shortcut, turned };
+constexpr int kSlots = static_cast<int>(Slot::turned) + 1;
 void* scratch(Slot slot, int64_t bytes);
 
 }  // namespace espk

@@ -1,7 +1,32 @@
+// Narrow groups by picking: each step picks, for every lane, one input of its own group out of the two vectors that hold the
+// inputs of all groups of a set.
 #include "narrow_groups.h"
 
+#if defined(__AVX512F__)
 namespace espk::ESPK_ISA {
 namespace {
+
+// Lane i of the result is lane places[i] of `low` followed by `high`.
+template <class C>
+inline Vector<C, kLanes<C>> pick(Vector<C, kLanes<C>> low, Vector<C, kLanes<C>> high, const Index<C>* places) {
+  const __m512i at = _mm512_loadu_si512(places);
+  if constexpr (sizeof(C) == 8) {
+    return (Vector<C, kLanes<C>>)_mm512_permutex2var_pd((__m512d)low, at, (__m512d)high);
+  } else {
+    return (Vector<C, kLanes<C>>)_mm512_permutex2var_ps((__m512)low, at, (__m512)high);
+  }
+}
+
+// The same of one vector. Without a mask GCC 12 warns of what its own header leaves undefined.
+template <class C>
+inline Vector<C, kLanes<C>> pick(Vector<C, kLanes<C>> from, const Index<C>* places) {
+  const __m512i at = _mm512_loadu_si512(places);
+  if constexpr (sizeof(C) == 8) {
+    return (Vector<C, kLanes<C>>)_mm512_mask_permutexvar_pd((__m512d)from, (__mmask8)-1, at, (__m512d)from);
+  } else {
+    return (Vector<C, kLanes<C>>)_mm512_mask_permutexvar_ps((__m512)from, (__mmask16)-1, at, (__m512)from);
+  }
+}
 
 // What is known of a set: its groups' weights, where each lane finds its input in each step, and their epilogue.
 template <class C>
@@ -125,3 +150,4 @@ template void multiply_narrow_groups(const NarrowGroups<float>&, const MatrixPro
 template void multiply_narrow_groups(const NarrowGroups<double>&, const MatrixProduct<double>&);
 
 }  // namespace espk::ESPK_ISA
+#endif
