@@ -94,6 +94,22 @@ void Recording::drop_unread(Plan& plan) {
   std::reverse(plan.recorded_as.begin(), plan.recorded_as.end());
 }
 
+// A small image passes all weights once, and most come from memory: in pages of 4 KiB a fiftieth of a call goes to finding
+// where they are (s=0.5 to 2.0, one thread of an EPYC, family 25 model 1, in a virtual machine).
+void Recording::gather_weights(Plan& plan) {
+  int64_t total = 0;
+  for (const auto& step : plan.steps) total += aligned(step->weight_bytes);
+  plan.weights_ = aligned_bytes(total);
+  prefer_huge_pages(plan.weights_.get(), total);
+  char* at = plan.weights_.get();
+  for (const auto& step : plan.steps) {
+    std::memcpy(at, step->prepared.get(), static_cast<std::size_t>(step->weight_bytes));
+    step->weights = at;
+    step->prepared.reset();
+    at += aligned(step->weight_bytes);
+  }
+}
+
 // Whether the result of a step may take its residual's place in memory: both are whole buffers of one size, and no other
 // of its maps is the residual's.
 bool Recording::overwrites_residual(const Step& step) const {
@@ -120,6 +136,7 @@ std::unique_ptr<Plan> Recording::finish(const std::vector<Range>& results, std::
     return nullptr;
   }
   drop_unread(*plan);
+  gather_weights(*plan);
   const std::vector<std::unique_ptr<Step>>& steps = plan->steps;
   // First and last step that touches each buffer. A buffer is written before it is read: each belongs to one call.
   std::vector<int64_t> last(ranges_.size(), -1);

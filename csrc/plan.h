@@ -68,6 +68,8 @@ class Step {
   std::vector<int64_t> bytes;  // of the map in each of them
   int64_t residual = -1;  // the buffer of its residual
   int64_t weight_bytes = 0;
+  Bytes prepared;  // its weights, until the plan lays those of all steps into one block
+  char* weights = nullptr;
   int64_t cut = 1;  // it is cut for as many times the threads, which changes no bit
 };
 
@@ -83,7 +85,7 @@ class StepOf final : public Step {
     Problem problem = shared_by(threads);
     Mover mover{buffers, places_.data()};
     visit_pointers(mover, problem);
-    kernel_.run(problem, prepared_.get(), begin, end);
+    kernel_.run(problem, weights, begin, end);
   }
 
   int64_t multiply_adds() const override { return problem_.multiply_adds(); }
@@ -103,7 +105,6 @@ class StepOf final : public Step {
 
   const Kernel<Problem>& kernel_;
   Problem problem_;
-  Bytes prepared_;
   std::vector<Bytes> vectors_;
   std::vector<Place> places_;  // of each map, in the order of visit_pointers
 };
@@ -136,6 +137,7 @@ class Plan {
 
   std::vector<int64_t> offsets_;  // of each buffer in the arena
   std::vector<std::size_t> results_;  // the buffers that are the outputs
+  Bytes weights_;  // of all steps, one behind the other
   mutable std::mutex mutex_;
   mutable std::vector<Bytes> arenas_;
 };
@@ -157,8 +159,8 @@ class Recording {
       auto step = std::make_unique<StepOf<Problem>>(name, kernel, problem);
       const int64_t bytes = kernel.shared_bytes(problem);
       step->weight_bytes = bytes;
-      step->prepared_ = aligned_bytes(bytes);
-      std::memcpy(step->prepared_.get(), prepared, static_cast<std::size_t>(bytes));
+      step->prepared = aligned_bytes(bytes);
+      std::memcpy(step->prepared.get(), prepared, static_cast<std::size_t>(bytes));
       Finder finder{*this, *step, step->vectors_, step->places_, problem.type == Type::float64 ? 8 : 4};
       visit_pointers(finder, step->problem_);
       steps_.push_back(std::move(step));
@@ -207,6 +209,7 @@ class Recording {
 
   Place find(const void* pointer, MapBytes bytes, Step& step);
   void drop_unread(Plan& plan);
+  static void gather_weights(Plan& plan);
   bool overwrites_residual(const Step& step) const;
 
   int64_t input_bytes_;
