@@ -1,9 +1,23 @@
-// The epilogue of maps of pixels that no product makes: an affine and PReLU a channel, for one vector of channels.
+// An affine and PReLU a channel: of one vector of numbers, and as the epilogue of maps of pixels that no product makes.
 #pragma once
 
 #include "vector.h"
 
 namespace espk::ESPK_ISA {
+
+template <class V>
+inline V prelu(V v, V slope) {
+  return v > V{} ? v : v * slope;
+}
+
+template <class C, int N>
+struct AffinePreluLanes {
+  using V = Vector<C, N>;
+  V scale, shift, slope;
+
+  V affine(V v) const { return v * scale + shift; }
+  V operator()(V v) const { return prelu(affine(v), slope); }
+};
 
 template <class C>
 struct AffinePrelu {
@@ -20,7 +34,7 @@ struct AffinePrelu {
     if (scale) v = v * load_first<N>(scale + channel, valid);
     if (shift) v = v + load_first<N>(shift + channel, valid);
     if (residual) v = v + load_first<N>(residual, valid);
-    if (slope) v = v > Vector<C, N>{} ? v : v * load_first<N>(slope + channel, valid);
+    if (slope) v = prelu(v, load_first<N>(slope + channel, valid));
     return v;
   }
 };

@@ -1,5 +1,6 @@
 // 3x3 average pooling in steps of 2 with what the image adds and PReLU: the pooled half of the down-sampler, and the image
 // pyramid of the long-range shortcut. Bytes: 4 read + 1 written for each number of the result.
+#include "affine_prelu.h"
 #include "image_shortcut.h"
 #include "kernels.h"
 #include "row.h"
@@ -67,7 +68,7 @@ void pool_pixels(const AveragePool& p, const ShortcutRows<T>& shortcut, int64_t 
         auto value = load_first<N>(from, valid) + load_first<N>(from + p.channels, valid);
         value = (value + load_first<N>(from + 2 * p.channels, valid)) / broadcast<C, N>(9);
         if (added) value += load_first<N>(added + column * p.channels + c, valid);
-        if (slope) value = value > Vector<C, N>{} ? value : value * load_first<N>(slope + c, valid);
+        if (slope) value = prelu(value, load_first<N>(slope + c, valid));
         store_first<N>(out + column * p.out_pixel + c, value, valid);
       });
     }
@@ -96,7 +97,7 @@ void pool_plane_row(const AveragePool& p, int64_t plane, int64_t y) {
     auto value = every_other<0>(lower, upper, lanes) + every_other<1>(lower, upper, lanes);
     value += every_other<0>(load<N>(from + 2), load<N>(from + 2 + N), lanes);
     value = value / broadcast<C, N>(9);
-    if (slope) value = value > Vector<C, N>{} ? value : value * broadcast<C, N>(slope[plane % p.channels]);
+    if (slope) value = prelu(value, broadcast<C, N>(slope[plane % p.channels]));
     store_first<N>(out + i, value, valid);
   }
 }

@@ -47,7 +47,7 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
     runs.for_chunks(run, [&](int64_t first, int64_t pixels, int64_t) {
       for_channel_blocks<C>(p.channels, [&](auto lanes, auto count, int64_t channel, auto valid) {
         constexpr int N = decltype(lanes)::value, J = decltype(count)::value;
-        NormaliseLanes<C, N> normalise[J];
+        AffinePreluLanes<C, N> normalise[J];
         NormGradientLanes<C, N> norm[J];
         for (int j = 0; j < J; ++j) {
           normalise[j] = shared.normalise.template at<N>(channel + j * N);
@@ -62,7 +62,7 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
 #pragma GCC unroll 4
           for (int j = 0; j < J; ++j) {
             const auto g = load_first<N>(grad + at + j * N, valid), v = load_first<N>(x + at + j * N, valid);
-            const auto between = normalise[j].before_prelu(v) > Vector<C, N>{} ? g : g * normalise[j].slope;
+            const auto between = normalise[j].affine(v) > Vector<C, N>{} ? g : g * normalise[j].slope;
             store_rows<N>(grad_x + at + j * N, norm[j](between, v), valid, far);
           }
         }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "affine_prelu.h"
 #include "far_map.h"
 
 namespace espk::ESPK_ISA {
@@ -27,29 +28,13 @@ constexpr int shape_count(bool pixels, int64_t lanes) {
 
 // Affine and PReLU of one segment; `Pixels` have a number for each lane, of which no more than the channels are read.
 template <class C, int N, bool Pixels>
-struct AffinePrelu {
-  using V = Vector<C, N>;
-  V scale, shift, slope;
-
-  AffinePrelu(const Sweep<C>& s, int64_t at)
-      : scale(numbers(s.scale + at, s.valid)),
-        shift(numbers(s.shift + at, s.valid)),
-        slope(numbers(s.slope + at, s.valid)) {}
-
-  V operator()(V v) const {
-    v = v * scale + shift;
-    return v > V{} ? v : v * slope;
-  }
-
- private:
-  static V numbers(const C* from, int64_t valid) {
-    if constexpr (Pixels) {
-      return load_first<N>(from, valid);
-    } else {
-      return broadcast<C, N>(*from);
-    }
-  }
-};
+AffinePreluLanes<C, N> epilogue(const Sweep<C>& s, int64_t segment) {
+  auto numbers = [&](const C* from) {
+    from += segment * s.epilogue_segment;
+    return Pixels ? load_first<N>(from, s.valid) : broadcast<C, N>(*from);
+  };
+  return {numbers(s.scale), numbers(s.shift), numbers(s.slope)};
+}
 
 // Where a block's first output lies in the tile, and how the rows below it follow.
 template <class C>
@@ -141,7 +126,7 @@ template <class C, int N, bool Pixels>
   for (int64_t r = 0; r < least(block.rows, s.rows - y); ++r) {
     for (int64_t i = 0; i < least(block.columns, s.columns - x); ++i) {
       Vector<C, N> v = load<N>(sums + (r * block.columns + i) * N);
-      if (s.scale) v = AffinePrelu<C, N, Pixels>(s, segment * s.epilogue_segment)(v);
+      if (s.scale) v = epilogue<C, N, Pixels>(s, segment)(v);
       store_first<N>(out + r * s.out_row + i * s.out_column, v, s.valid - (x + i) * s.valid_step);
     }
   }
@@ -206,7 +191,7 @@ void sweep_blocks(const Sweep<C>& given) {
         }
         C* out = s.out + g * s.out_segment + y * s.out_row + x * s.out_column;
         if (s.scale) {
-          store_whole<C, N, R, X>(s, out, sum, AffinePrelu<C, N, Pixels>(s, g * s.epilogue_segment));
+          store_whole<C, N, R, X>(s, out, sum, epilogue<C, N, Pixels>(s, g));
         } else {
           store_whole<C, N, R, X>(s, out, sum, [](Vector<C, N> v) { return v; });
         }

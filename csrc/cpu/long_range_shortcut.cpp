@@ -1,5 +1,6 @@
 // The end of a down-sampler in training: prelu(concat(pooled, expanded) + image weight + shift).
 // Bytes: N + I read + N written a pixel; multiply-adds: N*(I + 2) a pixel. channels_last.
+#include "affine_prelu.h"
 #include "far_map.h"
 #include "joined_maps.h"
 #include "kernels.h"
@@ -55,7 +56,7 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
               const auto v =
                   joined<N>(vectors, p.image_channels, image, in_result + j * N, load_first<N>(from + j * N, valid));
               const auto slope = load<N>(vectors.slope + in_result + j * N);
-              store_rows<N>(to + j * N, v > Vector<C, N>{} ? v : v * slope, valid, far);
+              store_rows<N>(to + j * N, prelu(v, slope), valid, far);
             }
           }
         });

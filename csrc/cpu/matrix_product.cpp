@@ -2,6 +2,8 @@
 // loads J vectors, reads I numbers, and does I * J fused multiply-adds.
 #include "matrix_product.h"
 
+#include "affine_prelu.h"
+
 namespace espk::ESPK_ISA {
 namespace {
 
@@ -26,7 +28,7 @@ void store_part(const MatrixProduct<C>& p, const C* sums, int vectors, int64_t r
         // The very steps of store_block: which of the two a number meets depends on how the rows are cut.
         v = v * parameter(p.scale, one) + parameter(p.shift, V{});
         if (p.residual) v = v + load_first<N>(p.residual + row * p.residual_row + first, count);
-        v = v > V{} ? v : v * parameter(p.slope, one);
+        v = prelu(v, parameter(p.slope, one));
       }
       store_first<N>(out, v, count);
     }
@@ -55,7 +57,7 @@ template <class C, int N, int I, int J>
   auto finish = [&](int i, int j, V v, V scale, V shift, V slope) [[gnu::always_inline]] {
     v = v * scale + shift;
     if (residual) v = v + load<N>(residual + i * p.residual_row + j * N);
-    store<N>(out + i * p.out_row + j * N, v > V{} ? v : v * slope);
+    store<N>(out + i * p.out_row + j * N, prelu(v, slope));
   };
   const V one = broadcast<C, N>(C(1));
   if (p.epilogue_of_columns) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../training.h"
+#include "affine_prelu.h"
 #include "far_map.h"
 
 namespace espk::ESPK_ISA {
@@ -78,17 +79,6 @@ inline void store_rows(T* p, Vector<Compute<T>, N> v, Valid valid, bool far) {
   store_first<N>(p, v, valid);
 }
 
-// Normalise of one vector of channels.
-template <class C, int N>
-struct NormaliseLanes {
-  using V = Vector<C, N>;
-  V scale, shift, slope;
-
-  V before_prelu(V v) const { return v * scale + shift; }
-  V prelu(V v) const { return v > V{} ? v : v * slope; }
-  V operator()(V v) const { return prelu(before_prelu(v)); }
-};
-
 // Normalise in the compute type; a missing slope is 1.
 template <class C>
 struct NormaliseVectors {
@@ -106,7 +96,7 @@ struct NormaliseVectors {
   }
 
   template <int N>
-  NormaliseLanes<C, N> at(int64_t channel) const {
+  AffinePreluLanes<C, N> at(int64_t channel) const {
     return {load<N>(scale + channel), load<N>(shift + channel), load<N>(slope + channel)};
   }
 };

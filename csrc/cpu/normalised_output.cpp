@@ -43,7 +43,7 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
     runs.for_chunks(run, [&](int64_t first, int64_t pixels, int64_t) {
       for_channel_blocks<C>(p.channels, [&](auto lanes, auto count, int64_t channel, auto valid) {
         constexpr int N = decltype(lanes)::value, J = decltype(count)::value;
-        NormaliseLanes<C, N> normalise[J];
+        AffinePreluLanes<C, N> normalise[J];
         for (int j = 0; j < J; ++j) normalise[j] = vectors.template at<N>(channel + j * N);
         for (int64_t i = 0; i < pixels; ++i) {
           const int64_t at = (first + i) * p.channels + channel;
@@ -53,9 +53,9 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
           }
 #pragma GCC unroll 4
           for (int j = 0; j < J; ++j) {
-            auto v = normalise[j].before_prelu(load_first<N>(x + at + j * N, valid));
+            auto v = normalise[j].affine(load_first<N>(x + at + j * N, valid));
             if (residual) v += load_first<N>(residual + at + j * N, valid);
-            store_rows<N>(out + at + j * N, normalise[j].prelu(v), valid, far);
+            store_rows<N>(out + at + j * N, prelu(v, normalise[j].slope), valid, far);
           }
         }
       });

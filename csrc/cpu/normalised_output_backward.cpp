@@ -50,7 +50,7 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
     runs.for_chunks(run, [&](int64_t first, int64_t pixels, int64_t) {
       for_channel_blocks<C>(p.channels, [&](auto lanes, auto count, int64_t channel, auto valid) {
         constexpr int N = decltype(lanes)::value, J = decltype(count)::value;
-        NormaliseLanes<C, N> normalise[J];
+        AffinePreluLanes<C, N> normalise[J];
         NormSumLanes<C, N> sums[J];
         for (int j = 0; j < J; ++j) {
           normalise[j] = shared.normalise.template at<N>(channel + j * N);
@@ -70,7 +70,7 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
               sums[j].add(g, v);
               continue;
             }
-            auto before = normalise[j].before_prelu(v);
+            auto before = normalise[j].affine(v);
             if (residual) before += load_first<N>(residual + at + j * N, valid);
             const auto between = sums[j].add(g, before, v, normalise[j].slope);
             if (grad_x) store_rows<N>(grad_x + at + j * N, between, valid, far);

@@ -84,7 +84,7 @@ void pass_prelu(const Problem& p, const Shared<Compute<T>>& shared, int64_t run,
   T* grad_x = static_cast<T*>(p.grad_x) + first * p.in_channels;
   for_channel_blocks<C>(p.in_channels, [&](auto lanes, auto vectors, int64_t channel, auto valid) {
     constexpr int N = decltype(lanes)::value, J = decltype(vectors)::value;
-    NormaliseLanes<C, N> normalise[J];
+    AffinePreluLanes<C, N> normalise[J];
     NormSumLanes<C, N> sums[J];
     for (int j = 0; j < J; ++j) {
       normalise[j] = shared.normalise.template at<N>(channel + j * N);
@@ -95,8 +95,7 @@ void pass_prelu(const Problem& p, const Shared<Compute<T>>& shared, int64_t run,
 #pragma GCC unroll 4
       for (int j = 0; j < J; ++j) {
         const auto v = load_first<N>(x + at + j * N, valid), g = load_first<N>(behind + at + j * N, valid);
-        store_rows<N>(grad_x + at + j * N, sums[j].add(g, normalise[j].before_prelu(v), v, normalise[j].slope), valid,
-                      far);
+        store_rows<N>(grad_x + at + j * N, sums[j].add(g, normalise[j].affine(v), v, normalise[j].slope), valid, far);
       }
     }
     for (int j = 0; j < J; ++j) shared.sums.add(run, channel + j * N, sums[j], valid);

@@ -133,7 +133,7 @@ struct Block {
           auto sums = shared.sums.template at<N>(first_channel);
           for (int64_t i = 0; i < columns; ++i) {
             const auto v = load_first<N>(map_row + i * s * p.channels, channels);
-            const auto g = sums.add(load<N>(behind + i * N), normalise.before_prelu(v), v, normalise.slope);
+            const auto g = sums.add(load<N>(behind + i * N), normalise.affine(v), v, normalise.slope);
             store_first<N>(grad_row + i * s * p.channels, g, channels);
           }
           shared.sums.add(piece, first_channel, sums, channels);

@@ -40,7 +40,7 @@ inline PixelRows<Compute<T>> input_rows(const NormaliseVectors<Compute<T>>& vect
   }
   for_channel_blocks<C>(channels, [&](auto lanes, auto vector_count, int64_t first, auto valid) {
     constexpr int N = decltype(lanes)::value, J = decltype(vector_count)::value;
-    NormaliseLanes<C, N> normaliser[J];
+    AffinePreluLanes<C, N> normaliser[J];
     for (int j = 0; j < J; ++j) normaliser[j] = vectors.template at<N>(first + j * N);
     for (int64_t i = 0; i < pixels; ++i) {
       const T* p = from + i * channels + first;

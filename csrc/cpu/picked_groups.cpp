@@ -1,5 +1,6 @@
 // Narrow groups by picking: each step picks, for every lane, one input of its own group out of the two vectors that hold the
 // inputs of all groups of a set.
+#include "affine_prelu.h"
 #include "narrow_groups.h"
 
 #if defined(__AVX512F__)
@@ -80,7 +81,7 @@ void multiply_pixels(const MatrixProduct<C>& p, const Set<C>& set, int64_t depth
     for (int i = 0; i < P; ++i) {
       V v = sum[i] * set.scale + set.shift;
       if (p.residual) v = v + load_first<N>(p.residual + (row + i) * p.residual_row, set.outputs);
-      save(p.out + (row + i) * p.out_row, v > V{} ? v : v * set.slope);
+      save(p.out + (row + i) * p.out_row, prelu(v, set.slope));
     }
   };
   if (set.outputs == N) return finish([](C* to, V v) { store<N>(to, v); });

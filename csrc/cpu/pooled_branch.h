@@ -99,19 +99,12 @@ class PooledRows {
   }
 
  private:
-  struct Finish {
-    V scale, shift, slope;
+  using Finish = AffinePreluLanes<C, N>;
 
-    explicit Finish(const C* filter)
-        : scale(load<N>(filter + SharedBranch<C>::kTaps * N)),
-          shift(load<N>(filter + (SharedBranch<C>::kTaps + 1) * N)),
-          slope(load<N>(filter + (SharedBranch<C>::kTaps + 2) * N)) {}
-
-    V operator()(V v) const {
-      v = v * scale + shift;
-      return v > V{} ? v : v * slope;
-    }
-  };
+  static Finish finish_of(const C* filter) {
+    auto numbers = [&](int64_t i) { return load<N>(filter + (SharedBranch<C>::kTaps + i) * N); };
+    return {numbers(0), numbers(1), numbers(2)};
+  }
 
   // Windows begin at most 2 columns apart in maps of at most twice the width.
   static int64_t ring_pitch(const PyramidPooling& p, const PooledBranch& b) {
@@ -131,7 +124,7 @@ class PooledRows {
     }
     const int64_t pitch = ring_pitch(p, b);
     C *ring = memory((kSide + 1) * pitch), *mixed = ring + kSide * pitch;
-    const Finish finish(filter);
+    const Finish finish = finish_of(filter);
     int64_t next = -1;  // the resized row to come
     for (int64_t y = part.first_row; y < part.end_row; ++y) {
       const int64_t top = AdaptiveWindow(y, b.height, p.height).first - 1;
@@ -192,7 +185,7 @@ class PooledRows {
 
   // A map of this size, which may hold numbers that no mix must meet, or of another.
   void fill_map(const PooledPart<C>& part, const T* x, int64_t valid, const C* filter) const {
-    const Finish finish(filter);
+    const Finish finish = finish_of(filter);
     C* mixed = memory((b.width + 1) * N);
     const ResizedRows<T> resized{x, valid, p.channels(), b.height, b.width, p.height, p.width, shared.columns};
     for (int64_t y = part.first_row; y < part.end_row; ++y) {
