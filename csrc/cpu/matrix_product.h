@@ -167,11 +167,11 @@ inline void pack(Compute<T>* to, int64_t pitch, Matrix<T> matrix, int64_t rows, 
   for (int64_t j = 0; j < pitch; j += N) {
     const int64_t valid = least(N, columns - j);
     int64_t i = 0;
-    if (matrix.row == 1) {
+    if (matrix.row == 1 && valid == N) {
       for (; i + N <= rows; i += N) {
         Vector<C, N> block[N];
 #pragma GCC unroll 16
-        for (int k = 0; k < N; ++k) block[k] = k < valid ? load<N>(matrix.from(i, j + k).data) : Vector<C, N>{};
+        for (int k = 0; k < N; ++k) block[k] = load<N>(matrix.from(i, j + k).data);
         transpose<N, C>(block);
 #pragma GCC unroll 16
         for (int k = 0; k < N; ++k) store<N>(to + (i + k) * pitch + j, block[k]);
