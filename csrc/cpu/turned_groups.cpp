@@ -7,6 +7,7 @@
 
 #if !defined(__AVX512F__)
 namespace espk::ESPK_ISA {
+
 template <class T>
 void pack_narrow_groups(const NarrowGroups<Compute<T>>& n, Compute<T>* to, const T* weight, bool transposed) {
   for (int64_t o = 0; o < n.groups * n.out; ++o) {
