@@ -1,4 +1,4 @@
-// Memory that kernels are about to write for the first time. Allocators take large blocks fresh from the system each time,
+// Memory that is about to be written for the first time. Allocators take large blocks fresh from the system each time,
 // and every page of one costs a fault: of 32 MiB in pages of 4 KiB they take four times as long as a pyramid that fills it
 // (23 ms beside 6 in pages of 2 MiB, one thread of an EPYC, family 25 model 17, in a virtual machine).
 #pragma once

@@ -103,9 +103,8 @@ void Recording::gather_weights(Plan& plan) {
   prefer_huge_pages(plan.weights_.get(), total);
   char* at = plan.weights_.get();
   for (const auto& step : plan.steps) {
-    std::memcpy(at, step->prepared.get(), static_cast<std::size_t>(step->weight_bytes));
+    std::memcpy(at, step->weights, static_cast<std::size_t>(step->weight_bytes));
     step->weights = at;
-    step->prepared.reset();
     at += aligned(step->weight_bytes);
   }
 }

@@ -68,7 +68,6 @@ class Step {
   std::vector<int64_t> bytes;  // of the map in each of them
   int64_t residual = -1;  // the buffer of its residual
   int64_t weight_bytes = 0;
-  Bytes prepared;  // its weights, until the plan lays those of all steps into one block
   char* weights = nullptr;
   int64_t cut = 1;  // it is cut for as many times the threads, which changes no bit
 };
@@ -159,8 +158,9 @@ class Recording {
       auto step = std::make_unique<StepOf<Problem>>(name, kernel, problem);
       const int64_t bytes = kernel.shared_bytes(problem);
       step->weight_bytes = bytes;
-      step->prepared = aligned_bytes(bytes);
-      std::memcpy(step->prepared.get(), prepared, static_cast<std::size_t>(bytes));
+      weights_.push_back(aligned_bytes(bytes));
+      step->weights = weights_.back().get();
+      std::memcpy(step->weights, prepared, static_cast<std::size_t>(bytes));
       Finder finder{*this, *step, step->vectors_, step->places_, problem.type == Type::float64 ? 8 : 4};
       visit_pointers(finder, step->problem_);
       steps_.push_back(std::move(step));
@@ -216,6 +216,7 @@ class Recording {
   std::vector<Range> ranges_;
   std::vector<std::shared_ptr<void>> alive_;
   std::vector<std::unique_ptr<Step>> steps_;
+  std::vector<Bytes> weights_;  // of each step, until those of the plan lie in one block
   std::string refusal_;
 };
 

@@ -1,6 +1,6 @@
 // Pixels times weights where the outputs of a group fill no vector, as in the first reductions, in one of two ways.
-// Picked (picked_groups.cpp), where one instruction takes any lanes of two vectors: a vector of results spans several groups.
-// Turned (turned_groups.cpp): some pixels become planes, which fill vectors however few the outputs are.
+// Picked (picked_groups.h), where one instruction takes any lanes of two vectors: a vector of results spans several groups.
+// Turned (turned_groups.h): some pixels become planes, which fill vectors however few the outputs are.
 // No number meets a weight of another group, so an infinity stays in its group.
 #pragma once
 
@@ -29,13 +29,19 @@ struct NarrowGroups {
     return kPicked ? together > 1 && 2 * out < N : groups > 1 && out < N && out != vector_lanes<C>(out);
   }
 
+  // The weight from input i to output o of a group, of [groups * out, in] or, transposed, [groups * in, out].
+  template <class T>
+  C weight(const T* all, bool transposed, int64_t group, int64_t o, int64_t i) const {
+    return load_one(all + group * in * out + (transposed ? i * out + o : o * in + i));
+  }
+
   int64_t sets() const { return ceil_div(groups, together); }
   // Numbers of packed weights. Picked: for each set and step one weight a lane, then for each step the lane's place among the
   // inputs. Turned: [groups * out, in].
   int64_t packed_size() const { return kPicked ? (sets() + 1) * in * N : groups * in * out; }
 };
 
-// The weights of all groups, from [groups * out, in] or, transposed, [groups * in, out].
+// The weights of all groups.
 template <class T>
 void pack_narrow_groups(const NarrowGroups<Compute<T>>& n, Compute<T>* to, const T* weight, bool transposed);
 

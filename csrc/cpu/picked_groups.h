@@ -1,11 +1,11 @@
 // Narrow groups by picking: each step picks, for every lane, one input of its own group out of the two vectors that hold the
 // inputs of all groups of a set.
+#pragma once
+
 #include "affine_prelu.h"
 #include "narrow_groups.h"
 
-#if defined(__AVX512F__)
 namespace espk::ESPK_ISA {
-namespace {
 
 // Lane i of the result is lane places[i] of `low` followed by `high`.
 template <class C>
@@ -31,7 +31,7 @@ inline Vector<C, kLanes<C>> pick(Vector<C, kLanes<C>> from, const Index<C>* plac
 
 // What is known of a set: its groups' weights, where each lane finds its input in each step, and their epilogue.
 template <class C>
-struct Set {
+struct PickedSet {
   static constexpr int N = kLanes<C>;
   using V = Vector<C, N>;
 
@@ -40,7 +40,7 @@ struct Set {
   int64_t inputs, outputs;
   V scale, shift, slope;  // a step that is left out multiplies by one or adds nothing
 
-  Set(const MatrixProduct<C>& p, const C* weights, const Index<C>* places, int64_t inputs, int64_t outputs)
+  PickedSet(const MatrixProduct<C>& p, const C* weights, const Index<C>* places, int64_t inputs, int64_t outputs)
       : weights(weights),
         places(places),
         inputs(inputs),
@@ -52,7 +52,7 @@ struct Set {
 
 // Pixels `row` to `row` + P: they share the loads of weights and places. Two: the inputs fill more than one vector.
 template <class C, int P, bool Two>
-void multiply_pixels(const MatrixProduct<C>& p, const Set<C>& set, int64_t depth, int64_t row) {
+void multiply_picked(const MatrixProduct<C>& p, const PickedSet<C>& set, int64_t depth, int64_t row) {
   constexpr int N = kLanes<C>;
   using V = Vector<C, N>;
   V low[P], high[P], sum[P];
@@ -89,27 +89,23 @@ void multiply_pixels(const MatrixProduct<C>& p, const Set<C>& set, int64_t depth
 }
 
 template <class C, bool Two>
-void multiply_set(const MatrixProduct<C>& p, const Set<C>& set, int64_t depth) {
-  constexpr int P = kRegisters == 32 ? 8 : 4;
+void multiply_set(const MatrixProduct<C>& p, const PickedSet<C>& set, int64_t depth) {
+  constexpr int P = 8;
   int64_t row = 0;
-  for (; row + P <= p.rows; row += P) multiply_pixels<C, P, Two>(p, set, depth, row);
-  for (; row < p.rows; ++row) multiply_pixels<C, 1, Two>(p, set, depth, row);
+  for (; row + P <= p.rows; row += P) multiply_picked<C, P, Two>(p, set, depth, row);
+  for (; row < p.rows; ++row) multiply_picked<C, 1, Two>(p, set, depth, row);
 }
-
-}  // namespace
 
 template <class T>
 void pack_narrow_groups(const NarrowGroups<Compute<T>>& n, Compute<T>* to, const T* weight, bool transposed) {
   using C = Compute<T>;
   constexpr int N = kLanes<C>;
-  auto number = [&](int64_t group, int64_t o, int64_t i) {
-    return load_one(weight + group * n.in * n.out + (transposed ? i * n.out + o : o * n.in + i));
-  };
   for (int64_t set = 0; set < n.sets(); ++set) {
     for (int64_t j = 0; j < n.in; ++j) {
       for (int64_t lane = 0; lane < N; ++lane) {
         const int64_t group = set * n.together + lane / n.out;
-        *to++ = lane < n.together * n.out && group < n.groups ? number(group, lane % n.out, j) : C(0);
+        *to++ =
+            lane < n.together * n.out && group < n.groups ? n.weight(weight, transposed, group, lane % n.out, j) : C(0);
       }
     }
   }
@@ -134,7 +130,7 @@ void multiply_narrow_groups(const NarrowGroups<C>& n, const MatrixProduct<C>& wh
     if (p.shift) p.shift += channel;
     if (p.slope) p.slope += channel;
     if (p.residual) p.residual += channel;
-    const Set<C> set(p, whole.b + s * n.in * N, places, groups * n.in, groups * n.out);
+    const PickedSet<C> set(p, whole.b + s * n.in * N, places, groups * n.in, groups * n.out);
     if (set.inputs > N) {
       multiply_set<C, true>(p, set, n.in);
     } else {
@@ -143,12 +139,4 @@ void multiply_narrow_groups(const NarrowGroups<C>& n, const MatrixProduct<C>& wh
   }
 }
 
-template void pack_narrow_groups(const NarrowGroups<float>&, float*, const float*, bool);
-template void pack_narrow_groups(const NarrowGroups<double>&, double*, const double*, bool);
-template void pack_narrow_groups(const NarrowGroups<float>&, float*, const bfloat16*, bool);
-template void pack_narrow_groups(const NarrowGroups<float>&, float*, const float16*, bool);
-template void multiply_narrow_groups(const NarrowGroups<float>&, const MatrixProduct<float>&);
-template void multiply_narrow_groups(const NarrowGroups<double>&, const MatrixProduct<double>&);
-
 }  // namespace espk::ESPK_ISA
-#endif

@@ -1,20 +1,18 @@
 // Narrow groups by turning: some pixels become planes, a product of each group's weights with them makes planes of results,
 // and those become pixels. In AVX2's registers that is 3 shuffles for 8 numbers turned, where picking takes 3 for each
 // vector of multiply-adds.
+#pragma once
+
 #include "kernels.h"
 #include "narrow_groups.h"
 #include "turn.h"
 
-#if !defined(__AVX512F__)
 namespace espk::ESPK_ISA {
 
 template <class T>
 void pack_narrow_groups(const NarrowGroups<Compute<T>>& n, Compute<T>* to, const T* weight, bool transposed) {
-  for (int64_t o = 0; o < n.groups * n.out; ++o) {
-    const T* group = weight + o / n.out * n.in * n.out;
-    for (int64_t i = 0; i < n.in; ++i) {
-      *to++ = load_one(group + (transposed ? i * n.out + o % n.out : o % n.out * n.in + i));
-    }
+  for (int64_t channel = 0; channel < n.groups * n.out; ++channel) {
+    for (int64_t i = 0; i < n.in; ++i) *to++ = n.weight(weight, transposed, channel / n.out, channel % n.out, i);
   }
 }
 
@@ -53,12 +51,4 @@ void multiply_narrow_groups(const NarrowGroups<C>& n, const MatrixProduct<C>& wh
   }
 }
 
-template void pack_narrow_groups(const NarrowGroups<float>&, float*, const float*, bool);
-template void pack_narrow_groups(const NarrowGroups<double>&, double*, const double*, bool);
-template void pack_narrow_groups(const NarrowGroups<float>&, float*, const bfloat16*, bool);
-template void pack_narrow_groups(const NarrowGroups<float>&, float*, const float16*, bool);
-template void multiply_narrow_groups(const NarrowGroups<float>&, const MatrixProduct<float>&);
-template void multiply_narrow_groups(const NarrowGroups<double>&, const MatrixProduct<double>&);
-
 }  // namespace espk::ESPK_ISA
-#endif
