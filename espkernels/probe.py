@@ -88,12 +88,14 @@ def _measure(threads: int, dtype: torch.dtype) -> Ceilings:
 
 
 def _best(call: Callable[[], object]) -> float:
-    """The shortest seconds a call: a ceiling is what the machine does when nothing disturbs it."""
+    """The shortest seconds a call: a ceiling is what the machine does when nothing disturbs it.
+
+    A slow call is made once: a product of bfloat16 takes seconds where the machine multiplies none.
+    """
     timer = timeit.Timer(call)
-    single = min(timer.repeat(5, 1))
-    calls = max(1, int(1e-3 / single))
-    best, spent = single, 0.0
+    best = spent = timer.timeit(1)
     while spent < SECONDS:
+        calls = max(1, int(1e-3 / best))
         elapsed = timer.timeit(calls)
         best, spent = min(best, elapsed / calls), spent + elapsed
     return best

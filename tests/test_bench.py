@@ -166,10 +166,10 @@ def test_the_slower_ceiling_counts() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_probe_measures_this_machine(dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
-    start = time.perf_counter()
+    start = time.process_time()  # not the time that neighbours take
     found = probe(1, dtype)
     assert f"(torch.mm, {str(dtype).removeprefix('torch.')})" in str(found)
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30
     assert torch.get_num_threads() == before
     # Slower than a clock and faster than any machine would be a mistake of units.
     assert 1e8 < found.flops < 1e14
