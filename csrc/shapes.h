@@ -236,12 +236,9 @@ struct AdaptiveWindow {
   int64_t count() const { return end - first; }
 };
 
-// Whether all those windows are of two.
+// Whether all those windows are of two, one or two apart in turn, or two.
 inline bool averages_pairs(int64_t out_size, int64_t size) {
-  for (int64_t i = 0; i < out_size; ++i) {
-    if (AdaptiveWindow(i, size, out_size).count() != 2) return false;
-  }
-  return true;
+  return size == 2 * out_size || (2 * size == 3 * out_size);
 }
 
 // prelu(means of x [B, C, H, W] over windows that share it out evenly * scale + shift) -> [B, C, H', W'], channels_last.
@@ -323,9 +320,11 @@ struct PooledBranch {
 // -> [B, C, H, W], channels_last.
 struct PyramidPooling : GroupedConvolution {  // without an x
   PooledBranch branch[kMaxBranches];
+  int64_t threads;  // as in PyramidPointwise
 
   int64_t channels() const { return groups; }
   int64_t branches() const { return in; }
+  int64_t row() const { return width * groups; }
   bool enlarges(const PooledBranch& b) const { return b.filtered && (b.height != height || b.width != width); }
   // Of the map that a branch reads.
   int64_t pixels_of(const PooledBranch& b) const { return b.filtered ? height * width : b.height * b.width; }

@@ -1,47 +1,57 @@
-// Branches of efficient pyramid pooling at the size of its map, made where the merge reads them: in its zero-bordered tile,
-// a block of channels at a time.
+// Branches of efficient pyramid pooling at the size of its map, made where the merge reads them: some rows of a panel of
+// vectors at a time.
 //
 // A branch above that size is resized, convolved depthwise 3x3 and averaged back without a map of the larger size: every
-// average is one of 2x2 (sizes of 2 times, and of 1.5 times an even one), so it and the convolution are one 4x4 convolution
-// of four resized rows, 16 multiply-adds where nine a larger pixel were 36 or 20.
+// average is one of 2x2 (sizes of 2 times, and of 1.5 times an even one), so it and the convolution are one convolution of
+// four resized rows by four resized columns. The columns lie between 3 of the map (5), which they are mixed from: each
+// column of the result has weights of its own, 12 multiply-adds (20) where nine a larger pixel were 36 (20) after as many
+// mixes. Only rows are resized.
 #pragma once
 
+#include "bilinear.h"
+#include "flat_rows.h"
 #include "normalise.h"
-#include "pyramid_strip.h"
-#include "resized_rows.h"
 
 namespace espk::ESPK_ISA {
 
-// Most columns of a panel, and of what is filled for it in whole steps: one more to each side.
-constexpr int64_t kMostPooledPanel = 48, kMostPooledColumns = 64;
+// Rows that the windows of kFlatRows rows touch, which begin at most two apart.
+constexpr int kWindow = 4;
+constexpr int64_t kMostWindowRows = window_of<4, 0>(kFlatRows - 1) + kWindow;
 
-// Rows [first_row, end_row) and columns [first_column, end_column) of the map, and where they go.
+// Rows [row, end_row) of the map, at most kFlatRows, of vectors [first, end), and where they go.
 template <class C>
 struct PooledPart {
-  int64_t first_row, end_row, first_column, end_column;
-  C* to;
-  int64_t pitch;  // numbers from row to row
+  int64_t row, end_row, first, end;
+  FlatRows<C> to;
 
-  int64_t rows() const { return end_row - first_row; }
-  int64_t columns() const { return end_column - first_column; }
+  int64_t rows() const { return end_row - row; }
 };
 
-// What the calls share of one branch: for each block of channels its filter [4*4 or 9][N], scale, shift and slope [3][N];
-// where the resized columns lie in x; the first resized column of each window.
+// Two rows of a smaller map, resized to the width of a panel: neighbouring rows of the result lie between the same two.
+template <class C>
+struct ResizedRows {
+  C* numbers;
+  int64_t held[2] = {-1, -1};
+};
+
+// What the calls share of one branch: its weights, and where resized columns lie in the map that it reads.
 template <class C>
 struct SharedBranch {
   static constexpr int N = kLanes<C>;
-  static constexpr int64_t kTaps = 16, kNumbers = (kTaps + 3) * N;
 
-  C* blocks = nullptr;
+  FlatWeights<C> weights;
   Between<C>* columns = nullptr;
-  int64_t* windows = nullptr;
+  int64_t reach = 0;  // columns to each side that weights touch
 
   SharedBranch() = default;
-  SharedBranch(const PyramidPooling& p, const PooledBranch& b, Carving& memory)
-      : blocks(memory.take<C>(ceil_div(p.channels(), N) * kNumbers)),
-        columns(memory.take<Between<C>>(p.enlarges(b) ? b.width : p.width)),
-        windows(memory.take<int64_t>(p.enlarges(b) ? p.width : 0)) {}
+  SharedBranch(const PyramidPooling& p, const PooledBranch& b, Carving& memory) {
+    const int64_t vectors = ceil_div(p.row(), N);
+    if (b.filtered) reach = p.enlarges(b) && b.width < 2 * p.width ? 2 : 1;
+    weights.taps = b.filtered ? (p.enlarges(b) ? kWindow : 3) * (2 * reach + 1) : 0;
+    weights.period = p.enlarges(b) ? vectors : least(vectors, weights.period_of(p.channels()));
+    weights.blocks = memory.take<C>(weights.numbers());
+    columns = memory.take<Between<C>>(p.enlarges(b) ? b.width : p.width);
+  }
 };
 
 template <class T>
@@ -49,155 +59,184 @@ class PooledRows {
   using C = Compute<T>;
   static constexpr int N = kLanes<C>;
   using V = Vector<C, N>;
-  static constexpr int64_t kSide = 4;
-  static constexpr int64_t kStep = 8;  // columns whose sums are in registers
 
  public:
   PooledRows(const PyramidPooling& problem, const PooledBranch& branch, const SharedBranch<C>& prepared)
       : p(problem), b(branch), shared(prepared) {}
 
-  // The filter of a larger branch is moved over a window of 2x2 whose mean is taken.
   void prepare() const {
     const T* weight = static_cast<const T*>(b.weight);
-    fill_zero(shared.blocks, ceil_div(p.channels(), N) * SharedBranch<C>::kNumbers);
-    for (int64_t c = 0; c < p.channels(); ++c) {
-      C* filter = shared.blocks + c / N * SharedBranch<C>::kNumbers + c % N;
-      for (int64_t i = 0; b.filtered && i < 9; ++i) {
-        const C number = load_one(weight + c * 9 + i);
-        if (!p.enlarges(b)) filter[i * N] = number;
-        for (int64_t w = 0; p.enlarges(b) && w < 4; ++w) {
-          filter[((i / 3 + w / 2) * kSide + i % 3 + w % 2) * N] += number / 4;
-        }
-      }
-      C* affine = filter + SharedBranch<C>::kTaps * N;
-      auto number = [&](const void* values, C otherwise) {
-        return values ? static_cast<const C*>(values)[c] : otherwise;
-      };
-      affine[0] = number(b.epilogue.scale, 1);
-      affine[N] = number(b.epilogue.shift, 0);
-      affine[2 * N] = number(b.epilogue.slope, 1);
-    }
+    shared.weights.fill(p.channels(), b.epilogue, [&](int64_t channel, int64_t tap) {
+      return p.enlarges(b) ? C(0) : load_one(weight + channel * 9 + tap % 3 * 3 + tap / 3);
+    });
     if (p.enlarges(b)) {
       place_columns(shared.columns, p.width, b.width);
-      for (int64_t i = 0; i < p.width; ++i) shared.windows[i] = AdaptiveWindow(i, b.width, p.width).first;
+      for (int64_t channel = 0; channel < p.channels(); ++channel) prepare_windows(channel);
     } else {
       place_columns(shared.columns, b.width, p.width);
     }
   }
 
-  // The part of channels [channel, channel + valid) of an image.
-  void fill(const PooledPart<C>& part, int64_t image, int64_t channel, int64_t valid) const {
-    const C* filter = shared.blocks + channel / N * SharedBranch<C>::kNumbers;
-    const T* x = static_cast<const T*>(b.x) + image * p.pixels_of(b) * p.channels() + channel;
+  void fill(const PooledPart<C>& part, int64_t image, ResizedRows<C>& resized) const {
+    const T* x = static_cast<const T*>(b.x) + image * p.pixels_of(b) * p.channels();
     if (p.enlarges(b)) {
-      fill_enlarged(part, x, valid, filter);
+      fill_enlarged(part, x);
     } else if (b.filtered) {
-      fill_filtered(part, x, valid, filter);
+      fill_filtered(part, x);
+    } else if (b.height == p.height && b.width == p.width) {
+      fill_map(part, x);
     } else {
-      fill_map(part, x, valid, filter);
+      fill_resized(part, x, resized);
     }
   }
 
- private:
-  using Finish = AffinePreluLanes<C, N>;
-
-  static Finish finish_of(const C* filter) {
-    auto numbers = [&](int64_t i) { return load<N>(filter + (SharedBranch<C>::kTaps + i) * N); };
-    return {numbers(0), numbers(1), numbers(2)};
+  // Numbers of the rows that are held of a panel of `vectors`, which may begin and end within a pixel.
+  static int64_t resized_pitch(int64_t vectors, int64_t channels) {
+    return flat_pitch<C>((vectors + 1) * N + 2 * channels);
   }
 
-  // Windows begin at most 2 columns apart in maps of at most twice the width.
-  static int64_t ring_pitch(const PyramidPooling& p, const PooledBranch& b) {
-    return (kMostPooledColumns * ceil_div(b.width, p.width) + kSide) * N;
+ private:
+  // The filter of a larger branch is moved over a window of 2x2 whose mean is taken, and each of its columns shared out.
+  void prepare_windows(int64_t channel) const {
+    const T* weight = static_cast<const T*>(b.weight) + channel * 9;
+    C filter[kWindow][kWindow] = {};
+    for (int64_t i = 0; i < 9; ++i) {
+      for (int64_t w = 0; w < 4; ++w) filter[i / 3 + w / 2][i % 3 + w % 2] += load_one(weight + i) / 4;
+    }
+    for (int64_t x = 0; x < p.width; ++x) {
+      const int64_t number = x * p.channels() + channel, left = AdaptiveWindow(x, b.width, p.width).first - 1;
+      C* to = shared.weights.of(number / N) + number % N;
+      for (int64_t v = 0; v < kWindow; ++v) {
+        if (left + v < 0 || left + v >= b.width) continue;
+        const Between<C>& at = shared.columns[left + v];
+        auto add = [&](int64_t column, C share) {
+          if (share == 0) return;  // as of a second column beside the map
+          C* taps = to + (column - x + shared.reach) * kWindow * N;
+          for (int64_t u = 0; u < kWindow; ++u) taps[u * N] += filter[u][v] * share;
+        };
+        add(at.first, at.share_of_first);
+        add(at.second, at.share_of_second);
+      }
+    }
   }
 
   static C* memory(int64_t numbers) {
     return static_cast<C*>(scratch(Slot::rows, numbers * static_cast<int64_t>(sizeof(C))));
   }
 
-  void fill_enlarged(const PooledPart<C>& part, const T* x, int64_t valid, const C* filter) const {
-    const ResizedRows<T> resized{x, valid, p.channels(), p.height, p.width, b.height, b.width, shared.columns};
-    const int64_t left = shared.windows[part.first_column] - 1, right = shared.windows[part.end_column - 1] + 3;
-    int64_t at[kMostPooledColumns];
-    for (int64_t i = 0; i < kMostPooledColumns; ++i) {
-      at[i] = (shared.windows[least(part.first_column + i, part.end_column - 1)] - 1 - left) * N;
-    }
-    const int64_t pitch = ring_pitch(p, b);
-    C *ring = memory((kSide + 1) * pitch), *mixed = ring + kSide * pitch;
-    const Finish finish = finish_of(filter);
-    int64_t next = -1;  // the resized row to come
-    for (int64_t y = part.first_row; y < part.end_row; ++y) {
-      const int64_t top = AdaptiveWindow(y, b.height, p.height).first - 1;
-      for (next = most(next, top); next < top + kSide; ++next) {
-        resized.template make<N>(next, left, right, mixed, ring + (next + kSide) % kSide * pitch,
-                                 [](V v) { return v; });
-      }
-      const C* rows[kSide];
-      for (int64_t i = 0; i < kSide; ++i) rows[i] = ring + (top + i + kSide) % kSide * pitch;
-      filter_row(filter, rows, at, part.columns(), finish, part.to + (y - part.first_row) * part.pitch);
-    }
+  // Room for `rows` rows of what the taps of a part reach.
+  FlatRows<C> rows_for(const PooledPart<C>& part, int64_t rows) const {
+    const int64_t beside = ceil_div(shared.reach * p.channels(), N);
+    const int64_t pitch = flat_pitch<C>((part.end - part.first + 2 * beside) * N);
+    return {memory(rows * pitch), (part.first - beside) * N, pitch};
   }
 
-  // 4x4 sums of `count` windows; window i begins at[i] numbers to the right. `at` holds whole steps.
-  static void filter_row(const C* filter, const C* const* rows, const int64_t* at, int64_t count, const Finish& finish,
-                         C* to) {
-    for (int64_t column = 0; column < count; column += kStep) {
-      V sum[kStep] = {};
-      for (int64_t u = 0; u < kSide; ++u) {
-        const C* row = rows[u];
-#pragma GCC unroll 4
-        for (int64_t v = 0; v < kSide; ++v) {
-          const V w = load<N>(filter + (u * kSide + v) * N);
-#pragma GCC unroll 8
-          for (int i = 0; i < kStep; ++i) sum[i] += w * load<N>(row + at[column + i] + v * N);
-        }
-      }
-      if (column + kStep <= count) {
-#pragma GCC unroll 8
-        for (int i = 0; i < kStep; ++i) store<N>(to + (column + i) * N, finish(sum[i]));
-      } else {
-#pragma GCC unroll 8
-        for (int i = 0; i < kStep; ++i) {
-          if (column + i < count) store<N>(to + (column + i) * N, finish(sum[i]));
-        }
-      }
-    }
+  // Row `row` of `rows`: number(i, valid) is the vector from number i of the map's row on, zeros lie beside it.
+  template <class Number>
+  void fill_row(const FlatRows<C>& rows, int64_t row, Number&& number) const {
+    const int64_t begin = most(rows.origin, 0), end = least(rows.origin + rows.pitch, p.row());
+    fill_zero(rows.at(row, rows.origin), begin - rows.origin);
+    C* to = rows.at(row, begin);
+    for_whole_vectors<N>(end - begin,
+                         [&](int64_t i, int64_t valid) { store_first<N>(to + i, number(begin + i, valid), valid); });
+    fill_zero(rows.at(row, end), rows.origin + rows.pitch - end);
   }
 
-  void fill_filtered(const PooledPart<C>& part, const T* x, int64_t valid, const C* filter) const {
-    Pyramid one{};  // a block of channels, of which those that are none have weights of zero
-    one.layout = Layout::channels_last;
-    one.channels = N;
-    one.height = p.height;
-    one.width = p.width;
-    one.branches = one.stride = one.dilations[0] = 1;
-    const PyramidStrip<C> strip(one, part.rows(), N, part.rows(), part.columns());
-    C* tile = memory(strip.tile.size());
-    fill_pixels(strip.tile, tile, x, part.first_row, p.height, {part.first_column, p.width}, true, p.channels(), valid);
-    Sweep<C> s = strip.sweep(tile, part.rows(), filter);
-    s.out = part.to;
-    s.out_row = part.pitch;
-    s.scale = filter + SharedBranch<C>::kTaps * N;
-    s.shift = s.scale + N;
-    s.slope = s.shift + N;
-    sweep(s);
-  }
-
-  // A map of this size, which may hold numbers that no mix must meet, or of another.
-  void fill_map(const PooledPart<C>& part, const T* x, int64_t valid, const C* filter) const {
-    const Finish finish = finish_of(filter);
-    C* mixed = memory((b.width + 1) * N);
-    const ResizedRows<T> resized{x, valid, p.channels(), b.height, b.width, p.height, p.width, shared.columns};
-    for (int64_t y = part.first_row; y < part.end_row; ++y) {
-      C* to = part.to + (y - part.first_row) * part.pitch;
-      if (b.height != p.height || b.width != p.width) {
-        resized.template make<N>(y, part.first_column, part.end_column, mixed, to, finish);
+  void fill_enlarged(const PooledPart<C>& part, const T* x) const {
+    auto top_of = [&](int64_t y) { return AdaptiveWindow(y, b.height, p.height).first - 1; };
+    const int64_t top = top_of(part.row), bottom = top_of(part.end_row - 1) + kWindow;
+    const FlatRows<C> resized = rows_for(part, kMostWindowRows);
+    for (int64_t y = top; y < bottom; ++y) {
+      if (y < 0 || y >= b.height) {
+        fill_zero(resized.at(y - top, resized.origin), resized.pitch);
         continue;
       }
-      const T* from = x + (y * p.width + part.first_column) * p.channels();
-      for (int64_t i = 0; i < part.columns(); ++i) {
-        store<N>(to + i * N, finish(load_first<N>(from + i * p.channels(), valid)));
+      const Between<C> rows(y, p.height, b.height);
+      const T *upper = x + rows.first * p.row(), *lower = x + rows.second * p.row();
+      fill_row(resized, y - top, [&](int64_t i, int64_t valid) {
+        const V a = load_first<N>(upper + i, valid);
+        return rows.mix(a, load_first<N>(lower + i, valid));
+      });
+    }
+    if (b.height == 2 * p.height) {
+      sweep<kWindow, 4, 0>(resized, part);
+    } else if (part.row % 2 == 0) {
+      sweep<kWindow, 3, 0>(resized, part);
+    } else {
+      sweep<kWindow, 3, 1>(resized, part);
+    }
+  }
+
+  void fill_filtered(const PooledPart<C>& part, const T* x) const {
+    const FlatRows<C> rows = rows_for(part, kFlatRows + 2);
+    for (int64_t y = part.row - 1; y <= part.end_row; ++y) {
+      const int64_t row = y - part.row + 1;
+      if (y < 0 || y >= p.height) {
+        fill_zero(rows.at(row, rows.origin), rows.pitch);
+      } else {
+        fill_row(rows, row, [&](int64_t i, int64_t valid) { return load_first<N>(x + y * p.row() + i, valid); });
       }
+    }
+    sweep<3, 2, 0>(rows, part);
+  }
+
+  template <int Window, int Halves, int Odd>
+  void sweep(const FlatRows<C>& rows, const PooledPart<C>& part) const {
+    const FlatRows<const C> from{rows.numbers, rows.origin, rows.pitch};
+    const FlatSums<C> sums{part.to, part.first, part.end, part.rows(), p.row()};
+    sweep_flat<Window, Halves, Odd>(from, 1, 0, shared.reach, p.channels(), shared.weights, sums);
+  }
+
+  // A map of this size may hold numbers that no mix must meet.
+  void fill_map(const PooledPart<C>& part, const T* x) const {
+    for (int64_t y = part.row; y < part.end_row; ++y) {
+      const T* from = x + y * p.row() + part.first * N;
+      fill_finished(part, y, [&](int64_t i, int64_t valid) { return load_first<N>(from + i, valid); });
+    }
+  }
+
+  void fill_resized(const PooledPart<C>& part, const T* x, ResizedRows<C>& resized) const {
+    const int64_t first = part.first * N / p.channels();
+    const int64_t end = least(ceil_div(part.end * N, p.channels()), p.width);
+    const FlatRows<C> held{resized.numbers, first * p.channels(), resized_pitch(part.end - part.first, p.channels())};
+    auto row_of = [&](int64_t y) {
+      int64_t& holds = resized.held[y % 2];
+      if (holds != y) resize_columns(x + y * b.width * p.channels(), first, end, held.at(y % 2, held.origin));
+      holds = y;
+      return y % 2;
+    };
+    for (int64_t y = part.row; y < part.end_row; ++y) {
+      const Between<C> rows(y, b.height, p.height);
+      const C* upper = held.at(row_of(rows.first), part.first * N);
+      const C* lower = held.at(row_of(rows.second), part.first * N);
+      fill_finished(part, y, [&](int64_t i, int64_t) { return rows.mix(load<N>(upper + i), load<N>(lower + i)); });
+    }
+  }
+
+  // Columns [first, end); behind the last there is room for a vector.
+  void resize_columns(const T* row, int64_t first, int64_t end, C* to) const {
+    const int64_t channels = p.channels();
+    for (int64_t column = first; column < end; ++column, to += channels) {
+      const Between<C>& at = shared.columns[column];
+      const T *left = row + at.first * channels, *right = row + at.second * channels;
+      for_whole_vectors<N>(channels, [&](int64_t i, int64_t valid) {
+        const V a = load_first<N>(left + i, valid);
+        store<N>(to + i, at.mix(a, load_first<N>(right + i, valid)));
+      });
+    }
+  }
+
+  // Row `y` of the part: number(i, valid) is the vector from its number i on, before the epilogue.
+  template <class Number>
+  void fill_finished(const PooledPart<C>& part, int64_t y, Number&& number) const {
+    const C *affine = shared.weights.of(part.first), *end = shared.weights.end();
+    C* to = part.to.at(y - part.row, part.first * N);
+    const int64_t numbers = least(part.end * N, p.row()) - part.first * N;
+    for (int64_t i = 0; i < numbers; i += N) {
+      const AffinePreluLanes<C, N> finish{load<N>(affine), load<N>(affine + N), load<N>(affine + 2 * N)};
+      store_first<N>(to + i, finish(number(i, numbers - i)), numbers - i);
+      affine += 3 * N;
+      if (affine == end) affine = shared.weights.blocks;
     }
   }
 

@@ -1,9 +1,9 @@
-// The branches of efficient pyramid pooling and their merge, a 3x3 convolution in groups: every branch is made in the tile
-// that the merge reads, so that none of them is ever a map. Ten channels of fifty, concatenated, would fill lines of the
-// cache by halves.
+// The branches of efficient pyramid pooling and their merge, a 3x3 convolution in groups: rows of all branches are made, a
+// few at a time and in a panel of vectors, where the merge reads them, so that none of them is ever a map.
 // Bytes: C read + C written a pixel, and the branches below the size of the map, which are maps; multiply-adds: 9*C*S a pixel,
 // and those of the branches.
-#include "grouped_panels.h"
+#include "depthwise_taps.h"
+#include "kernels.h"
 #include "pooled_branch.h"
 
 namespace espk::ESPK_ISA {
@@ -11,88 +11,122 @@ namespace {
 
 using Problem = PyramidPooling;
 
-// Equal panels: a fifth of what is filled lies beside the panel or the strip, and is filled twice.
-int64_t panel_of(const Problem& p) { return ceil_div(p.width, ceil_div(p.width, kMostPooledPanel)); }
+// Each strip makes two rows that others make too; one for each thread.
+Strips strips_of(const Problem& p) { return choose_strips(p.height, 0, 2, p.batch, most(p.threads, 1)); }
 
-// Zeros in a tile but for `rows` rows from row `above` on and `columns` positions from position `beside` on.
+int64_t units(const Problem& p) { return p.batch * strips_of(p).count; }
+
+// What the calls share: the weights of the merge, and what is prepared of each branch. Without memory it counts bytes.
 template <class C>
-void fill_zero_around(const Tile& tile, C* to, int64_t above, int64_t rows, int64_t beside, int64_t columns) {
-  const int64_t pitch = tile.row_pitch(), behind = beside + columns;
-  fill_zero(to, above * pitch);
-  for (int64_t y = above; y < above + rows; ++y) {
-    fill_zero(to + y * pitch, beside * tile.lanes);
-    fill_zero(to + y * pitch + behind * tile.lanes, pitch - behind * tile.lanes);
-  }
-  fill_zero(to + (above + rows) * pitch, (tile.rows - above - rows) * pitch);
-}
-
-// What the calls share: the packed weights of the merge, and what is prepared of each branch. Without memory it counts bytes.
-template <class T>
 struct Shared {
-  using C = Compute<T>;
-
-  C* merge;
+  FlatWeights<C> merge;
   SharedBranch<C> branch[kMaxBranches];
   int64_t bytes;
 
   Shared(const Problem& p, void* given) {
     Carving memory(given);
-    merge = memory.take<C>(GroupedPanels<T>::packed_size(p));
+    merge.taps = 9 * p.branches();
+    merge.period = least(ceil_div(p.row(), kLanes<C>), merge.period_of(p.channels()));
+    merge.blocks = memory.take<C>(merge.numbers());
     for (int64_t k = 0; k < p.branches(); ++k) branch[k] = SharedBranch<C>(p, p.branch[k], memory);
     bytes = memory.bytes();
   }
 };
 
-int64_t shared_bytes(const Problem& p) {
-  return with_type(p.type, [&](auto* type) { return Shared<std::remove_pointer_t<decltype(type)>>(p, nullptr).bytes; });
-}
-
 void before(const Problem& p, void* memory) {
   with_type(p.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Shared<T> shared(p, memory);
-    GroupedPanels<T>::pack(p, shared.merge);
+    const Shared<Compute<T>> shared(p, memory);
+    // [channel][branch][row][column] -> [branch][column][row]
+    shared.merge.fill(p.channels(), p.epilogue, [&](int64_t channel, int64_t tap) {
+      const int64_t map = channel * p.branches() + tap / 9;
+      return load_one(static_cast<const T*>(p.weight) + map * 9 + tap % 3 * 3 + tap % 9 / 3);
+    });
     for (int64_t k = 0; k < p.branches(); ++k) PooledRows<T>(p, p.branch[k], shared.branch[k]).prepare();
   });
 }
 
-int64_t units(const Problem& p) {
-  return with_type(
-      p.type, [&](auto* type) { return GroupedPanels<std::remove_pointer_t<decltype(type)>>::units(p, panel_of(p)); });
-}
-
+// One thread's strips. Of each branch as many rows are made as the merge then has sums of, and the last two of them kept.
 template <class T>
-void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
+class PooledStrips {
   using C = Compute<T>;
-  constexpr int N = kLanes<C>;
-  const Shared<T> shared(p, memory);
-  const GroupedPanels<T> panels(p, panel_of(p));
-  const Tile& tile = panels.tile;
-  panels.run(shared.merge, begin, end, [&](const typename GroupedPanels<T>::Part& part, C* tiles) {
-    // What the part's taps reach of the map; beside it the tiles are zero.
-    PooledPart<C> reached{};
-    reached.first_row = most(part.first_row - tile.border_rows, 0);
-    reached.end_row = least(part.first_row + part.rows + tile.border_rows, p.height);
-    reached.first_column = most(part.first_column - tile.border_columns, 0);
-    reached.end_column = least(part.first_column + part.columns + tile.border_columns, p.width);
-    reached.pitch = tile.row_pitch();
-    const int64_t above = reached.first_row - (part.first_row - tile.border_rows);
-    const int64_t beside = reached.first_column - (part.first_column - tile.border_columns);
-    for (int64_t k = 0; k < p.branches(); ++k) {
-      C* to = tiles + k * tile.size();
-      reached.to = to + above * tile.row_pitch() + beside * N;
-      fill_zero_around(tile, to, above, reached.rows(), beside, reached.columns());
-      PooledRows<T>(p, p.branch[k], shared.branch[k]).fill(reached, part.image, part.first_group, part.groups);
+  static constexpr int N = kLanes<C>;
+  // Of the last rows that are made, sums take none that are two below: a place for what they read.
+  static constexpr int64_t kKept = 2, kRows = kKept + kFlatRows + 2;
+
+ public:
+  PooledStrips(const Problem& problem, void* memory)
+      : p_(problem),
+        shared_(problem, memory),
+        strips_(strips_of(problem)),
+        vectors_(ceil_div(p_.row(), N)),
+        beside_(ceil_div(p_.channels(), N)),
+        // Equal panels of some 768 numbers: with twelve rows of five branches 190 KiB.
+        panel_(ceil_div(vectors_, ceil_div(vectors_ * N, most(768, 4 * p_.channels())))),
+        pitch_(flat_pitch<C>((panel_ + 2 * beside_) * N)) {}
+
+  void run(int64_t unit) const {
+    const int64_t image = unit / strips_.count, first = unit % strips_.count * strips_.rows;
+    const int64_t end = least(first + strips_.rows, p_.height);
+    for (int64_t vector = 0; vector < vectors_ && first < end; vector += panel_) {
+      run_panel(image, first, end, vector, least(vector + panel_, vectors_));
     }
-  });
-}
+  }
+
+ private:
+  // Rows [first, end) of vectors [left, right).
+  void run_panel(int64_t image, int64_t first, int64_t end, int64_t left, int64_t right) const {
+    const FlatRows<C> branches{numbers(Slot::tile, p_.branches() * kRows * pitch_), (left - beside_) * N, pitch_};
+    fill_zero(branches.numbers, p_.branches() * kRows * pitch_);
+    const int64_t resized_size = 2 * PooledRows<T>::resized_pitch(panel_ + 2 * beside_, p_.channels());
+    C* resized_rows = numbers(Slot::results, p_.branches() * resized_size);
+    ResizedRows<C> resized[kMaxBranches];
+    for (int64_t k = 0; k < p_.branches(); ++k) resized[k].numbers = resized_rows + k * resized_size;
+    T* out = static_cast<T*>(p_.out) + image * p_.height * p_.row();
+
+    int64_t summed = first;
+    for (int64_t row = first - 1; row <= end; row += kFlatRows) {
+      const int64_t made = least(row + kFlatRows, end + 1);
+      for (int64_t k = 0; k < p_.branches(); ++k) {
+        const int64_t place = k * kRows;
+        if (row >= first)
+          copy_row(branches.at(place, branches.origin), branches.at(place + kFlatRows, branches.origin),
+                   kKept * pitch_);
+        PooledPart<C> part{most(row, 0), least(made, p_.height), most(left - beside_, 0),
+                           least(right + beside_, vectors_), branches};
+        part.to.numbers = branches.at(place + kKept + part.row - row, branches.origin);
+        if (part.row < part.end_row) PooledRows<T>(p_, p_.branch[k], shared_.branch[k]).fill(part, image, resized[k]);
+        if (made > p_.height) fill_zero(branches.at(place + kKept + p_.height - row, branches.origin), pitch_);
+      }
+      // The first row's taps begin one row above it.
+      const FlatRows<const C> touched{branches.at(summed - row + 1, branches.origin), branches.origin, pitch_};
+      const FlatRows<T> to{out + summed * p_.row(), 0, p_.row()};
+      sweep_flat<3, 2, 0>(touched, p_.branches(), kRows * pitch_, 1, p_.channels(), shared_.merge,
+                          FlatSums<T>{to, left, right, made - 1 - summed, p_.row()});
+      summed = made - 1;
+    }
+  }
+
+  static C* numbers(Slot slot, int64_t count) {
+    return static_cast<C*>(scratch(slot, count * static_cast<int64_t>(sizeof(C))));
+  }
+
+  const Problem& p_;
+  const Shared<C> shared_;
+  const Strips strips_;
+  const int64_t vectors_, beside_, panel_;  // vectors of a row, of what taps reach beside a panel, and of a panel
+  const int64_t pitch_;
+};
 
 void run(const Problem& p, void* shared, int64_t begin, int64_t end) {
-  with_type(p.type, [&](auto* type) { run_type<std::remove_pointer_t<decltype(type)>>(p, shared, begin, end); });
+  with_type(p.type, [&](auto* type) {
+    const PooledStrips<std::remove_pointer_t<decltype(type)>> strips(p, shared);
+    for (int64_t unit = begin; unit < end; ++unit) strips.run(unit);
+  });
 }
 
 }  // namespace
 
-extern const Kernel<Problem> pyramid_pooling = {shared_bytes, before, units, run, nullptr};
+extern const Kernel<Problem> pyramid_pooling = {carved_bytes<Shared, Problem>, before, units, run, nullptr};
 
 }  // namespace espk::ESPK_ISA

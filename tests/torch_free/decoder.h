@@ -111,6 +111,7 @@ inline void check_pyramid_pooling(const Case& s, Type type) {
   const void* read[] = {maps[0].data(), maps[0].data(), maps[1].data(), maps[2].data()};
 
   espk::PyramidPooling p{};
+  p.threads = 3;
   describe_groups(p, s, type, branches, 1);
   Tensor shuffled({s.batch, branches * s.channels, s.height, s.width});
   std::vector<EpilogueBuffers> epilogues;
@@ -130,8 +131,12 @@ inline void check_pyramid_pooling(const Case& s, Type type) {
   const EpilogueBuffers buffers(type, Layout::channels_last, steps);
   p.weight = weight_buffer.data();
   p.epilogue = buffers.epilogue;
+  // The shares of resized columns are rounded into weights, which then do not add up to the last bit. Every right number is
+  // a whole multiple of 1/256, since a mean has quarters, and each of two epilogues halves and then quarters.
+  Target target{Layout::channels_last};
+  target.error = 1.0 / 512;
   check<espk::PyramidPooling>("pyramid_pooling", s, kernels.pyramid_pooling, p, &espk::PyramidPooling::out,
-                              epilogue(grouped(shuffled, weight, s.channels), steps), Target{Layout::channels_last});
+                              epilogue(grouped(shuffled, weight, s.channels), steps), target);
 }
 
 inline void check_decoder(const Case& s, Type type, Layout) {
