@@ -14,11 +14,12 @@ import espkernels
 
 pytestmark = gpu_or_interpreter()
 
-EDGES = named(
-    "width 17", "one pixel", "map smaller than the dilation", "dilations unsorted and repeated",
-     "batch 0",  "stride 2 odd",  "stride 3",
-    "stride above the size", "branches 1", "branches 8", "branches 4 without hff", "channels 20", "channels 33",
-)  # fmt: skip
+EDGES = [
+    *named("width 17", "one pixel", "map smaller than the dilation", "dilations unsorted and repeated", "batch 0"),
+    *named("stride 2 odd", "stride 3", "stride above the size", "branches 1", "branches 8"),
+    Sample("without hff in one row", batch=1, channels=3, height=1, width=5, hff=False),
+    *named("channels 20", "channels 33"),
+]
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 
 
