@@ -69,6 +69,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/resize.cpp",
     "csrc/cpu/adaptive_average.cpp",
     "csrc/cpu/grouped_convolution.cpp",
+    "csrc/cpu/depthwise.cpp",
     "csrc/cpu/pyramid_pooling.cpp",
     "csrc/cpu/resized_argmax.cpp",
     "csrc/cpu/affine.cpp",

@@ -142,7 +142,7 @@ Tensor adaptive_average(const Tensor& x, int64_t height, int64_t width) {
   return out;
 }
 
-// A map of pixels convolved depthwise 3x3, which is a pyramid of one branch.
+// A map of pixels convolved depthwise 3x3.
 Tensor filter_depthwise(const Tensor& map, const void* weight, int64_t dilation, int64_t stride,
                         const EpilogueTensors& epilogue) {
   SpatialPyramid p{};
@@ -154,7 +154,7 @@ Tensor filter_depthwise(const Tensor& map, const void* weight, int64_t dilation,
   p.epilogue = pointers(epilogue);
   p.out_pixel = channels;
   p.out = out.mutable_data_ptr();
-  launch("depthwise", kernels().spatial_pyramid, p);
+  launch("depthwise", kernels().depthwise, p);
   return out;
 }
 

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "affine_prelu.h"
+#include "kernels.h"
 #include "row.h"
 
 namespace espk::ESPK_ISA {
@@ -27,6 +28,33 @@ template <class C>
 inline int64_t flat_pitch(int64_t numbers) {
   constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(C));
   return (ceil_div(numbers, line) | 1) * line;
+}
+
+// Vectors of a panel of a row: panels are equal, and of some 768 numbers, so that rows of several maps stay in the
+// second-level cache.
+inline int64_t flat_panel(int64_t vectors, int lanes, int64_t channels) {
+  return ceil_div(vectors, ceil_div(vectors * lanes, most(768, 4 * channels)));
+}
+
+// Room for `rows` rows of vectors [first, end) and of `beside` numbers to each side.
+template <class C>
+inline FlatRows<C> rows_around(int64_t rows, int64_t first, int64_t end, int64_t beside) {
+  constexpr int N = kLanes<C>;
+  const int64_t vectors = ceil_div(beside, N), pitch = flat_pitch<C>((end - first + 2 * vectors) * N);
+  return {static_cast<C*>(scratch(Slot::rows, rows * pitch * static_cast<int64_t>(sizeof(C)))), (first - vectors) * N,
+          pitch};
+}
+
+// Row `row` of `rows`: number(i, valid) is the vector from number i of the map's row on, zeros lie beside it.
+template <class C, class Number>
+inline void fill_row(const FlatRows<C>& rows, int64_t row, int64_t length, Number&& number) {
+  constexpr int N = kLanes<C>;
+  const int64_t begin = most(rows.origin, 0), end = least(rows.origin + rows.pitch, length);
+  fill_zero(rows.at(row, rows.origin), begin - rows.origin);
+  C* to = rows.at(row, begin);
+  for_whole_vectors<N>(end - begin,
+                       [&](int64_t i, int64_t valid) { store_first<N>(to + i, number(begin + i, valid), valid); });
+  fill_zero(rows.at(row, end), rows.origin + rows.pitch - end);
 }
 
 // For each vector of a row its weights [taps][N], then scale, shift and slope [3][N]; the same again after `period` vectors.
@@ -136,6 +164,24 @@ template <int Window, int Halves, int Odd, class C, class T>
     w += 3 * N;
     if (w == weights.end()) w = weights.blocks;
   }
+}
+
+// A map of `height` rows convolved depthwise 3x3, from row `row` on.
+template <class T, class To>
+void filter_rows(const T* map, int64_t height, int64_t row, int64_t channels, const FlatWeights<Compute<T>>& weights,
+                 const FlatSums<To>& sums) {
+  using C = Compute<T>;
+  const FlatRows<C> rows = rows_around<C>(kFlatRows + 2, sums.first, sums.end, channels);
+  for (int64_t y = row - 1; y <= row + sums.count; ++y) {
+    if (y < 0 || y >= height) {
+      fill_zero(rows.at(y - row + 1, rows.origin), rows.pitch);
+    } else {
+      const T* from = map + y * sums.length;
+      fill_row(rows, y - row + 1, sums.length,
+               [&](int64_t i, int64_t valid) { return load_first<kLanes<C>>(from + i, valid); });
+    }
+  }
+  sweep_flat<3, 2, 0>(FlatRows<const C>{rows.numbers, rows.origin, rows.pitch}, 1, 0, 1, channels, weights, sums);
 }
 
 }  // namespace espk::ESPK_ISA

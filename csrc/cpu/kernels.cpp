@@ -17,6 +17,7 @@ extern const Kernel<GlobalAverage> global_average;
 extern const Kernel<Resize> resize;
 extern const Kernel<AdaptiveAverage> adaptive_average;
 extern const Kernel<GroupedConvolution> grouped_convolution;
+extern const Kernel<SpatialPyramid> depthwise;
 extern const Kernel<PyramidPooling> pyramid_pooling;
 extern const Kernel<ResizedArgmax> resized_argmax;
 extern const Kernel<Affine> affine;
@@ -49,6 +50,7 @@ extern const Kernels kernels = {
     resize,
     adaptive_average,
     grouped_convolution,
+    depthwise,
     pyramid_pooling,
     resized_argmax,
     affine,

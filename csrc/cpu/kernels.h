@@ -30,6 +30,7 @@ struct Kernels {
   const Kernel<Resize>& resize;
   const Kernel<AdaptiveAverage>& adaptive_average;
   const Kernel<GroupedConvolution>& grouped_convolution;
+  const Kernel<SpatialPyramid>& depthwise;
   const Kernel<PyramidPooling>& pyramid_pooling;
   const Kernel<ResizedArgmax>& resized_argmax;
   const Kernel<Affine>& affine;

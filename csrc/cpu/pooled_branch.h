@@ -82,7 +82,7 @@ class PooledRows {
     if (p.enlarges(b)) {
       fill_enlarged(part, x);
     } else if (b.filtered) {
-      fill_filtered(part, x);
+      filter_rows(x, p.height, part.row, p.channels(), shared.weights, sums_of(part));
     } else if (b.height == p.height && b.width == p.width) {
       fill_map(part, x);
     } else {
@@ -120,32 +120,10 @@ class PooledRows {
     }
   }
 
-  static C* memory(int64_t numbers) {
-    return static_cast<C*>(scratch(Slot::rows, numbers * static_cast<int64_t>(sizeof(C))));
-  }
-
-  // Room for `rows` rows of what the taps of a part reach.
-  FlatRows<C> rows_for(const PooledPart<C>& part, int64_t rows) const {
-    const int64_t beside = ceil_div(shared.reach * p.channels(), N);
-    const int64_t pitch = flat_pitch<C>((part.end - part.first + 2 * beside) * N);
-    return {memory(rows * pitch), (part.first - beside) * N, pitch};
-  }
-
-  // Row `row` of `rows`: number(i, valid) is the vector from number i of the map's row on, zeros lie beside it.
-  template <class Number>
-  void fill_row(const FlatRows<C>& rows, int64_t row, Number&& number) const {
-    const int64_t begin = most(rows.origin, 0), end = least(rows.origin + rows.pitch, p.row());
-    fill_zero(rows.at(row, rows.origin), begin - rows.origin);
-    C* to = rows.at(row, begin);
-    for_whole_vectors<N>(end - begin,
-                         [&](int64_t i, int64_t valid) { store_first<N>(to + i, number(begin + i, valid), valid); });
-    fill_zero(rows.at(row, end), rows.origin + rows.pitch - end);
-  }
-
   void fill_enlarged(const PooledPart<C>& part, const T* x) const {
     auto top_of = [&](int64_t y) { return AdaptiveWindow(y, b.height, p.height).first - 1; };
     const int64_t top = top_of(part.row), bottom = top_of(part.end_row - 1) + kWindow;
-    const FlatRows<C> resized = rows_for(part, kMostWindowRows);
+    const FlatRows<C> resized = rows_around<C>(kMostWindowRows, part.first, part.end, shared.reach * p.channels());
     for (int64_t y = top; y < bottom; ++y) {
       if (y < 0 || y >= b.height) {
         fill_zero(resized.at(y - top, resized.origin), resized.pitch);
@@ -153,7 +131,7 @@ class PooledRows {
       }
       const Between<C> rows(y, p.height, b.height);
       const T *upper = x + rows.first * p.row(), *lower = x + rows.second * p.row();
-      fill_row(resized, y - top, [&](int64_t i, int64_t valid) {
+      fill_row(resized, y - top, p.row(), [&](int64_t i, int64_t valid) {
         const V a = load_first<N>(upper + i, valid);
         return rows.mix(a, load_first<N>(lower + i, valid));
       });
@@ -167,25 +145,13 @@ class PooledRows {
     }
   }
 
-  void fill_filtered(const PooledPart<C>& part, const T* x) const {
-    const FlatRows<C> rows = rows_for(part, kFlatRows + 2);
-    for (int64_t y = part.row - 1; y <= part.end_row; ++y) {
-      const int64_t row = y - part.row + 1;
-      if (y < 0 || y >= p.height) {
-        fill_zero(rows.at(row, rows.origin), rows.pitch);
-      } else {
-        fill_row(rows, row, [&](int64_t i, int64_t valid) { return load_first<N>(x + y * p.row() + i, valid); });
-      }
-    }
-    sweep<3, 2, 0>(rows, part);
-  }
-
   template <int Window, int Halves, int Odd>
   void sweep(const FlatRows<C>& rows, const PooledPart<C>& part) const {
     const FlatRows<const C> from{rows.numbers, rows.origin, rows.pitch};
-    const FlatSums<C> sums{part.to, part.first, part.end, part.rows(), p.row()};
-    sweep_flat<Window, Halves, Odd>(from, 1, 0, shared.reach, p.channels(), shared.weights, sums);
+    sweep_flat<Window, Halves, Odd>(from, 1, 0, shared.reach, p.channels(), shared.weights, sums_of(part));
   }
+
+  FlatSums<C> sums_of(const PooledPart<C>& part) const { return {part.to, part.first, part.end, part.rows(), p.row()}; }
 
   // A map of this size may hold numbers that no mix must meet.
   void fill_map(const PooledPart<C>& part, const T* x) const {

@@ -3,7 +3,6 @@
 // Bytes: C read + C written a pixel, and the branches below the size of the map, which are maps; multiply-adds: 9*C*S a pixel,
 // and those of the branches.
 #include "depthwise_taps.h"
-#include "kernels.h"
 #include "pooled_branch.h"
 
 namespace espk::ESPK_ISA {
@@ -61,8 +60,7 @@ class PooledStrips {
         strips_(strips_of(problem)),
         vectors_(ceil_div(p_.row(), N)),
         beside_(ceil_div(p_.channels(), N)),
-        // Equal panels of some 768 numbers: with twelve rows of five branches 190 KiB.
-        panel_(ceil_div(vectors_, ceil_div(vectors_ * N, most(768, 4 * p_.channels())))),
+        panel_(flat_panel(vectors_, N, p_.channels())),
         pitch_(flat_pitch<C>((panel_ + 2 * beside_) * N)) {}
 
   void run(int64_t unit) const {

@@ -139,12 +139,31 @@ inline void check_pyramid_pooling(const Case& s, Type type) {
                               epilogue(grouped(shuffled, weight, s.channels), steps), target);
 }
 
+inline void check_depthwise(const Case& s, Type type, const Tensor& x, const Steps& steps,
+                            const EpilogueBuffers& buffers) {
+  Draw draw;
+  const Tensor weight = draw.integers({s.channels, 1, 3, 3});
+  const Buffer map(type, Layout::channels_last, x), filter(type, Layout::contiguous, weight);
+  auto p = described<espk::SpatialPyramid>(s, type, Layout::channels_last);
+  p.branches = p.stride = p.dilations[0] = 1;
+  p.out_height = s.height;
+  p.out_width = s.width;
+  p.out_pixel = s.channels;
+  p.x = map.data();
+  p.weight = filter.data();
+  p.epilogue = buffers.epilogue;
+  check("depthwise", s, kernels.depthwise, p, &espk::SpatialPyramid::out,
+        epilogue(grouped(x, weight, s.channels), steps));
+}
+
 inline void check_decoder(const Case& s, Type type, Layout) {
   Draw draw;
   const Tensor x = draw.integers({s.batch, s.channels, s.height, s.width});
   Steps steps = draw.steps(s.channels, x.sizes);
   steps.residual = {};
-  check_resampling(s, type, x, steps, EpilogueBuffers(type, Layout::channels_last, steps));
+  const EpilogueBuffers after(type, Layout::channels_last, steps);
+  check_resampling(s, type, x, steps, after);
+  check_depthwise(s, type, x, steps, after);
 
   // Of a group: powers of two are read another way than 3, and one output is written another way than two.
   const int64_t inputs_of_group = std::vector<int64_t>{8, 2, 4, 3}[static_cast<size_t>(s.channels % 4)];

@@ -1,0 +1,83 @@
+// Depthwise 3x3 convolution of a map of pixels in steps of one. Where a block of channels is no whole line of the cache, rows
+// are taken as runs of numbers: blocks would fill and store each line in halves, or leave lanes idle. Other maps are a
+// pyramid of one branch.
+// Bytes: C read + C written a pixel; multiply-adds: 9*C a pixel.
+#include "flat_rows.h"
+#include "normalise.h"
+
+namespace espk::ESPK_ISA {
+
+extern const Kernel<SpatialPyramid> spatial_pyramid;
+
+namespace {
+
+using Problem = SpatialPyramid;
+
+// Of more channels a panel would hold few pixels beside those that only its edges reach.
+bool goes_by_rows(const Problem& p) {
+  constexpr int64_t kMostChannels = 192;
+  const bool lines = with_type(p.type, [&](auto* type) {
+    using C = Compute<std::remove_pointer_t<decltype(type)>>;
+    return kRegisterBytes == kLineBytes && p.channels % kLanes<C> == 0;
+  });
+  return p.stride == 1 && p.dilations[0] == 1 && p.out_pixel == p.channels && p.channels <= kMostChannels && !lines;
+}
+
+template <class C>
+struct Shared {
+  FlatWeights<C> weights;
+  int64_t bytes;
+
+  Shared(const Problem& p, void* given) {
+    Carving memory(given);
+    weights.taps = 9;
+    weights.period = least(ceil_div(p.width * p.channels, kLanes<C>), weights.period_of(p.channels));
+    weights.blocks = memory.take<C>(weights.numbers());
+    bytes = memory.bytes();
+  }
+};
+
+int64_t shared_bytes(const Problem& p) {
+  return goes_by_rows(p) ? carved_bytes<Shared>(p) : spatial_pyramid.shared_bytes(p);
+}
+
+void before(const Problem& p, void* memory) {
+  if (!goes_by_rows(p)) return spatial_pyramid.before(p, memory);
+  with_type(p.type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* weight = static_cast<const T*>(p.weight);
+    Shared<Compute<T>>(p, memory).weights.fill(p.channels, p.epilogue, [&](int64_t channel, int64_t tap) {
+      return load_one(weight + channel * 9 + tap % 3 * 3 + tap / 3);
+    });
+  });
+}
+
+// A unit is as many rows as have their sums in registers.
+int64_t units(const Problem& p) {
+  return goes_by_rows(p) ? p.batch * ceil_div(p.height, kFlatRows) : spatial_pyramid.units(p);
+}
+
+void run(const Problem& p, void* memory, int64_t begin, int64_t end) {
+  if (!goes_by_rows(p)) return spatial_pyramid.run(p, memory, begin, end);
+  with_type(p.type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int N = kLanes<Compute<T>>;
+    const Shared<Compute<T>> shared(p, memory);
+    const int64_t blocks = ceil_div(p.height, kFlatRows), length = p.width * p.channels;
+    const int64_t vectors = ceil_div(length, N), panel = flat_panel(vectors, N, p.channels);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t image = unit / blocks * p.height * length, row = unit % blocks * kFlatRows;
+      const FlatRows<T> to{static_cast<T*>(p.out) + image + row * length, 0, length};
+      for (int64_t first = 0; first < vectors; first += panel) {
+        filter_rows(static_cast<const T*>(p.x) + image, p.height, row, p.channels, shared.weights,
+                    FlatSums<T>{to, first, least(first + panel, vectors), least(kFlatRows, p.height - row), length});
+      }
+    }
+  });
+}
+
+}  // namespace
+
+extern const Kernel<Problem> depthwise = {shared_bytes, before, units, run, nullptr};
+
+}  // namespace espk::ESPK_ISA
