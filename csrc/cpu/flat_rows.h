@@ -126,7 +126,7 @@ constexpr int window_of(int row) {
 // each side. Row 0 of `from` is the first of the first window. Weights: [maps][columns][rows]. A number is loaded once for
 // all rows that it serves.
 template <int Window, int Halves, int Odd, class C, class T>
-[[gnu::noinline]] void sweep_flat(const FlatRows<const C>& from, int64_t maps, int64_t map_step, int64_t reach,
+[[gnu::noinline]] void sweep_flat(const FlatRows<C>& from, int64_t maps, int64_t map_step, int64_t reach,
                                   int64_t channels, const FlatWeights<C>& weights, const FlatSums<T>& sums) {
   constexpr int N = kLanes<C>, touched = window_of<Halves, Odd>(kFlatRows - 1) + Window;
   using V = Vector<C, N>;
@@ -146,7 +146,7 @@ template <int Window, int Halves, int Odd, class C, class T>
           const C* at = p + start * from.pitch;
 #pragma GCC unroll 6
           for (int row = start; row < touched; row += Window, at += Window * from.pitch) {
-            asm("" : "+r"(at));
+            asm("" : "+r"(at));  // compilers keep the place of each row in memory, and read it again, if they know it
             V v = load<N>(at);
             hold(v);
 #pragma GCC unroll 4
@@ -181,7 +181,7 @@ void filter_rows(const T* map, int64_t height, int64_t row, int64_t channels, co
                [&](int64_t i, int64_t valid) { return load_first<kLanes<C>>(from + i, valid); });
     }
   }
-  sweep_flat<3, 2, 0>(FlatRows<const C>{rows.numbers, rows.origin, rows.pitch}, 1, 0, 1, channels, weights, sums);
+  sweep_flat<3, 2, 0>(rows, 1, 0, 1, channels, weights, sums);
 }
 
 }  // namespace espk::ESPK_ISA

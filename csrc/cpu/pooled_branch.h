@@ -147,8 +147,7 @@ class PooledRows {
 
   template <int Window, int Halves, int Odd>
   void sweep(const FlatRows<C>& rows, const PooledPart<C>& part) const {
-    const FlatRows<const C> from{rows.numbers, rows.origin, rows.pitch};
-    sweep_flat<Window, Halves, Odd>(from, 1, 0, shared.reach, p.channels(), shared.weights, sums_of(part));
+    sweep_flat<Window, Halves, Odd>(rows, 1, 0, shared.reach, p.channels(), shared.weights, sums_of(part));
   }
 
   FlatSums<C> sums_of(const PooledPart<C>& part) const { return {part.to, part.first, part.end, part.rows(), p.row()}; }

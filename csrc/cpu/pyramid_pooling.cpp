@@ -50,7 +50,7 @@ template <class T>
 class PooledStrips {
   using C = Compute<T>;
   static constexpr int N = kLanes<C>;
-  // Of the last rows that are made, sums take none that are two below: a place for what they read.
+  // Two more to read: a strip's first sums begin at the third row, and each time the rows for eight of them are read.
   static constexpr int64_t kKept = 2, kRows = kKept + kFlatRows + 2;
 
  public:
@@ -87,9 +87,8 @@ class PooledStrips {
       const int64_t made = least(row + kFlatRows, end + 1);
       for (int64_t k = 0; k < p_.branches(); ++k) {
         const int64_t place = k * kRows;
-        if (row >= first)
-          copy_row(branches.at(place, branches.origin), branches.at(place + kFlatRows, branches.origin),
-                   kKept * pitch_);
+        const C* kept = branches.at(place + kFlatRows, branches.origin);
+        if (row >= first) copy_row(branches.at(place, branches.origin), kept, kKept * pitch_);
         PooledPart<C> part{most(row, 0), least(made, p_.height), most(left - beside_, 0),
                            least(right + beside_, vectors_), branches};
         part.to.numbers = branches.at(place + kKept + part.row - row, branches.origin);
@@ -97,7 +96,7 @@ class PooledStrips {
         if (made > p_.height) fill_zero(branches.at(place + kKept + p_.height - row, branches.origin), pitch_);
       }
       // The first row's taps begin one row above it.
-      const FlatRows<const C> touched{branches.at(summed - row + 1, branches.origin), branches.origin, pitch_};
+      const FlatRows<C> touched{branches.at(summed - row + 1, branches.origin), branches.origin, pitch_};
       const FlatRows<T> to{out + summed * p_.row(), 0, p_.row()};
       sweep_flat<3, 2, 0>(touched, p_.branches(), kRows * pitch_, 1, p_.channels(), shared_.merge,
                           FlatSums<T>{to, left, right, made - 1 - summed, p_.row()});
