@@ -52,26 +52,39 @@ void before(const Problem& p, void* memory) {
   });
 }
 
-// A unit is as many rows as have their sums in registers.
+// How a map is cut: into blocks of as many rows as have their sums in registers, and of each into panels.
+struct Cut {
+  int64_t length, vectors, panel, panels, blocks;
+
+  Cut(const Problem& p, int lanes)
+      : length(p.width * p.channels),
+        vectors(ceil_div(length, lanes)),
+        panel(flat_panel(vectors, lanes, p.channels)),
+        panels(ceil_div(vectors, panel)),
+        blocks(ceil_div(p.height, kFlatRows)) {}
+};
+
 int64_t units(const Problem& p) {
-  return goes_by_rows(p) ? p.batch * ceil_div(p.height, kFlatRows) : spatial_pyramid.units(p);
+  if (!goes_by_rows(p)) return spatial_pyramid.units(p);
+  return with_type(p.type, [&](auto* type) {
+    const Cut cut(p, kLanes<Compute<std::remove_pointer_t<decltype(type)>>>);
+    return p.batch * cut.blocks * cut.panels;
+  });
 }
 
 void run(const Problem& p, void* memory, int64_t begin, int64_t end) {
   if (!goes_by_rows(p)) return spatial_pyramid.run(p, memory, begin, end);
   with_type(p.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    constexpr int N = kLanes<Compute<T>>;
     const Shared<Compute<T>> shared(p, memory);
-    const int64_t blocks = ceil_div(p.height, kFlatRows), length = p.width * p.channels;
-    const int64_t vectors = ceil_div(length, N), panel = flat_panel(vectors, N, p.channels);
+    const Cut cut(p, kLanes<Compute<T>>);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t image = unit / blocks * p.height * length, row = unit % blocks * kFlatRows;
-      const FlatRows<T> to{static_cast<T*>(p.out) + image + row * length, 0, length};
-      for (int64_t first = 0; first < vectors; first += panel) {
-        filter_rows(static_cast<const T*>(p.x) + image, p.height, row, p.channels, shared.weights,
-                    FlatSums<T>{to, first, least(first + panel, vectors), least(kFlatRows, p.height - row), length});
-      }
+      const int64_t block = unit / cut.panels, first = unit % cut.panels * cut.panel;
+      const int64_t image = block / cut.blocks * p.height * cut.length, row = block % cut.blocks * kFlatRows;
+      const FlatRows<T> to{static_cast<T*>(p.out) + image + row * cut.length, 0, cut.length};
+      filter_rows(
+          static_cast<const T*>(p.x) + image, p.height, row, p.channels, shared.weights,
+          FlatSums<T>{to, first, least(first + cut.panel, cut.vectors), least(kFlatRows, p.height - row), cut.length});
     }
   });
 }
