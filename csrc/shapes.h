@@ -237,9 +237,7 @@ struct AdaptiveWindow {
 };
 
 // Whether all those windows are of two, one or two apart in turn, or two.
-inline bool averages_pairs(int64_t out_size, int64_t size) {
-  return size == 2 * out_size || (2 * size == 3 * out_size);
-}
+inline bool averages_pairs(int64_t out_size, int64_t size) { return size == 2 * out_size || 2 * size == 3 * out_size; }
 
 // prelu(means of x [B, C, H, W] over windows that share it out evenly * scale + shift) -> [B, C, H', W'], channels_last.
 struct AdaptiveAverage {

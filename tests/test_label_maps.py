@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from plain_layers import assert_same_way
 
 from espkernels.__main__ import main
 from espkernels.models import segment
@@ -145,16 +146,7 @@ def shapes(voc: Path, **options: Any) -> Segmentation:
 
 
 def test_plain_layers_go_the_same_way(voc: Path, tmp_path: Path) -> None:
-    ours, plain = (
-        [
-            row["loss"]
-            for row in engine.train(shapes(voc, batch=24, plain=plain), tmp_path / str(plain), engine.Settings(2))
-        ]
-        for plain in (False, True)
-    )
-    # Two steps an epoch: of the first one's loss half is that of the weights they begin with.
-    assert plain[0] == pytest.approx(ours[0], rel=1e-3)
-    assert plain[1] == pytest.approx(ours[1], rel=1e-2)
+    assert_same_way(lambda plain: shapes(voc, batch=24, plain=plain), tmp_path, 1e-3)
 
 
 @pytest.mark.slow

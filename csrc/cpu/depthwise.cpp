@@ -3,7 +3,6 @@
 // pyramid of one branch.
 // Bytes: C read + C written a pixel; multiply-adds: 9*C a pixel.
 #include "flat_rows.h"
-#include "normalise.h"
 
 namespace espk::ESPK_ISA {
 
@@ -30,9 +29,7 @@ struct Shared {
 
   Shared(const Problem& p, void* given) {
     Carving memory(given);
-    weights.taps = 9;
-    weights.period = least(ceil_div(p.width * p.channels, kLanes<C>), weights.period_of(p.channels));
-    weights.blocks = memory.take<C>(weights.numbers());
+    weights = FlatWeights<C>::of_channels(9, p.width * p.channels, p.channels, memory);
     bytes = memory.bytes();
   }
 };
@@ -45,10 +42,8 @@ void before(const Problem& p, void* memory) {
   if (!goes_by_rows(p)) return spatial_pyramid.before(p, memory);
   with_type(p.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const T* weight = static_cast<const T*>(p.weight);
-    Shared<Compute<T>>(p, memory).weights.fill(p.channels, p.epilogue, [&](int64_t channel, int64_t tap) {
-      return load_one(weight + channel * 9 + tap % 3 * 3 + tap / 3);
-    });
+    const Shared<Compute<T>> shared(p, memory);
+    shared.weights.fill_filters(static_cast<const T*>(p.weight), 1, p.channels, p.epilogue);
   });
 }
 

@@ -7,6 +7,7 @@
 
 #include "affine_prelu.h"
 #include "kernels.h"
+#include "normalise.h"
 #include "row.h"
 
 namespace espk::ESPK_ISA {
@@ -70,8 +71,15 @@ struct FlatWeights {
   const C* end() const { return blocks + numbers(); }
   C* of(int64_t vector) const { return blocks + vector % period * size(); }
 
-  // After as many vectors a pixel begins where a vector does.
-  static int64_t period_of(int64_t channels) { return channels / std::gcd(channels, int64_t{N}); }
+  FlatWeights() = default;
+  FlatWeights(int64_t taps, int64_t period, Carving& memory) : taps(taps), period(period) {
+    blocks = memory.take<C>(numbers());
+  }
+
+  // The same for every pixel of rows of `length` numbers: after a whole number of pixels one begins where a vector does.
+  static FlatWeights of_channels(int64_t taps, int64_t length, int64_t channels, Carving& memory) {
+    return {taps, least(ceil_div(length, N), channels / std::gcd(channels, int64_t{N})), memory};
+  }
 
   // weight(channel, tap); a vector of the epilogue that is none is `otherwise`.
   template <class Weight>
@@ -88,6 +96,14 @@ struct FlatWeights {
       put(epilogue.shift, 0);
       put(epilogue.slope, 1);
     }
+  }
+
+  // Filters [channels][maps][3][3] in the order of sweep_flat.
+  template <class T>
+  void fill_filters(const T* filters, int64_t maps, int64_t channels, const Epilogue& epilogue) const {
+    fill(channels, epilogue, [&](int64_t channel, int64_t tap) {
+      return load_one(filters + (channel * maps + tap / 9) * 9 + tap % 3 * 3 + tap % 9 / 3);
+    });
   }
 };
 

@@ -10,7 +10,6 @@
 
 #include "bilinear.h"
 #include "flat_rows.h"
-#include "normalise.h"
 
 namespace espk::ESPK_ISA {
 
@@ -41,16 +40,18 @@ struct SharedBranch {
 
   FlatWeights<C> weights;
   Between<C>* columns = nullptr;
-  int64_t reach = 0;  // columns to each side that weights touch
+  int64_t reach = 0;  // columns to each side that the weights of a larger branch touch
 
   SharedBranch() = default;
   SharedBranch(const PyramidPooling& p, const PooledBranch& b, Carving& memory) {
-    const int64_t vectors = ceil_div(p.row(), N);
-    if (b.filtered) reach = p.enlarges(b) && b.width < 2 * p.width ? 2 : 1;
-    weights.taps = b.filtered ? (p.enlarges(b) ? kWindow : 3) * (2 * reach + 1) : 0;
-    weights.period = p.enlarges(b) ? vectors : least(vectors, weights.period_of(p.channels()));
-    weights.blocks = memory.take<C>(weights.numbers());
-    columns = memory.take<Between<C>>(p.enlarges(b) ? b.width : p.width);
+    if (p.enlarges(b)) {
+      reach = b.width < 2 * p.width ? 2 : 1;
+      weights = {kWindow * (2 * reach + 1), ceil_div(p.row(), N), memory};
+      columns = memory.take<Between<C>>(b.width);
+    } else {
+      weights = FlatWeights<C>::of_channels(b.filtered ? 9 : 0, p.row(), p.channels(), memory);
+      columns = memory.take<Between<C>>(b.filtered ? 0 : p.width);
+    }
   }
 };
 
@@ -65,15 +66,13 @@ class PooledRows {
       : p(problem), b(branch), shared(prepared) {}
 
   void prepare() const {
-    const T* weight = static_cast<const T*>(b.weight);
-    shared.weights.fill(p.channels(), b.epilogue, [&](int64_t channel, int64_t tap) {
-      return p.enlarges(b) ? C(0) : load_one(weight + channel * 9 + tap % 3 * 3 + tap / 3);
-    });
     if (p.enlarges(b)) {
       place_columns(shared.columns, p.width, b.width);
+      shared.weights.fill(p.channels(), b.epilogue, [](int64_t, int64_t) { return C(0); });
       for (int64_t channel = 0; channel < p.channels(); ++channel) prepare_windows(channel);
     } else {
-      place_columns(shared.columns, b.width, p.width);
+      if (!b.filtered) place_columns(shared.columns, b.width, p.width);
+      shared.weights.fill_filters(static_cast<const T*>(b.weight), 1, p.channels(), b.epilogue);
     }
   }
 

@@ -24,9 +24,7 @@ struct Shared {
 
   Shared(const Problem& p, void* given) {
     Carving memory(given);
-    merge.taps = 9 * p.branches();
-    merge.period = least(ceil_div(p.row(), kLanes<C>), merge.period_of(p.channels()));
-    merge.blocks = memory.take<C>(merge.numbers());
+    merge = FlatWeights<C>::of_channels(9 * p.branches(), p.row(), p.channels(), memory);
     for (int64_t k = 0; k < p.branches(); ++k) branch[k] = SharedBranch<C>(p, p.branch[k], memory);
     bytes = memory.bytes();
   }
@@ -36,11 +34,7 @@ void before(const Problem& p, void* memory) {
   with_type(p.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Shared<Compute<T>> shared(p, memory);
-    // [channel][branch][row][column] -> [branch][column][row]
-    shared.merge.fill(p.channels(), p.epilogue, [&](int64_t channel, int64_t tap) {
-      const int64_t map = channel * p.branches() + tap / 9;
-      return load_one(static_cast<const T*>(p.weight) + map * 9 + tap % 3 * 3 + tap % 9 / 3);
-    });
+    shared.merge.fill_filters(static_cast<const T*>(p.weight), p.branches(), p.channels(), p.epilogue);
     for (int64_t k = 0; k < p.branches(); ++k) PooledRows<T>(p, p.branch[k], shared.branch[k]).prepare();
   });
 }
