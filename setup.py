@@ -63,6 +63,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/group_pointwise.cpp",
     "csrc/cpu/group_pointwise_backward_weight.cpp",
     "csrc/cpu/pyramid_pointwise.cpp",
+    "csrc/cpu/eesp.cpp",
     "csrc/cpu/convolution.cpp",
     "csrc/cpu/average_pool.cpp",
     "csrc/cpu/global_average.cpp",

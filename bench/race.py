@@ -156,6 +156,8 @@ def begun(thread_counts: Iterable[int]) -> dict[str, Any]:
 def added_to(run: dict[str, Any], file: Path) -> None:
     """Takes the rows of an earlier run in ``file`` into ``run``, which measures others of them, or some again.
 
+    Of both runs' peaks the greater is the machine's, and so are the floors: in the other run neighbours were busy.
+
     Raises:
         SystemExit: they were measured on another machine, or with other versions.
     """
@@ -163,15 +165,25 @@ def added_to(run: dict[str, Any], file: Path) -> None:
     for key in ("machine_info", "packages"):
         if earlier.get(key) != run.get(key):
             raise SystemExit(f"{file}: {key} is {earlier.get(key)}, and here {run.get(key)}: measure it all anew")
-    run["rows"] = earlier["rows"]
-    measured = {peak["threads"] for peak in run["peaks"]}
-    run["peaks"] += [peak for peak in earlier["peaks"] if peak["threads"] not in measured]
+    greatest: dict[int, dict[str, Any]] = {}
+    for found in [*run["peaks"], *earlier["peaks"]]:
+        known = greatest.setdefault(found["threads"], found)
+        if found["flops"] > known["flops"]:
+            greatest[found["threads"]] = found
+    run["peaks"] = list(greatest.values())
+    run["rows"] = [_with_floor(run, row) for row in earlier["rows"]]
+
+
+def _with_floor(run: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` with the seconds that its operations take at the peak that ``run`` holds for its threads."""
+    rates = {one["threads"]: one["flops"] for one in run["peaks"]}
+    return {**row, "floor": row["flops"] / rates[row["threads"]]}
 
 
 def record(
     run: dict[str, Any], rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str], file: Path
 ) -> None:
-    """Takes ``rows`` into ``run`` as they are measured, printing the ``line`` of each.
+    """Takes ``rows`` into ``run`` as they are measured, with the floors of its peaks, printing the ``line`` of each.
 
     One of the same name, batch and threads is replaced. Each goes into ``file`` at once: hours of measurements should
     not be lost with the last of them. What results are compared with owes nothing to this library's kernels; those run
@@ -182,7 +194,8 @@ def record(
         return row["row"], row["batch"], row["threads"]
 
     with use_backend("reference"):
-        for row in rows:
+        for measured in rows:
+            row = _with_floor(run, measured)
             places = {identity(known): place for place, known in enumerate(run["rows"])}
             if identity(row) in places:
                 run["rows"][places[identity(row)]] = row

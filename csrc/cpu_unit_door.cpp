@@ -18,9 +18,13 @@ struct Unit {
   const std::optional<Tensor>& packed;  // of the reduction and the rest
 };
 
+// An image's reduced map of more bytes has left every second-level cache when the pyramid comes to read it.
+constexpr int64_t kNearBytes = 2 * 1024 * 1024;
+
 // Runs the unit on `x`; residual and slope may be absent. With `into`, a channels_last map, the result goes to its
 // channels from `channel` on, with `shortcut` added.
-// The reduced map: one quarter of x's size, written and read once; then see csrc/cpu/pyramid_pointwise.cpp.
+// The reduced map is written and read once, then see csrc/cpu/pyramid_pointwise.cpp. Where it would leave the cache, its
+// rows are made as they are read (csrc/cpu/eesp.cpp), but not beside a residual: a replay stores the result in its place.
 Tensor run_unit(const Tensor& x, const Unit& u, int64_t stride, bool hff, const std::optional<Tensor>& residual,
                 const std::optional<Tensor>& slope, const std::optional<Tensor>& into, int64_t channel,
                 const ImageShortcut& shortcut) {
@@ -44,11 +48,9 @@ Tensor run_unit(const Tensor& x, const Unit& u, int64_t stride, bool hff, const 
   const std::vector<int64_t> reduced_sizes{x.size(0), r.out_channels, x.size(2), x.size(3)};
   const EpilogueTensors reduce_epilogue =
       dense_epilogue(x, layout, reduced_sizes, std::nullopt, u.reduce_shift, std::nullopt, u.reduce_slope);
-  Tensor reduced = result_map(reduced_sizes, x, layout);
   r.x = map.const_data_ptr();
   r.weight = reduce.const_data_ptr();
   r.epilogue = pointers(reduce_epilogue);
-  r.out = reduced.mutable_data_ptr();
 
   PyramidPointwise p{};
   p.bfloat16 = kernels().bfloat16;
@@ -63,7 +65,6 @@ Tensor run_unit(const Tensor& x, const Unit& u, int64_t stride, bool hff, const 
       dense_epilogue(x, layout, concatenated, u.pyramid_scale, u.pyramid_shift, std::nullopt, u.pyramid_slope);
   const EpilogueTensors second = dense_epilogue(x, layout, sizes, std::nullopt, u.shift, residual, slope);
   Tensor out = into ? *into : result_map(sizes, x, layout);
-  p.x = reduced.const_data_ptr();
   p.weight = branches.const_data_ptr();
   p.pointwise_weight = expand.const_data_ptr();
   p.pyramid_epilogue = pointers(first);
@@ -72,6 +73,20 @@ Tensor run_unit(const Tensor& x, const Unit& u, int64_t stride, bool hff, const 
   p.out = static_cast<char*>(out.mutable_data_ptr()) + channel * bytes_of(p.type);
   p.shortcut = shortcut;
 
+  if (layout == Layout::channels_last && !residual && r.pixels * r.out_channels * bytes_of(r.type) > kNearBytes) {
+    Eesp whole{};
+    static_cast<PyramidPointwise&>(whole) = p;
+    whole.x = r.x;
+    whole.in_channels = r.in_channels;
+    whole.reduce_groups = r.groups;
+    whole.reduce_weight = r.weight;
+    whole.reduce_epilogue = r.epilogue;
+    launch("reduce, pyramid and expand", kernels().eesp, whole);
+    return out;
+  }
+  Tensor reduced = result_map(reduced_sizes, x, layout);
+  r.out = reduced.mutable_data_ptr();
+  p.x = reduced.const_data_ptr();
   Packs packs(u.packed);
   launch("reduce", kernels().group_pointwise, r, packs.next(kernels().group_pointwise, r));
   launch("pyramid and expand", kernels().pyramid_pointwise, p, packs.next(kernels().pyramid_pointwise, p));

@@ -56,10 +56,10 @@ void visit_pointers(Visitor& v, GroupPointwise& p) {
   v.out(p.out, bytes);
 }
 
+// All but the map that it reads.
 template <class Visitor>
-void visit_pointers(Visitor& v, PyramidPointwise& p) {
+void visit_rest(Visitor& v, PyramidPointwise& p) {
   const MapBytes bytes = map_bytes(p.type, p.batch, p.pointwise_channels, p.out_height * p.out_width, p.out_pixel);
-  v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
   v.weight(p.weight);
   v.weight(p.pointwise_weight);
   v.weight(p.pyramid_epilogue.scale);
@@ -68,6 +68,20 @@ void visit_pointers(Visitor& v, PyramidPointwise& p) {
   visit(v, p.epilogue, p.pointwise_channels, bytes);
   visit(v, p.shortcut, p.type, p.batch, p.pointwise_channels, p.out_height * p.out_width);
   v.out(p.out, bytes);
+}
+
+template <class Visitor>
+void visit_pointers(Visitor& v, PyramidPointwise& p) {
+  v.map(p.x, map_bytes(p.type, p.batch, p.channels, p.height * p.width, p.channels));
+  visit_rest(v, p);
+}
+
+template <class Visitor>
+void visit_pointers(Visitor& v, Eesp& p) {
+  v.map(p.x, map_bytes(p.type, p.batch, p.in_channels, p.height * p.width, p.in_channels));
+  v.weight(p.reduce_weight);
+  visit(v, p.reduce_epilogue, p.channels, 0);
+  visit_rest(v, p);
 }
 
 template <class Visitor>

@@ -100,6 +100,7 @@ struct GroupPointwise {
   Epilogue epilogue;
   const Bfloat16Arithmetic* bfloat16;
   bool tf32;  // on CUDA: float32 may be multiplied with factors of eleven digits
+  bool part_of_far_map;  // on the CPU: x has left the caches with a larger map, few as its pixels are
 
   int64_t multiply_adds() const { return batch * pixels * in_channels * (out_channels / groups); }
 };

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import espkernels
-from espkernels import backends, inference, reference
+from espkernels import backends, inference, ops, reference
 
 pytestmark = pytest.mark.usefixtures("poison", "same_each_time")
 
@@ -95,6 +95,26 @@ def test_the_residual_of_a_unit_is_its_input(isa: str) -> None:
         arguments = numbers("eesp", sample, True)
         given = prepared(arguments, torch.float32, layout)
         check_unit("eesp", arguments | {"residual": arguments["x"]}, given | {"residual": given["x"]}, exact=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_rows_of_a_large_map_are_reduced_as_the_pyramid_needs_them(isa: str, dtype: torch.dtype) -> None:
+    sample = Sample("above 2 MiB", channels=16, outputs=32, height=259, width=257, stride=2, batch=1)
+    arguments = numbers("eesp", sample, True) | {"residual": None}
+    given = prepared(arguments, dtype, torch.channels_last)
+    check_unit("eesp", arguments, given, exact=dtype == torch.float32)
+    reduced = ops.group_pointwise(
+        given["x"], given["reduce_weight"], given["reduce_groups"], None, given["reduce_shift"], None,
+        given["reduce_slope"],
+    )  # fmt: skip
+    rest = {name: value for name, value in given.items() if name != "x" and not name.startswith("reduce")}
+    assert torch.equal(
+        inference.eesp(**given),
+        ops.pyramid_pointwise(
+            reduced, rest["weight"], rest["dilations"], rest["expand_weight"], rest["groups"], rest["pyramid_scale"],
+            rest["pyramid_shift"], rest["pyramid_slope"], None, rest["shift"], None, rest["slope"], 2, rest["hff"],
+        ),
+    )  # fmt: skip
 
 
 @each_view

@@ -372,22 +372,28 @@ def test_a_detector_is_one_result_of_all_its_numbers() -> None:
 def test_rows_of_an_earlier_run_on_the_same_machine_stay(tmp_path: Path) -> None:
     file = tmp_path / "peers.json"
 
-    def run(machine: str, threads: int) -> dict[str, Any]:
-        return {"machine_info": machine, "packages": {}, "peaks": [{"threads": threads}], "rows": []}
+    def run(machine: str, **peaks: int) -> dict[str, Any]:
+        found = [{"threads": int(name[1:]), "flops": flops} for name, flops in peaks.items()]
+        return {"machine_info": machine, "packages": {}, "peaks": found, "rows": []}
 
     def rows(**seconds: int) -> list[dict[str, Any]]:
-        return [{"row": name, "batch": 1, "threads": 1, "seconds": found} for name, found in seconds.items()]
+        return [{"row": n, "batch": 1, "threads": 1, "flops": 60, "seconds": s} for n, s in seconds.items()]
 
-    race.record(run("this", 1), rows(a=1, b=2), str, file)
-    second = run("this", 2)
+    race.record(run("this", x1=10), rows(a=1, b=2), str, file)
+    assert [row["floor"] for row in json.loads(file.read_text())["rows"]] == [6, 6]
+    second = run("this", x2=7, x1=20)
     race.added_to(second, file)
     race.record(second, rows(b=3, c=4), str, file)
+    third = run("this", x1=5)  # a busy hour
+    race.added_to(third, file)
+    race.record(third, rows(d=5), str, file)
     kept = json.loads(file.read_text())
-    assert {row["row"]: row["seconds"] for row in kept["rows"]} == {"a": 1, "b": 3, "c": 4}
-    assert [peak["threads"] for peak in kept["peaks"]] == [2, 1]
+    assert {row["row"]: row["seconds"] for row in kept["rows"]} == {"a": 1, "b": 3, "c": 4, "d": 5}
+    assert {peak["threads"]: peak["flops"] for peak in kept["peaks"]} == {1: 20, 2: 7}
+    assert [row["floor"] for row in kept["rows"]] == [3, 3, 3, 3]
 
     with pytest.raises(SystemExit, match="machine_info is this, and here that"):
-        race.added_to(run("that", 1), file)
+        race.added_to(run("that", x1=1), file)
     assert json.loads(file.read_text()) == kept
 
 

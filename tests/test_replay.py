@@ -147,6 +147,15 @@ def test_a_unit_alone_turns_a_contiguous_map_around(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
+def test_rows_of_a_large_map_are_reduced_on_the_way() -> None:
+    # 24 reduced channels of 150x150 are 2.2 MB, more than any second-level cache.
+    unit: Any = espkernels.freeze(trained(plain.EESP(32, 96, stride=2)).eval())
+    x = torch.randn(1, 32, 150, 150).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(unit(x), layers(unit, x))
+    assert [step[0] for step in the_plan(unit).plan.steps()] == ["reduce, pyramid and expand"]
+
+
+@torch.no_grad()
 def test_a_bounded_number_of_plans(frozen: Any) -> None:
     for width in range(33, 33 + replay.KEPT + 3):
         x = photograph(1, 3, 32, width)

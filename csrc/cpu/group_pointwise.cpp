@@ -148,7 +148,8 @@ void run_type(const GroupPointwise& p, void* shared, int64_t begin, int64_t end)
     }
     // Groups read a chunk that comes from afar piece by piece, so each fetches its share of the next one.
     Ahead ahead;
-    if (pixels && chunks.parts > 1 && chunks.pixels * p.in_channels * static_cast<int64_t>(sizeof(T)) > kNearBytes) {
+    const int64_t map_bytes = chunks.pixels * p.in_channels * static_cast<int64_t>(sizeof(T));
+    if (pixels && chunks.parts > 1 && (p.part_of_far_map || map_bytes > kNearBytes)) {
       const int64_t next = least(chunks.size, chunks.pixels - first - count) * p.in_channels;
       const int64_t from = next * part / chunks.parts, to = next * (part + 1) / chunks.parts;
       ahead.add(static_cast<const T*>(p.x) + (first + count) * p.in_channels + from, to - from);

@@ -1,6 +1,7 @@
 // What a grouped convolution reads: for each input of a group a zero-bordered tile whose lanes are groups.
 #pragma once
 
+#include "turn.h"
 #include "zero_bordered_tile.h"
 
 namespace espk::ESPK_ISA {
@@ -64,13 +65,13 @@ struct GroupTiles {
   // first by the last bit of an input's number, in the end by its first; N inputs are a matrix to transpose.
   template <int In>
   void separate(C* to, const T* from) const {
-    constexpr std::make_index_sequence<N> lanes{};
-    Vector<C, N> v[In], last[In];
-#pragma GCC unroll 8
-    for (int i = 0; i < In; ++i) v[i] = load<N>(from + i * N);
     if constexpr (In == N) {
-      transpose<N, C>(v);
+      turn_square<N>(from, N, [&](int i, Vector<C, N> v) { store<N>(to + i * tile.size(), v); });
     } else {
+      constexpr std::make_index_sequence<N> lanes{};
+      Vector<C, N> v[In], last[In];
+#pragma GCC unroll 8
+      for (int i = 0; i < In; ++i) v[i] = load<N>(from + i * N);
 #pragma GCC unroll 3
       for (int bit = 1; bit < In; bit *= 2) {
         __builtin_memcpy(&last, &v, sizeof v);
@@ -80,9 +81,9 @@ struct GroupTiles {
           v[In / 2 + i] = every_other<1>(last[2 * i], last[2 * i + 1], lanes);
         }
       }
-    }
 #pragma GCC unroll 8
-    for (int i = 0; i < In; ++i) store<N>(to + i * tile.size(), v[i]);
+      for (int i = 0; i < In; ++i) store<N>(to + i * tile.size(), v[i]);
+    }
   }
 };
 

@@ -11,6 +11,7 @@ extern const Kernel<SpatialPyramidBackwardWeight> spatial_pyramid_backward_weigh
 extern const Kernel<GroupPointwise> group_pointwise;
 extern const Kernel<GroupPointwiseBackwardWeight> group_pointwise_backward_weight;
 extern const Kernel<PyramidPointwise> pyramid_pointwise;
+extern const Kernel<Eesp> eesp;
 extern const Kernel<Convolution> convolution;
 extern const Kernel<AveragePool> average_pool;
 extern const Kernel<GlobalAverage> global_average;
@@ -44,6 +45,7 @@ extern const Kernels kernels = {
     group_pointwise,
     group_pointwise_backward_weight,
     pyramid_pointwise,
+    eesp,
     convolution,
     average_pool,
     global_average,

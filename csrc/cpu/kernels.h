@@ -24,6 +24,7 @@ struct Kernels {
   const Kernel<GroupPointwise>& group_pointwise;
   const Kernel<GroupPointwiseBackwardWeight>& group_pointwise_backward_weight;
   const Kernel<PyramidPointwise>& pyramid_pointwise;
+  const Kernel<Eesp>& eesp;  // of pixels
   const Kernel<Convolution>& convolution;
   const Kernel<AveragePool>& average_pool;
   const Kernel<GlobalAverage>& global_average;

@@ -2,7 +2,7 @@
 // Vectors run along j; a is read one number at a time.
 #pragma once
 
-#include "vector.h"
+#include "turn.h"
 
 namespace espk::ESPK_ISA {
 
@@ -169,12 +169,8 @@ inline void pack(Compute<T>* to, int64_t pitch, Matrix<T> matrix, int64_t rows, 
     int64_t i = 0;
     if (matrix.row == 1 && valid == N) {
       for (; i + N <= rows; i += N) {
-        Vector<C, N> block[N];
-#pragma GCC unroll 16
-        for (int k = 0; k < N; ++k) block[k] = load<N>(matrix.from(i, j + k).data);
-        transpose<N, C>(block);
-#pragma GCC unroll 16
-        for (int k = 0; k < N; ++k) store<N>(to + (i + k) * pitch + j, block[k]);
+        turn_square<N>(matrix.from(i, j).data, matrix.column,
+                       [&](int k, Vector<C, N> v) { store<N>(to + (i + k) * pitch + j, v); });
       }
     } else if (matrix.column == 1) {
       for (; i < rows; ++i) store<N>(to + i * pitch + j, load_first<N>(matrix.from(i, j).data, most(valid, 0)));

@@ -1,8 +1,9 @@
 // The EESP unit after its reduction in one pass: pyramid, HFF, affine and PReLU of a few rows go into a map that stays in
 // the cache, and the group pointwise convolution with its epilogue reads it from there.
 // Bytes: d read + N written (+ N of the residual) a pixel; multiply-adds: 9*K*d + K*d*N/groups a pixel.
+#include "pyramid_pointwise.h"
+
 #include "image_shortcut.h"
-#include "kernels.h"
 #include "pointwise_weights.h"
 #include "pyramid_strip.h"
 
@@ -88,8 +89,9 @@ template <class T>
 struct UnitStrips {
   using C = Compute<T>;
 
-  UnitStrips(const Problem& problem, void* shared)
+  UnitStrips(const Problem& problem, void* shared, const ReducedRows* rows)
       : p(problem),
+        reduced(rows),
         pixels(p.layout == Layout::channels_last),
         branch_weights(p, shared),
         affine(p, static_cast<char*>(shared) + epilogue_offset(p)),
@@ -136,16 +138,31 @@ struct UnitStrips {
   const PyramidStrip<C>& strip_of(int64_t block) const { return block + 1 < blocks ? whole : last; }
   C* tile_of(int64_t block) const { return tiles + block * whole.tile.size(); }
 
+  // Rows of the reduced map: `count` of them from row `first` on.
+  struct MapRows {
+    const T* data;
+    int64_t first, count;
+  };
+
+  // At least those of an image that rows [filled, needed) of the strip's tiles hold.
+  MapRows rows_of(int64_t image, int64_t first, int64_t filled, int64_t needed) const {
+    if (!reduced) return {static_cast<const T*>(p.x) + image * p.channels * p.height * p.width, 0, p.height};
+    auto row_of_map = [&](int64_t row) { return most(0, least(first + row - whole.tile.border_rows, p.height)); };
+    const int64_t begin = row_of_map(filled), end = row_of_map(needed);
+    return {static_cast<const T*>(reduced->rows(reduced->context, image, begin, end)), begin, end - begin};
+  }
+
   // Rows [filled, needed) of the strip that begins at row `first`.
   void fill_tiles(int64_t image, int64_t first, int64_t filled, int64_t needed) const {
-    const T* x = static_cast<const T*>(p.x) + image * p.channels * p.height * p.width;
+    const MapRows map = rows_of(image, first, filled, needed);
+    const T* x = map.data;
     const bool moving = strips.count > 1 || step < strips.rows;
     for (int64_t block = 0; block < blocks; ++block) {
       const PyramidStrip<C>& strip = strip_of(block);
       strip.tile.for_rounds(filled, needed, [&](const Tile& rows, int64_t offset, int64_t row) {
         C* to = tile_of(block) + offset;
         if (pixels) {
-          fill_pixels(rows, to, x + block * lanes, first + row, p.height, {0, p.width}, moving, p.channels,
+          fill_pixels(rows, to, x + block * lanes, first + row - map.first, map.count, {0, p.width}, moving, p.channels,
                       strip.valid);
         } else {
           fill_plane(rows, to, x + block * p.height * p.width, first + row, p.height, {0, p.width}, moving);
@@ -216,6 +233,7 @@ struct UnitStrips {
   }
 
   const Problem& p;
+  const ReducedRows* const reduced;
   const bool pixels;
   const BranchWeights<C> branch_weights;
   const PyramidEpilogue<C> affine;
@@ -229,14 +247,16 @@ struct UnitStrips {
   C* const tiles;  // those of all blocks, one behind another
 };
 
-void run(const Problem& p, void* shared, int64_t begin, int64_t end) {
+void run(const Problem& p, void* shared, int64_t begin, int64_t end) { run_strips(p, shared, begin, end, nullptr); }
+
+}  // namespace
+
+void run_strips(const PyramidPointwise& p, void* shared, int64_t begin, int64_t end, const ReducedRows* reduced) {
   with_type(p.type, [&](auto* type) {
-    const UnitStrips<std::remove_pointer_t<decltype(type)>> strips(p, shared);
+    const UnitStrips<std::remove_pointer_t<decltype(type)>> strips(p, shared, reduced);
     for (int64_t unit = begin; unit < end; ++unit) strips.run(unit);
   });
 }
-
-}  // namespace
 
 extern const Kernel<Problem> pyramid_pointwise = {shared_bytes, before, units, run, nullptr};
 

@@ -43,6 +43,8 @@ inline const Case kCases[] = {
     {"result outgrows the cache", 1, 20, 52, 61, {1, 2, 3, 4}, 1, true, 4, 8},
     {"narrow groups", 1, 8, 3, 7, {1, 2, 3, 4}, 1, true, 4, 8},
     {"narrow groups, 6 to 2", 2, 6, 3, 5, {1, 2, 3}, 1, true, 3, 6},
+    {"narrow groups, 8 to 6", 1, 8, 3, 17, {1, 2, 3, 4}, 1, true, 4, 24},
+    {"narrow groups, 8 to 7", 1, 8, 2, 5, {1, 2, 3, 4}, 1, true, 4, 28},
     {"narrow groups, 8 to 2 in 5", 1, 10, 3, 3, {1, 2, 3, 4}, 1, true, 5, 10},
     {"few pixels, many outputs", 2, 3, 1, 1, {1, 2}, 1, true, 1, 83},
     {"batch 0", 0, 4, 5, 6, {1, 2}, 1, true, 2, 4},

@@ -135,6 +135,44 @@ inline void check_average_pool(const Case& s, Type type, Layout layout, Draw& dr
   check("average_pool, shortcut", s, kernels.average_pool, p, &espk::AveragePool::out, epilogue(means, steps));
 }
 
+// The unit that reduces rows as its pyramid needs them, from three inputs to each group, in three strips.
+inline void check_eesp(const Case& s, Type type, Draw& draw) {
+  const int64_t groups = s.channels % 2 == 0 ? 2 : 1;
+  Case reduction = s;
+  reduction.channels = 3 * groups;
+  reduction.dilations = {1};
+  reduction.stride = 1;
+  reduction.groups = groups;
+  reduction.outputs = s.channels;
+  const Tensor x = draw.integers({s.batch, reduction.channels, s.height, s.width});
+  const Tensor reduce_weight = draw.integers({s.channels, 3});
+  const Tensor weight = draw.integers({s.branches(), s.channels, 3, 3});
+  const Tensor expand_weight = draw.integers({s.outputs, s.concatenated() / s.groups});
+  Steps reduce_steps = draw.steps(s.channels, {});
+  reduce_steps.scale = Tensor{};
+  const Steps steps = draw.steps(s.outputs, {}), pyramid_steps = draw.steps(s.concatenated(), {});
+  const Tensor reduced = epilogue(group_pointwise(reduction, x, reduce_weight), reduce_steps);
+  const Tensor z = epilogue(spatial_pyramid(s, reduced, weight), pyramid_steps);
+  const EpilogueBuffers first(type, Layout::channels_last, reduce_steps);
+  const EpilogueBuffers inner(type, Layout::channels_last, pyramid_steps), outer(type, Layout::channels_last, steps);
+  Buffer x_buffer(type, Layout::channels_last, x), weight_buffer(type, Layout::contiguous, weight);
+  Buffer reduce_buffer(type, Layout::contiguous, reduce_weight), expand_buffer(type, Layout::contiguous, expand_weight);
+  espk::Eesp unit{};
+  static_cast<espk::PyramidPointwise&>(unit) = described<espk::PyramidPointwise>(s, type, Layout::channels_last);
+  unit.threads = 3;
+  unit.x = x_buffer.data();
+  unit.in_channels = reduction.channels;
+  unit.reduce_groups = groups;
+  unit.reduce_weight = reduce_buffer.data();
+  unit.reduce_epilogue = first.epilogue;
+  unit.weight = weight_buffer.data();
+  unit.pointwise_weight = expand_buffer.data();
+  unit.pyramid_epilogue = inner.epilogue;
+  unit.epilogue = outer.epilogue;
+  void* espk::Eesp::* const out = &espk::Eesp::out;  // a member of what it derives from, else
+  check("eesp", s, kernels.eesp, unit, out, epilogue(group_pointwise(s, z, expand_weight), steps));
+}
+
 inline void check_inference(const Case& s, Type type, Layout layout) {
   Draw draw;
   const Tensor x = draw.integers({s.batch, s.channels, s.height, s.width});
@@ -176,6 +214,7 @@ inline void check_inference(const Case& s, Type type, Layout layout) {
     in_place.residual = shortcut.added();
     check("pyramid_pointwise, shortcut", s, kernels.pyramid_pointwise, unit, &espk::PyramidPointwise::out,
           epilogue(product, in_place));
+    check_eesp(s, type, draw);
   }
 
   Steps no_scale = steps;
