@@ -123,7 +123,9 @@ struct GroupStrips {
   // A few rows at a time, so that those of all outputs of a group wait in the first-level cache for one another.
   void run_part(const Part& part) const {
     const bool at_once = std::is_same_v<T, C> && p.out_of_group == 1;
-    const int64_t step = at_once ? part.rows : shape.rows, plane = step * part.columns * N;
+    constexpr int64_t kWaiting = 16 * 1024 / sizeof(C);  // numbers
+    const int64_t blocks = most(kWaiting / (p.out_of_group * part.columns * N * shape.rows), 1);
+    const int64_t step = at_once ? part.rows : least(blocks * shape.rows, part.rows), plane = step * part.columns * N;
     C* waiting = at_once
                      ? nullptr
                      : static_cast<C*>(scratch(Slot::map, p.out_of_group * plane * static_cast<int64_t>(sizeof(C))));
