@@ -19,7 +19,7 @@ struct Unit {
 };
 
 // An image's reduced map of more bytes has left every second-level cache when the pyramid comes to read it.
-constexpr int64_t kNearBytes = 2 * 1024 * 1024;
+constexpr int64_t kNearReducedBytes = 2 * 1024 * 1024;
 
 // Runs the unit on `x`; residual and slope may be absent. With `into`, a channels_last map, the result goes to its
 // channels from `channel` on, with `shortcut` added.
@@ -36,24 +36,9 @@ Tensor run_unit(const Tensor& x, const Unit& u, int64_t stride, bool hff, const 
   const Tensor map = dense_map(x, layout), reduce = dense_weight(u.reduce_weight), branches = dense_weight(u.weight),
                expand = dense_weight(u.expand_weight);
 
-  GroupPointwise r{};
-  r.bfloat16 = kernels().bfloat16;
-  r.type = type_of(x);
-  r.layout = layout;
-  r.batch = x.size(0);
-  r.pixels = x.size(2) * x.size(3);
-  r.in_channels = x.size(1);
-  r.out_channels = reduce.size(0);
-  r.groups = u.reduce_groups;
-  const std::vector<int64_t> reduced_sizes{x.size(0), r.out_channels, x.size(2), x.size(3)};
-  const EpilogueTensors reduce_epilogue =
-      dense_epilogue(x, layout, reduced_sizes, std::nullopt, u.reduce_shift, std::nullopt, u.reduce_slope);
-  r.x = map.const_data_ptr();
-  r.weight = reduce.const_data_ptr();
-  r.epilogue = pointers(reduce_epilogue);
-
-  PyramidPointwise p{};
+  Eesp p{};
   p.bfloat16 = kernels().bfloat16;
+  const std::vector<int64_t> reduced_sizes{x.size(0), reduce.size(0), x.size(2), x.size(3)};
   describe(p, x, layout, reduced_sizes, u.dilations, stride, hff);
   check_branch_weight(branches, p);
   check_pointwise_weight(expand, p.out_channels(), u.groups);
@@ -61,10 +46,17 @@ Tensor run_unit(const Tensor& x, const Unit& u, int64_t stride, bool hff, const 
   p.pointwise_channels = expand.size(0);
   const std::vector<int64_t> concatenated{p.batch, p.out_channels(), p.out_height, p.out_width};
   const std::vector<int64_t> sizes{p.batch, p.pointwise_channels, p.out_height, p.out_width};
+  const EpilogueTensors reduce_epilogue =
+      dense_epilogue(x, layout, reduced_sizes, std::nullopt, u.reduce_shift, std::nullopt, u.reduce_slope);
   const EpilogueTensors first =
       dense_epilogue(x, layout, concatenated, u.pyramid_scale, u.pyramid_shift, std::nullopt, u.pyramid_slope);
   const EpilogueTensors second = dense_epilogue(x, layout, sizes, std::nullopt, u.shift, residual, slope);
   Tensor out = into ? *into : result_map(sizes, x, layout);
+  p.x = map.const_data_ptr();
+  p.in_channels = x.size(1);
+  p.reduce_groups = u.reduce_groups;
+  p.reduce_weight = reduce.const_data_ptr();
+  p.reduce_epilogue = pointers(reduce_epilogue);
   p.weight = branches.const_data_ptr();
   p.pointwise_weight = expand.const_data_ptr();
   p.pyramid_epilogue = pointers(first);
@@ -73,23 +65,19 @@ Tensor run_unit(const Tensor& x, const Unit& u, int64_t stride, bool hff, const 
   p.out = static_cast<char*>(out.mutable_data_ptr()) + channel * bytes_of(p.type);
   p.shortcut = shortcut;
 
-  if (layout == Layout::channels_last && !residual && r.pixels * r.out_channels * bytes_of(r.type) > kNearBytes) {
-    Eesp whole{};
-    static_cast<PyramidPointwise&>(whole) = p;
-    whole.x = r.x;
-    whole.in_channels = r.in_channels;
-    whole.reduce_groups = r.groups;
-    whole.reduce_weight = r.weight;
-    whole.reduce_epilogue = r.epilogue;
-    launch("reduce, pyramid and expand", kernels().eesp, whole);
+  const int64_t reduced_bytes = p.channels * p.height * p.width * bytes_of(p.type);
+  if (layout == Layout::channels_last && !residual && reduced_bytes > kNearReducedBytes) {
+    launch("reduce, pyramid and expand", kernels().eesp, p);
     return out;
   }
   Tensor reduced = result_map(reduced_sizes, x, layout);
-  r.out = reduced.mutable_data_ptr();
-  p.x = reduced.const_data_ptr();
+  GroupPointwise reduction = p.reduction();
+  reduction.out = reduced.mutable_data_ptr();
+  PyramidPointwise rest = p;
+  rest.x = reduced.const_data_ptr();
   Packs packs(u.packed);
-  launch("reduce", kernels().group_pointwise, r, packs.next(kernels().group_pointwise, r));
-  launch("pyramid and expand", kernels().pyramid_pointwise, p, packs.next(kernels().pyramid_pointwise, p));
+  launch("reduce", kernels().group_pointwise, reduction, packs.next(kernels().group_pointwise, reduction));
+  launch("pyramid and expand", kernels().pyramid_pointwise, rest, packs.next(kernels().pyramid_pointwise, rest));
   return out;
 }
 

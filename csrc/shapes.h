@@ -147,6 +147,24 @@ struct Eesp : PyramidPointwise {
   const void* reduce_weight;  // [d, M / reduce_groups]
   Epilogue reduce_epilogue;   // without scale and residual
 
+  // All but where its result goes.
+  GroupPointwise reduction() const {
+    GroupPointwise r{};
+    r.type = type;
+    r.layout = layout;
+    r.batch = batch;
+    r.pixels = height * width;
+    r.in_channels = in_channels;
+    r.out_channels = channels;
+    r.groups = reduce_groups;
+    r.x = x;
+    r.weight = reduce_weight;
+    r.epilogue = reduce_epilogue;
+    r.bfloat16 = bfloat16;
+    r.tf32 = tf32;
+    return r;
+  }
+
   int64_t multiply_adds() const {
     return batch * height * width * channels * (in_channels / reduce_groups) + PyramidPointwise::multiply_adds();
   }

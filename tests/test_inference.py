@@ -107,12 +107,12 @@ def test_rows_of_a_large_map_are_reduced_as_the_pyramid_needs_them(isa: str, dty
         given["x"], given["reduce_weight"], given["reduce_groups"], None, given["reduce_shift"], None,
         given["reduce_slope"],
     )  # fmt: skip
-    rest = {name: value for name, value in given.items() if name != "x" and not name.startswith("reduce")}
     assert torch.equal(
         inference.eesp(**given),
         ops.pyramid_pointwise(
-            reduced, rest["weight"], rest["dilations"], rest["expand_weight"], rest["groups"], rest["pyramid_scale"],
-            rest["pyramid_shift"], rest["pyramid_slope"], None, rest["shift"], None, rest["slope"], 2, rest["hff"],
+            reduced, given["weight"], given["dilations"], given["expand_weight"], given["groups"],
+            given["pyramid_scale"], given["pyramid_shift"], given["pyramid_slope"],
+            None, given["shift"], None, given["slope"], 2, given["hff"],
         ),
     )  # fmt: skip
 

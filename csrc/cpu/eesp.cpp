@@ -10,30 +10,13 @@ extern const Kernel<GroupPointwise> group_pointwise;
 
 namespace {
 
-// The reduction of `rows` rows of one image: all but its maps.
-GroupPointwise reduction_of(const Eesp& p, int64_t rows) {
-  GroupPointwise r{};
-  r.type = p.type;
-  r.layout = Layout::channels_last;
-  r.batch = 1;
-  r.pixels = rows * p.width;
-  r.in_channels = p.in_channels;
-  r.out_channels = p.channels;
-  r.groups = p.reduce_groups;
-  r.weight = p.reduce_weight;
-  r.epilogue = p.reduce_epilogue;
-  r.bfloat16 = p.bfloat16;
-  r.part_of_far_map = true;
-  return r;
-}
-
 // Behind the weights of the reduction lie those of the rest.
-int64_t offset_of_rest(const Eesp& p) { return round_up(group_pointwise.shared_bytes(reduction_of(p, 1)), 64); }
+int64_t offset_of_rest(const Eesp& p) { return round_up(group_pointwise.shared_bytes(p.reduction()), 64); }
 
 int64_t shared_bytes(const Eesp& p) { return offset_of_rest(p) + pyramid_pointwise.shared_bytes(p); }
 
 void before(const Eesp& p, void* shared) {
-  group_pointwise.before(reduction_of(p, 1), shared);
+  group_pointwise.before(p.reduction(), shared);
   pyramid_pointwise.before(p, static_cast<char*>(shared) + offset_of_rest(p));
 }
 
@@ -45,7 +28,10 @@ struct Reduction {
 
   const void* rows(int64_t image, int64_t begin, int64_t end) const {
     const int64_t row_bytes = p.width * bytes_of(p.type);
-    GroupPointwise r = reduction_of(p, end - begin);
+    GroupPointwise r = p.reduction();
+    r.batch = 1;
+    r.pixels = (end - begin) * p.width;
+    r.part_of_far_map = true;
     r.x = static_cast<const char*>(p.x) + (image * p.height + begin) * row_bytes * p.in_channels;
     r.out = scratch(Slot::rows, (end - begin) * row_bytes * p.channels);
     group_pointwise.run(r, weights, 0, group_pointwise.units(r));

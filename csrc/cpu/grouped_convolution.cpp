@@ -50,7 +50,7 @@ void pack(const Problem& p, Compute<T>* to) {
   }
 }
 
-// Vector `Part` of the lanes of Out vectors in turn; `found` are those of the first T of them.
+// Vector `Part` of the lanes of Out vectors in turn, from T = 0 and any vector on; `found` are those of the first T.
 template <int Part, int Out, int T, class V, std::size_t... I>
 inline V in_turn_of(V found, const V (&v)[Out], std::index_sequence<I...> lanes) {
   constexpr std::size_t N = sizeof...(I), kFirst = Part * N;
@@ -69,10 +69,7 @@ inline void store_in_turn(T* to, const C* from, int64_t pitch, std::index_sequen
   Vector<C, N> v[Out];
 #pragma GCC unroll 4
   for (int t = 0; t < Out; ++t) v[t] = load<N>(from + t * pitch);
-  auto first = [&]<std::size_t P, std::size_t... I>(std::index_sequence<I...>) {
-    return __builtin_shufflevector(v[0], v[0], ((P * N + I) / Out)...);
-  };
-  (store<N>(to + Part * N, in_turn_of<Part, Out, 1>(first.template operator()<Part>(lanes), v, lanes)), ...);
+  (store<N>(to + Part * N, in_turn_of<Part, Out, 0>(v[0], v, lanes)), ...);
 }
 
 // One thread's strips: of each panel the groups block by block, whose inputs go into tiles.

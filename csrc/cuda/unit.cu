@@ -158,19 +158,8 @@ Outcome run_pooling(const Unit& u, void* stream) {
 
 // The steps of a unit that is no single kernel, as problems of other kernels.
 GroupPointwise reduction_of(const Unit& u, void* reduced) {
-  GroupPointwise r{};
-  r.type = u.type;
-  r.layout = u.layout;
-  r.batch = u.batch;
-  r.pixels = u.height * u.width;
-  r.in_channels = u.in_channels;
-  r.out_channels = u.channels;
-  r.groups = u.reduce_groups;
-  r.x = u.x;
-  r.weight = u.reduce_weight;
+  GroupPointwise r = u.reduction();
   r.out = reduced;
-  r.epilogue = u.reduce_epilogue;
-  r.tf32 = u.tf32;
   return r;
 }
 
