@@ -1,5 +1,5 @@
 // Where torch ends on the CPU for what training does around the units: a batch norm with its PReLU, the buffers of batch
-// norms, the gradient of average pooling, and the end of a down-sampler. Traffic in maps: a norm 3 forward and 5 backward,
+// norms, the gradients of averaging, resizing and grouped convolutions, and the end of a down-sampler. Traffic in maps: a norm 3 forward and 5 backward,
 // and 1 kept; the end 2, 3 and 1 (eager, concatenation and shortcut included, about 12, 15 and 2).
 #include <torch/csrc/stable/library.h>
 
@@ -175,9 +175,10 @@ void track_norms(const std::vector<Tensor>& means, const std::vector<Tensor>& va
   }
 }
 
-Tensor average_pool_backward(const Tensor& grad, int64_t height, int64_t width) {
+// The gradient of a map [B, C, height, width] from that of the map that `kernel` makes of it.
+Tensor resampled_gradient(const Kernel<ResamplingBackward>& kernel, const Tensor& grad, int64_t height, int64_t width) {
   check_map(grad, "grad");
-  AveragePoolBackward p{};
+  ResamplingBackward p{};
   p.type = type_of(grad);
   p.batch = grad.size(0);
   p.channels = grad.size(1);
@@ -185,15 +186,54 @@ Tensor average_pool_backward(const Tensor& grad, int64_t height, int64_t width) 
   p.width = width;
   p.out_height = grad.size(2);
   p.out_width = grad.size(3);
-  STD_TORCH_CHECK(
-      height >= 1 && width >= 1 && (height - 1) / 2 + 1 == p.out_height && (width - 1) / 2 + 1 == p.out_width,
-      "grad: expected half as many rows and columns as height and width, rounded up");
+  STD_TORCH_CHECK(height >= 1 && width >= 1 && p.out_height >= 1 && p.out_width >= 1,
+                  "grad, height, width: expected at least one row and column");
   const Tensor behind = dense_map(grad, Layout::channels_last);
   Tensor grad_x = empty_map({p.batch, p.channels, height, width}, grad, Layout::channels_last);
   p.grad = behind.const_data_ptr();
   p.grad_x = grad_x.mutable_data_ptr();
-  run_kernel(kernels().average_pool_backward, p);
+  run_kernel(kernel, p);
   return grad_x;
+}
+
+Tensor average_pool_backward(const Tensor& grad, int64_t height, int64_t width) {
+  check_map(grad, "grad");
+  STD_TORCH_CHECK((height - 1) / 2 + 1 == grad.size(2) && (width - 1) / 2 + 1 == grad.size(3),
+                  "grad: expected half as many rows and columns as height and width, rounded up");
+  return resampled_gradient(kernels().average_pool_backward, grad, height, width);
+}
+
+Tensor adaptive_average_backward(const Tensor& grad, int64_t height, int64_t width) {
+  return resampled_gradient(kernels().adaptive_average_backward, grad, height, width);
+}
+
+Tensor resize_backward(const Tensor& grad, int64_t height, int64_t width) {
+  return resampled_gradient(kernels().resize_backward, grad, height, width);
+}
+
+Tensor grouped_convolution_backward_weight(const Tensor& grad, const Tensor& x, int64_t groups) {
+  check_map(x, "x");
+  STD_TORCH_CHECK(groups >= 1, "groups: expected at least 1");
+  check_like(grad, x, grad.size(1), "grad");
+  STD_TORCH_CHECK(x.size(1) % groups == 0 && grad.size(1) % groups == 0, "groups: expected a divisor of the channels");
+  GroupedConvolutionBackwardWeight p{};
+  p.type = type_of(x);
+  p.batch = x.size(0);
+  p.height = x.size(2);
+  p.width = x.size(3);
+  p.groups = groups;
+  p.in = x.size(1) / groups;
+  p.out_of_group = grad.size(1) / groups;
+  STD_TORCH_CHECK(p.in >= 1 && p.in <= kMaxBranches && p.out_of_group >= 1 && p.out_of_group <= kMaxBranches &&
+                      p.height >= 1 && p.width >= 1,
+                  "x, grad: expected 1 to 8 channels a group, and at least one row and column");
+  const Tensor map = dense_map(x, Layout::channels_last), behind = dense_map(grad, Layout::channels_last);
+  Tensor grad_weight = empty_map({p.out_channels(), p.in, 3, 3}, x, Layout::contiguous);
+  p.x = map.const_data_ptr();
+  p.grad = behind.const_data_ptr();
+  p.grad_weight = grad_weight.mutable_data_ptr();
+  run_kernel(kernels().grouped_convolution_backward_weight, p);
+  return grad_weight;
 }
 
 // What both operators of the end take, checked, dense and described.
@@ -294,7 +334,10 @@ STABLE_TORCH_LIBRARY_IMPL(espkernels, CPU, m) {
   m.impl("batch_norm_prelu", TORCH_BOX(&batch_norm_prelu));
   m.impl("batch_norm_prelu_backward", TORCH_BOX(&batch_norm_prelu_backward));
   m.impl("track_norms", TORCH_BOX(&track_norms));
+  m.impl("grouped_convolution_backward_weight", TORCH_BOX(&grouped_convolution_backward_weight));
   m.impl("average_pool_backward", TORCH_BOX(&average_pool_backward));
+  m.impl("adaptive_average_backward", TORCH_BOX(&adaptive_average_backward));
+  m.impl("resize_backward", TORCH_BOX(&resize_backward));
   m.impl("long_range_shortcut", TORCH_BOX(&long_range_shortcut));
   m.impl("long_range_shortcut_backward", TORCH_BOX(&long_range_shortcut_backward));
 }

@@ -70,8 +70,13 @@ ESPK_LIBRARY(ESPK_NAMESPACE, m) {
   m.def(
       "track_norms(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] batches, Tensor moments, float[] shares, "
       "int[] counts) -> ()");
+  // grad [B, N, H, W], x [B, M, H, W] of a 3x3 convolution padded by one, 1 to 8 channels a group -> [N, M/groups, 3, 3]
+  m.def("grouped_convolution_backward_weight(Tensor grad, Tensor x, int groups) -> Tensor");
   // grad [B, C, H', W'] of average_pool -> [B, C, height, width] in channels_last
   m.def("average_pool_backward(Tensor grad, SymInt height, SymInt width) -> Tensor");
+  // The same of adaptive_average, and of resize without skip connection and epilogue
+  m.def("adaptive_average_backward(Tensor grad, SymInt height, SymInt width) -> Tensor");
+  m.def("resize_backward(Tensor grad, SymInt height, SymInt width) -> Tensor");
   // The end of a down-sampler: prelu(concat(pooled [B, M, H, W], expanded [B, N, H, W]) + image weight + shift, slope) with
   // image [B, I, H, W], weight [M+N, I], shift and slope [M+N] -> [B, M+N, H, W] in channels_last; I at most 8
   m.def(

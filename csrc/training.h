@@ -110,14 +110,24 @@ struct BatchNormBackward {
   int64_t multiply_adds() const { return 4 * pixels * channels; }
 };
 
-// grad_x [B, H, W, C] of AveragePool from grad [B, H', W', C].
-struct AveragePoolBackward {
+// grad_x [B, H, W, C] of AveragePool, AdaptiveAverage or Resize, without their epilogues, from grad [B, H', W', C].
+struct ResamplingBackward {
   Type type;
   int64_t batch, channels, height, width, out_height, out_width;
   const void* grad;
   void* grad_x;
 
-  int64_t multiply_adds() const { return 3 * batch * channels * height * width; }
+  int64_t multiply_adds() const {
+    const int64_t pixels = height * width, out_pixels = out_height * out_width;
+    return 3 * batch * channels * (pixels > out_pixels ? pixels : out_pixels);
+  }
+};
+
+// grad_weight [groups * out_of_group, in, 3, 3] of GroupedConvolution, without its weight, epilogue and out, from grad
+// [B, H, W, groups * out_of_group].
+struct GroupedConvolutionBackwardWeight : GroupedConvolution {
+  const void* grad;
+  void* grad_weight;
 };
 
 constexpr int64_t kMostImageChannels = 8;

@@ -18,7 +18,7 @@ from espkernels.frozen_decoder import FrozenPyramidPooling
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling
 from espkernels.trial import agree, copied
 
-__all__ = ["frozen", "proven"]
+__all__ = ["frozen", "is_pyramid_pooling", "proven", "pyramid_pooling"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,8 +52,8 @@ def _maker(module: nn.Module) -> Callable[[nn.Module], nn.Module] | None:
     if parts in ({"conv", "bn"}, {"conv", "bn", "act"}, {"bn", "act"}):
         if all(type(module._modules[name]) is _KINDS[name] for name in parts):
             return _affine if "conv" not in parts else _convolution
-    elif parts - {"br"} == {"projection_layer", "stages", "merge_layer"} and hasattr(module, "scales"):
-        return _pyramid_pooling
+    elif is_pyramid_pooling(module):
+        return lambda block: FrozenPyramidPooling(pyramid_pooling(block).eval())
     return None
 
 
@@ -65,8 +65,14 @@ def _affine(block: nn.Module) -> nn.Module:
     return FrozenAffine(block.bn, block.act)  # type: ignore[arg-type]
 
 
-def _pyramid_pooling(block: nn.Module) -> nn.Module:
-    """Through our own block, which has the official keys."""
+def is_pyramid_pooling(module: nn.Module) -> bool:
+    """Whether the module has the parts of efficient pyramid pooling."""
+    parts = {name for name, part in module._modules.items() if part is not None}
+    return parts - {"br"} == {"projection_layer", "stages", "merge_layer"} and hasattr(module, "scales")
+
+
+def pyramid_pooling(block: nn.Module) -> EfficientPyramidPooling:
+    """Our own block with the tensors of such a module, which has its keys."""
     state = block.state_dict()
     projection = state["projection_layer.cbr.0.weight"]
     scales = [float(scale) for scale in block.scales]  # type: ignore[union-attr]
@@ -79,4 +85,4 @@ def _pyramid_pooling(block: nn.Module) -> nn.Module:
     for name, part in ours.named_modules():
         if isinstance(part, nn.BatchNorm2d):
             part.eps = block.get_submodule(name).eps  # type: ignore[assignment]
-    return FrozenPyramidPooling(ours.eval())
+    return ours

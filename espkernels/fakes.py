@@ -94,7 +94,14 @@ def _(x: Tensor) -> Tensor:
     return empty_map(x, x.shape[1], out_size(x.shape[2], 2), out_size(x.shape[3], 2))
 
 
+@register_fake("espkernels::grouped_convolution_backward_weight")
+def _(grad: Tensor, x: Tensor, groups: int) -> Tensor:
+    return x.new_empty((grad.shape[1], x.shape[1] // groups, 3, 3))
+
+
 @register_fake("espkernels::average_pool_backward")
+@register_fake("espkernels::adaptive_average_backward")
+@register_fake("espkernels::resize_backward")
 def _(grad: Tensor, height: int, width: int) -> Tensor:
     return empty_pixels(grad, grad.shape[1], height, width)
 

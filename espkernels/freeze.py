@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from espkernels import blocks, frozen, frozen_decoder, graphs, replay, tuning
 from espkernels import nn as layers
 from espkernels.checks import MAX_BRANCHES
-from espkernels.fused_unit import hooked
+from espkernels.fused_unit import hooked, is_global_average
 from espkernels.models.eru import EESP1d, FrozenEESP1d
 from espkernels.models.espnetv2 import Encoder
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join
@@ -103,7 +103,7 @@ def _frozen(module: nn.Module) -> nn.Module | None:
         return frozen.FrozenConvolution(module) if module.padding_mode == "zeros" else None
     if type(module) is nn.Linear:
         return frozen.FrozenLinear(module)
-    if type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):
+    if is_global_average(module):
         return frozen.FrozenGlobalAverage()
     if isinstance(module, nn.Sequential) and type(module).forward in (nn.Sequential.forward, layers.Chain.forward):
         kinds = tuple(type(part) for part in module)

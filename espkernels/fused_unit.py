@@ -22,9 +22,11 @@ from espkernels.training import eesp_training
 __all__ = [
     "Unit",
     "UnitLayers",
+    "convolves",
     "fits",
     "hooked",
     "infer",
+    "is_global_average",
     "is_pointwise",
     "is_pyramid",
     "laid_out",
@@ -73,20 +75,25 @@ def hooked(*modules: nn.Module) -> bool:
     return False
 
 
+def is_global_average(module: nn.Module) -> bool:
+    """Whether calling ``module`` takes the mean of each channel, and no more."""
+    return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
+
+
 def is_pointwise(module: nn.Module | None) -> bool:
     """Whether calling ``module`` is a product with its ``weight`` in its ``groups``, and no more."""
-    return _convolves(module, 1, 1, 1)
+    return convolves(module, 1, 1, 1)
 
 
 def is_pyramid(branches: Sequence[nn.Module], dilations: Sequence[int], stride: int) -> bool:
     """Whether calling each of ``branches`` is a depthwise convolution with its 3-tap ``weight``, and no more."""
     return len(branches) == len(dilations) and all(
-        _convolves(branch, 3, stride, dilation) and branch.groups == branch.in_channels == branch.out_channels
+        convolves(branch, 3, stride, dilation) and branch.groups == branch.in_channels == branch.out_channels
         for branch, dilation in zip(branches, dilations, strict=True)
     )
 
 
-def _convolves(module: Any, size: int, stride: int, dilation: int) -> bool:
+def convolves(module: Any, size: int, stride: int, dilation: int) -> bool:
     """Whether calling ``module`` convolves with its ``weight``, alike over every axis, padded to keep the size."""
     if type(module) not in CONVOLUTIONS or module.bias is not None or hooked(module):
         return False

@@ -1,8 +1,8 @@
 """The operators of inference: whole units with their batch norms folded, and the layers around them in a network.
 
-They take what :mod:`espkernels.freeze` makes of a model and are not differentiable themselves: where a gradient is
-wanted, or no kernel runs, the same mathematics runs in plain torch operations or in the differentiable operators of
-:mod:`espkernels.ops`. Maps of the result are channels_last unless said otherwise.
+They take what :mod:`espkernels.freeze` makes of a model and are not differentiable themselves, unless said otherwise:
+where a gradient is wanted, or no kernel runs, the same mathematics runs in plain torch operations or in the
+differentiable operators of :mod:`espkernels.ops`. Maps of the result are channels_last unless said otherwise.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from espkernels import backends, ops, reference
+from espkernels.layout import is_narrow
 
 __all__ = [
     "adaptive_average",
@@ -163,13 +164,14 @@ def convolution(
     """Convolution with its shift and PReLU: [B, M, H, W] -> [B, N, H', W'].
 
     The kernels are for a few dense input channels (the first convolution of a network), for depthwise 3x3 filters and
-    for 3x3 filters in eight groups or more of at most eight inputs; other convolutions run on torch's own.
+    for 3x3 filters in eight groups or more of at most eight inputs and outputs, which are differentiable any number of
+    times without shift and slope; other convolutions run on torch's own.
     """
     depthwise = groups == x.shape[1] == weight.shape[0] and tuple(weight.shape[2:]) == (3, 3) and padding == dilation
     few = groups == 1 and dilation == 1 and weight[0].numel() <= 256
-    narrow = groups >= 8 and weight.shape[1] <= 8 and tuple(weight.shape[2:]) == (3, 3)
-    narrow = narrow and (stride, padding, dilation) == (1, 1, 1)
-    if (depthwise or few or narrow) and _runs_kernel(x, weight, shift, slope):
+    narrow = is_narrow(weight, stride, padding, dilation, groups)
+    trains = narrow and shift is None and slope is None and not backends.runs_reference(x.device)
+    if trains or ((depthwise or few or narrow) and _runs_kernel(x, weight, shift, slope)):
         return torch.ops.espkernels.convolution.default(x, weight, shift, slope, stride, padding, dilation, groups)
     x = x.contiguous(memory_format=torch.channels_last)
     shift, slope = (None if v is None else v.to(x.dtype) for v in (shift, slope))
@@ -187,8 +189,11 @@ def average_pool(x: Tensor) -> Tensor:
 
 
 def global_average(x: Tensor) -> Tensor:
-    """The mean of each channel: [B, C, H, W] -> [B, C, 1, 1]; half types are summed in float32."""
-    if _runs_kernel(x):
+    """The mean of each channel: [B, C, H, W] -> [B, C, 1, 1]; half types are summed in float32.
+
+    Differentiable any number of times; the gradient is a view of one number a channel, not a map.
+    """
+    if not backends.runs_reference(x.device):
         return torch.ops.espkernels.global_average.default(x)
     return reference.global_average(x)
 
@@ -212,9 +217,11 @@ def resize(
         skip: [B, C, height, width]; gate: [B, C, 1, 1]; scale, shift, slope: [C].
 
     Returns:
-        [B, C, height, width] in channels_last.
+        [B, C, height, width] in channels_last. Differentiable any number of times where it only resizes.
     """
-    if _runs_kernel(x, skip, gate, scale, shift, slope):
+    others = skip, gate, scale, shift, slope
+    only_resizes = all(other is None for other in others)
+    if _runs_kernel(x, *others) or (only_resizes and not backends.runs_reference(x.device)):
         return torch.ops.espkernels.resize.default(x, height, width, skip, gate, scale, shift, slope)
     x = x.contiguous(memory_format=torch.channels_last)
     scale, shift, slope = (None if v is None else v.to(x.dtype) for v in (scale, shift, slope))
@@ -275,8 +282,11 @@ def concatenate(maps: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def adaptive_average(x: Tensor, height: int, width: int) -> Tensor:
-    """Means over windows that share the map out evenly: [B, C, H, W] -> [B, C, height, width] in channels_last."""
-    if _runs_kernel(x):
+    """Means over windows that share the map out evenly: [B, C, H, W] -> [B, C, height, width] in channels_last.
+
+    Differentiable any number of times.
+    """
+    if not backends.runs_reference(x.device):
         return torch.ops.espkernels.adaptive_average.default(x, height, width)
     return reference.adaptive_average(x.contiguous(memory_format=torch.channels_last), height, width)
 

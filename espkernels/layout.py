@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["convolved_size", "empty_map", "empty_pixels", "layout_of", "out_size", "vector_dtype"]
+__all__ = ["convolved_size", "empty_map", "empty_pixels", "is_narrow", "layout_of", "out_size", "vector_dtype"]
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
@@ -45,3 +45,9 @@ def convolved_size(x: Tensor, weight: Tensor, stride: int, padding: int, dilatio
         (x.shape[i] + 2 * padding - dilation * (weight.shape[i] - 1) - 1) // stride + 1 for i in (2, 3)
     )  # fmt: skip
     return height, width
+
+
+def is_narrow(weight: Tensor, stride: int, padding: int, dilation: int, groups: int) -> bool:
+    """Whether a convolution with ``weight`` keeps the size, is 3x3, and has 8 groups or more of 8 channels at most."""
+    few = groups >= 8 and weight.shape[1] <= 8 and weight.shape[0] <= 8 * groups
+    return few and tuple(weight.shape[2:]) == (3, 3) and (stride, padding, dilation) == (1, 1, 1)

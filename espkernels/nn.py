@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espkernels import fused_shortcut, fused_unit, inference, ops
+from espkernels import fused_shortcut, fused_unit, inference, ops, single_layers
 from espkernels.fused_norm import norm_prelu
-from espkernels.fused_unit import UnitLayers, hooked, is_pointwise, is_pyramid, laid_out
+from espkernels.fused_unit import UnitLayers, hooked, is_global_average, is_pointwise, is_pyramid, laid_out
 from espkernels.layout import layout_of, out_size
 
 __all__ = [
@@ -144,13 +144,17 @@ class BR(nn.Module):
 
 
 class Chain(nn.Sequential):
-    """``nn.Sequential`` in which a batch norm and the PReLU behind it are one step (:mod:`espkernels.fused_norm`)."""
+    """``nn.Sequential`` in which a batch norm and the PReLU behind it are one step (:mod:`espkernels.fused_norm`).
+
+    Its other layers run as :mod:`espkernels.single_layers` says.
+    """
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether ``module`` is just a ``nn.Sequential`` and has such a step."""
+        """Whether ``module`` is just a ``nn.Sequential`` and has such a step, or such a mean."""
         kinds = itertools.pairwise(map(type, module.children()))
-        return type(module) is nn.Sequential and (nn.BatchNorm2d, nn.PReLU) in kinds
+        steps = (nn.BatchNorm2d, nn.PReLU) in kinds or any(map(is_global_average, module.children()))
+        return type(module) is nn.Sequential and steps
 
     @staticmethod
     def everywhere(model: nn.Module) -> None:
@@ -166,7 +170,7 @@ class Chain(nn.Sequential):
             if parts and isinstance(part, nn.BatchNorm2d) and isinstance(parts[0], nn.PReLU):
                 input = norm_prelu(part, parts.pop(0), input)
             else:
-                input = part(input)
+                input = single_layers.run(part, input)
         return input
 
 

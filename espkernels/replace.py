@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from espkernels import nn as layers
 from espkernels.models import plain
+from espkernels.models.pyramid_pooling import FusedPyramidPooling
 from espkernels.norm_blocks import recognise_blocks
 from espkernels.structure import Layer, recognise
 from espkernels.trial import agree, copied
@@ -29,6 +30,7 @@ _LAYERS: dict[str, type[nn.Module]] = {
     "CBR": layers.CBR,
     "BR": layers.BR,
     "Sequential": layers.Chain,
+    "PyramidPooling": FusedPyramidPooling,
 }
 _BEFORE = "_espkernels_before"  # where a replaced layer keeps the attributes it had
 _ABSENT = "<absent>"
@@ -287,7 +289,8 @@ def replace(model: nn.Module, verify: Tensor | Sequence[Any] | None = None, memo
     repositories' models and copies of them work; one that looks alike but differs in any part is left alone, and the
     report says in what. The convolutions change hands, and on the CPU the batch norms and PReLUs of a unit with them
     where they are torch's own; otherwise these are run as they are. So do the batch norms with a PReLU behind them in
-    the blocks around the units: "CBR" (convolution, batch norm, PReLU), "BR" and ``nn.Sequential``.
+    the blocks around the units: "CBR" (convolution, batch norm, PReLU), "BR" and ``nn.Sequential``; means over whole
+    maps in the last; and the resizing and merge of efficient pyramid pooling ("PyramidPooling").
 
     Args:
         model: any module, wrapped for data parallelism or compiled or not; may be a layer itself.

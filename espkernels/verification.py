@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from espkernels.fused_unit import is_global_average
+
 __all__ = ["Comparison", "compare"]
 
 Values = dict[str, Tensor]
@@ -121,9 +123,19 @@ def _largest(tensor: Tensor) -> float:
 
 
 def _terms(layer: nn.Module, pixels: int, parameters: bool) -> int:
-    """Length of the longest sum behind a value: the weights it meets on its way, and all pixels for a parameter."""
-    weights = [part.weight[0].numel() for part in layer.modules() if isinstance(part, nn.Conv2d)]
-    return sum(weights) + (pixels if parameters else 0)
+    """Length of the longest sum behind a value: all that it meets on its way, and all pixels for a parameter.
+
+    These are the weights of convolutions, two numbers of a batch norm, and the pixels of a mean over them.
+    """
+    met = 0
+    for part in layer.modules():
+        if isinstance(part, nn.Conv2d):
+            met += part.weight[0].numel()
+        elif isinstance(part, nn.modules.batchnorm._BatchNorm):
+            met += 2
+        elif is_global_average(part):
+            met += pixels
+    return met + (pixels if parameters else 0)
 
 
 def compare(

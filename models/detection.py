@@ -12,7 +12,7 @@ from espkernels import nn as fused
 from espkernels.models.detections import Detections, detections
 from espkernels.models.espnetv2 import DeepEncoder, Switches, widths
 from espkernels.models.priors import boxes_per_location, prior_boxes, ratios_of
-from espkernels.models.pyramid_pooling import CBR, EfficientPyramidPooling, resized
+from espkernels.models.pyramid_pooling import CBR, EfficientPyramidPooling, FusedPyramidPooling, resized
 
 __all__ = ["CONFIGURATIONS", "Configuration", "ESPNetv2Detection", "espnetv2_detection"]
 
@@ -82,7 +82,8 @@ class FeaturePyramid(nn.Module):
         self.bu_19x19_38x38 = self._join(level4, level3, (2.0, 1.0, 0.5, 0.25))
 
     def _join(self, above: int, channels: int, scales: Sequence[float]) -> EfficientPyramidPooling:
-        return EfficientPyramidPooling(above + channels, channels // 5, channels, scales)
+        pooling = EfficientPyramidPooling if self.basenet.switches.plain else FusedPyramidPooling
+        return pooling(above + channels, channels // 5, channels, scales)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         _, _, level3, level4, level5 = self.basenet(image)

@@ -12,10 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espkernels import inference, reference
+from espkernels import fused_pooling, inference, reference, single_layers
+from espkernels import nn as fused
 from espkernels.layout import layout_of
 
-__all__ = ["BR", "CBR", "SCALES", "EfficientPyramidPooling", "Join", "SkipWeighting", "resized"]
+__all__ = [
+    "BR",
+    "CBR",
+    "SCALES",
+    "EfficientPyramidPooling",
+    "FusedPyramidPooling",
+    "Join",
+    "SkipWeighting",
+    "resized",
+]
 
 SCALES = (2.0, 1.5, 1.0, 0.5, 0.1)
 SMALLEST = 5
@@ -28,6 +38,12 @@ def resized(x: Tensor, height: int, width: int, plain: bool) -> Tensor:
     """
     ours = not plain and layout_of(x) == torch.channels_last
     return (inference.resize if ours else reference.resize)(x, height, width)
+
+
+def _averaged(x: Tensor, height: int, width: int, plain: bool) -> Tensor:
+    """``x`` [B, C, H, W] averaged to ``height`` x ``width`` windows; the rest is that of :func:`resized`."""
+    ours = not plain and layout_of(x) == torch.channels_last
+    return (inference.adaptive_average if ours else reference.adaptive_average)(x, height, width)
 
 
 class CBR(nn.Module):
@@ -94,20 +110,31 @@ class EfficientPyramidPooling(nn.Module):
             for s in self.scales
         ]
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.projection_layer(x)
+    def branches(self, x: Tensor, plain: bool) -> list[Tensor]:
+        """The convolved maps of the projected map [B, p, H, W], each of its size; ``plain`` demands torch's kernels."""
         height, width = x.shape[-2:]
         maps = []
         for scale, target, stage in zip(self.scales, self.target_sizes(height, width), self.stages, strict=True):
             if scale > 1:
-                map_ = stage(F.interpolate(x, target, mode="bilinear", align_corners=True))
-                maps.append(F.adaptive_avg_pool2d(map_, (height, width)))
+                maps.append(_averaged(stage(resized(x, *target, plain)), height, width, plain))
             elif scale < 1:
-                map_ = stage(F.adaptive_avg_pool2d(x, target))
-                maps.append(F.interpolate(map_, (height, width), mode="bilinear", align_corners=True))
+                maps.append(resized(stage(_averaged(x, *target, plain)), height, width, plain))
             else:
                 maps.append(stage(x))
-        out = self.merge_layer(torch.cat(maps, dim=1))
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.merge_layer(torch.cat(self.branches(self.projection_layer(x), plain=True), dim=1))
+        return out if self.br is None else self.br(out)
+
+
+class FusedPyramidPooling(EfficientPyramidPooling):
+    """:class:`EfficientPyramidPooling` on this library's operators (:mod:`espkernels.fused_pooling`)."""
+
+    shuffle_type: type[nn.Module] = nn.ChannelShuffle
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = fused_pooling.merged(self, self.branches(self.projection_layer(x), plain=False))
         return out if self.br is None else self.br(out)
 
 
@@ -126,7 +153,9 @@ class SkipWeighting(nn.Module):
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The convolved map [B, N, H, W] and, before their sigmoid, its weights [B, N, 1, 1]."""
-        return self.expansion_layer(x), self.wt_layer[1](self.wt_layer[0](x))
+        pool, mix, _ = self.wt_layer
+        average = single_layers.run(pool, x) if isinstance(self.wt_layer, fused.Chain) else pool(x)
+        return self.expansion_layer(x), mix(average)
 
     def forward(self, x: Tensor) -> Tensor:
         skip, gate = self.parts(x)

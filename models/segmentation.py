@@ -6,7 +6,13 @@ from torch import Tensor, nn
 
 from espkernels import nn as fused
 from espkernels.models.espnetv2 import Encoder, Switches, widths
-from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join, SkipWeighting, resized
+from espkernels.models.pyramid_pooling import (
+    EfficientPyramidPooling,
+    FusedPyramidPooling,
+    Join,
+    SkipWeighting,
+    resized,
+)
 
 __all__ = ["ESPNetv2Segmentation", "espnetv2_segmentation"]
 
@@ -31,10 +37,11 @@ class ESPNetv2Segmentation(nn.Module):
         # Official code gives one class no channels at all.
         projection = max(min(num_classes // 2, 16), 1)
 
-        self.bu_dec_l1 = EfficientPyramidPooling(level4, projection, planes[0])
-        self.bu_dec_l2 = EfficientPyramidPooling(planes[0], projection, planes[1])
-        self.bu_dec_l3 = EfficientPyramidPooling(planes[1], projection, planes[2])
-        self.bu_dec_l4 = EfficientPyramidPooling(planes[2], projection, num_classes, last=True)
+        pooling = EfficientPyramidPooling if self.base_net.switches.plain else FusedPyramidPooling
+        self.bu_dec_l1 = pooling(level4, projection, planes[0])
+        self.bu_dec_l2 = pooling(planes[0], projection, planes[1])
+        self.bu_dec_l3 = pooling(planes[1], projection, planes[2])
+        self.bu_dec_l4 = pooling(planes[2], projection, num_classes, last=True)
         self.merge_enc_dec_l2 = SkipWeighting(level3, planes[0])
         self.merge_enc_dec_l3 = SkipWeighting(level2, planes[1])
         self.merge_enc_dec_l4 = SkipWeighting(level1, planes[2])

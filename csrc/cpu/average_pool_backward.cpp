@@ -7,7 +7,7 @@
 namespace espk::ESPK_ISA {
 namespace {
 
-using Problem = AveragePoolBackward;
+using Problem = ResamplingBackward;
 
 int64_t shared_bytes(const Problem&) { return 0; }
 

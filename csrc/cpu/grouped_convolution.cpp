@@ -11,15 +11,6 @@ namespace {
 
 using Problem = GroupedConvolution;
 
-// Columns that blocks of 4, 7 and 14 divide.
-int64_t panel_of(const Problem& p) { return least(p.width, 84); }
-
-template <class C>
-Strips strips_of(const Problem& p) {
-  const int64_t row_bytes = (panel_of(p) + 2) * p.in * kLanes<C> * static_cast<int64_t>(sizeof(C));
-  return choose_strips(p.height, row_bytes, 2, p.batch);
-}
-
 // Numbers of packed weights of a block of groups and one output: [9 * in][N], then scale, shift and slope [3][N].
 template <class C>
 int64_t block_size(const Problem& p) {
@@ -50,26 +41,33 @@ void pack(const Problem& p, Compute<T>* to) {
   }
 }
 
-// Vector `Part` of the lanes of Out vectors in turn, from T = 0 and any vector on; `found` are those of the first T.
-template <int Part, int Out, int T, class V, std::size_t... I>
-inline V in_turn_of(V found, const V (&v)[Out], std::index_sequence<I...> lanes) {
-  constexpr std::size_t N = sizeof...(I), kFirst = Part * N;
-  if constexpr (T < Out) {
-    const V more = __builtin_shufflevector(found, v[T], ((kFirst + I) % Out == T ? N + (kFirst + I) / Out : I)...);
-    return in_turn_of<Part, Out, T + 1>(more, v, lanes);
-  }
-  return found;
-}
-
 // Stores the outputs of N groups side by side, from Out vectors `pitch` apart that hold one output of all.
-template <int Out, class T, class C, std::size_t... Part>
-inline void store_in_turn(T* to, const C* from, int64_t pitch, std::index_sequence<Part...>) {
+template <int Out, class T, class C>
+inline void store_in_turn(T* to, const C* from, int64_t pitch) {
   constexpr int N = kLanes<C>;
   constexpr auto lanes = std::make_index_sequence<N>{};
   Vector<C, N> v[Out];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int t = 0; t < Out; ++t) v[t] = load<N>(from + t * pitch);
-  (store<N>(to + Part * N, in_turn_of<Part, Out, 0>(v[0], v, lanes)), ...);
+  if constexpr (Out == 3) {
+    const Vector<C, N> turned[] = {three_in_turn<0>(v, lanes), three_in_turn<1>(v, lanes), three_in_turn<2>(v, lanes)};
+    __builtin_memcpy(&v, &turned, sizeof v);
+  } else if constexpr (Out == N) {
+    transpose<N, C>(v);
+  } else {
+#pragma GCC unroll 3
+    for (int stage = 1; stage < Out; stage *= 2) {
+      Vector<C, N> next[Out];
+#pragma GCC unroll 4
+      for (int t = 0; t < Out / 2; ++t) {
+        next[2 * t] = in_turn<0>(v[t], v[t + Out / 2], lanes);
+        next[2 * t + 1] = in_turn<1>(v[t], v[t + Out / 2], lanes);
+      }
+      __builtin_memcpy(&v, &next, sizeof v);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < Out; ++t) store<N>(to + t * N, v[t]);
 }
 
 // One thread's strips: of each panel the groups block by block, whose inputs go into tiles.
@@ -86,8 +84,8 @@ struct GroupStrips {
   GroupStrips(const Problem& problem, const void* shared)
       : p(problem),
         packed(static_cast<const C*>(shared)),
-        panel(panel_of(p)),
-        strips(strips_of<C>(p)),
+        panel(group_panel(p)),
+        strips(group_strips<C>(p)),
         shape(choose_block<C>(true, N, strips.rows, panel)),
         tile(1, N, least(1, p.height - 1), least(1, p.width - 1), strips.rows + shape.rows - 1,
              round_up(panel, shape.columns)),
@@ -172,9 +170,13 @@ struct GroupStrips {
       if (part.groups == N && p.out_of_group == 1) {
         store<N>(to, load<N>(from));
       } else if (part.groups == N && p.out_of_group == 2) {
-        store_in_turn<2>(to, from, plane, std::make_index_sequence<2>{});
+        store_in_turn<2>(to, from, plane);
       } else if (part.groups == N && p.out_of_group == 3) {
-        store_in_turn<3>(to, from, plane, std::make_index_sequence<3>{});
+        store_in_turn<3>(to, from, plane);
+      } else if (part.groups == N && p.out_of_group == 4) {
+        store_in_turn<4>(to, from, plane);
+      } else if (part.groups == N && p.out_of_group == 8) {
+        store_in_turn<8>(to, from, plane);
       } else {
         for (int64_t lane = 0; lane < part.groups; ++lane) {
           for (int64_t t = 0; t < p.out_of_group; ++t)
@@ -210,7 +212,7 @@ void before(const Problem& p, void* shared) {
 
 int64_t units(const Problem& p) {
   return p.batch * with_type(p.type, [&](auto* type) {
-           return strips_of<Compute<std::remove_pointer_t<decltype(type)>>>(p).count;
+           return group_strips<Compute<std::remove_pointer_t<decltype(type)>>>(p).count;
          });
 }
 

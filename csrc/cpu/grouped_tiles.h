@@ -1,10 +1,19 @@
 // What a grouped convolution reads: for each input of a group a zero-bordered tile whose lanes are groups.
 #pragma once
 
+#include "depthwise_taps.h"
 #include "turn.h"
-#include "zero_bordered_tile.h"
 
 namespace espk::ESPK_ISA {
+
+// Columns that blocks of 4, 7 and 14 divide: a map goes by panel by panel.
+inline int64_t group_panel(const GroupedConvolution& p) { return least(p.width, 84); }
+
+template <class C>
+inline Strips group_strips(const GroupedConvolution& p) {
+  const int64_t row_bytes = (group_panel(p) + 2) * p.in * kLanes<C> * static_cast<int64_t>(sizeof(C));
+  return choose_strips(p.height, row_bytes, 2, p.batch);
+}
 
 // `count` groups of an image from `first` on.
 template <class T>
@@ -22,6 +31,8 @@ struct GroupTiles {
       fill_pixels(tile, tiles, map + first, first_row, p.height, columns, true, p.groups, count);
     } else if (count == N && p.in == 2) {
       fill_in_turn(first_row, columns, [&](C* to, const T* from) { separate<2>(to, from); });
+    } else if (count == N && p.in == 3) {
+      fill_in_turn(first_row, columns, [&](C* to, const T* from) { separate<3>(to, from); });
     } else if (count == N && p.in == 4) {
       fill_in_turn(first_row, columns, [&](C* to, const T* from) { separate<4>(to, from); });
     } else if (count == N && p.in == 8) {
@@ -61,12 +72,18 @@ struct GroupTiles {
     }
   }
 
-  // In, a power of two, inputs of N groups. Each round puts every other number of what the round before left in front,
+  // In inputs of N groups. Of a power of two, each round puts every other number of what the round before left in front,
   // first by the last bit of an input's number, in the end by its first; N inputs are a matrix to transpose.
   template <int In>
   void separate(C* to, const T* from) const {
     if constexpr (In == N) {
       turn_square<N>(from, N, [&](int i, Vector<C, N> v) { store<N>(to + i * tile.size(), v); });
+    } else if constexpr (In == 3) {
+      constexpr std::make_index_sequence<N> lanes{};
+      const Vector<C, N> v[] = {load<N>(from), load<N>(from + N), load<N>(from + 2 * N)};
+      store<N>(to, every_third<0>(v, lanes));
+      store<N>(to + tile.size(), every_third<1>(v, lanes));
+      store<N>(to + 2 * tile.size(), every_third<2>(v, lanes));
     } else {
       constexpr std::make_index_sequence<N> lanes{};
       Vector<C, N> v[In], last[In];

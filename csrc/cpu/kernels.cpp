@@ -32,7 +32,10 @@ extern const Kernel<NormalisedOutput> normalised_output;
 extern const Kernel<NormalisedOutputBackward> normalised_output_backward;
 extern const Kernel<MapMoments> map_moments;
 extern const Kernel<BatchNormBackward> batch_norm_backward;
-extern const Kernel<AveragePoolBackward> average_pool_backward;
+extern const Kernel<GroupedConvolutionBackwardWeight> grouped_convolution_backward_weight;
+extern const Kernel<ResamplingBackward> average_pool_backward;
+extern const Kernel<ResamplingBackward> adaptive_average_backward;
+extern const Kernel<ResamplingBackward> resize_backward;
 extern const Kernel<LongRangeShortcut> long_range_shortcut;
 extern const Kernel<LongRangeShortcutBackward> long_range_shortcut_backward;
 extern const Kernel<Recurrence> recurrence;
@@ -66,7 +69,10 @@ extern const Kernels kernels = {
     normalised_output_backward,
     map_moments,
     batch_norm_backward,
+    grouped_convolution_backward_weight,
     average_pool_backward,
+    adaptive_average_backward,
+    resize_backward,
     long_range_shortcut,
     long_range_shortcut_backward,
     recurrence,

@@ -45,7 +45,10 @@ struct Kernels {
   const Kernel<NormalisedOutputBackward>& normalised_output_backward;
   const Kernel<MapMoments>& map_moments;
   const Kernel<BatchNormBackward>& batch_norm_backward;
-  const Kernel<AveragePoolBackward>& average_pool_backward;
+  const Kernel<GroupedConvolutionBackwardWeight>& grouped_convolution_backward_weight;
+  const Kernel<ResamplingBackward>& average_pool_backward;
+  const Kernel<ResamplingBackward>& adaptive_average_backward;
+  const Kernel<ResamplingBackward>& resize_backward;
   const Kernel<LongRangeShortcut>& long_range_shortcut;
   const Kernel<LongRangeShortcutBackward>& long_range_shortcut_backward;
   const Kernel<Recurrence>& recurrence;

@@ -329,6 +329,23 @@ inline V in_turn(V a, V b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, (I / 2 + Upper * N / 2 + I % 2 * N)...);
 }
 
+// Every third lane of three vectors that lie one behind the other, from lane First on.
+template <int First, class V, std::size_t... I>
+inline V every_third(const V (&v)[3], std::index_sequence<I...>) {
+  constexpr std::size_t N = sizeof...(I);
+  const V two = __builtin_shufflevector(v[0], v[1], (3 * I + First < 2 * N ? 3 * I + First : 0)...);
+  return __builtin_shufflevector(two, v[2], (3 * I + First < 2 * N ? I : 3 * I + First - N)...);
+}
+
+// Vector `Part` of the lanes of three vectors in turn.
+template <int Part, class V, std::size_t... I>
+inline V three_in_turn(const V (&v)[3], std::index_sequence<I...>) {
+  constexpr std::size_t N = sizeof...(I), kFirst = Part * N;
+  // Those of the first two where they belong, then those of the third.
+  const V two = __builtin_shufflevector(v[0], v[1], ((kFirst + I) / 3 + (kFirst + I) % 3 % 2 * N)...);
+  return __builtin_shufflevector(two, v[2], ((kFirst + I) % 3 == 2 ? N + (kFirst + I) / 3 : I)...);
+}
+
 // Numbers that name lanes, as wide as the lanes.
 template <class C>
 using Index = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;

@@ -84,6 +84,13 @@ inline Tensor level(int64_t batch, int64_t channels, int64_t height, int64_t wid
   return map;
 }
 
+// Of a group: powers of two are read another way than 3, and one output is written another way than two.
+inline int64_t inputs_of_group(const Case& s) {
+  return std::vector<int64_t>{8, 2, 4, 3}[static_cast<size_t>(s.channels % 4)];
+}
+
+inline int64_t outputs_of_group(const Case& s) { return 1 + s.channels / 4 % 2; }
+
 inline void describe_groups(espk::GroupedConvolution& p, const Case& s, Type type, int64_t in, int64_t out_of_group) {
   p.type = type;
   p.batch = s.batch;
@@ -165,20 +172,17 @@ inline void check_decoder(const Case& s, Type type, Layout) {
   check_resampling(s, type, x, steps, after);
   check_depthwise(s, type, x, steps, after);
 
-  // Of a group: powers of two are read another way than 3, and one output is written another way than two.
-  const int64_t inputs_of_group = std::vector<int64_t>{8, 2, 4, 3}[static_cast<size_t>(s.channels % 4)];
-  const int64_t outputs_of_group = 1 + s.channels / 4 % 2;
-  const Tensor inputs = draw.integers({s.batch, inputs_of_group * s.channels, s.height, s.width});
-  const Tensor weight = draw.integers({outputs_of_group * s.channels, inputs_of_group, 3, 3});
-  Steps shifted = draw.steps(outputs_of_group * s.channels, {});
+  espk::GroupedConvolution p{};
+  describe_groups(p, s, type, inputs_of_group(s), outputs_of_group(s));
+  const Tensor inputs = draw.integers({s.batch, p.in_channels(), s.height, s.width});
+  const Tensor weight = draw.integers({p.out_channels(), p.in, 3, 3});
+  Steps shifted = draw.steps(p.out_channels(), {});
   shifted.scale = {};
   shifted.residual = {};
   const EpilogueBuffers buffers(type, Layout::channels_last, shifted);
   const Buffer weight_buffer(type, Layout::contiguous, weight);
   const Tensor expected = epilogue(grouped(inputs, weight, s.channels), shifted);
   const Buffer map(type, Layout::channels_last, inputs);
-  espk::GroupedConvolution p{};
-  describe_groups(p, s, type, inputs_of_group, outputs_of_group);
   p.x = map.data();
   p.weight = weight_buffer.data();
   p.epilogue = buffers.epilogue;

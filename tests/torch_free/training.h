@@ -1,7 +1,7 @@
 // The kernels that only training has, from their definitions. Scales and slopes are powers of two, so that sums stay exact.
 #pragma once
 
-#include "check.h"
+#include "decoder.h"
 
 // The numbers of one batch norm and PReLU as the kernels take them, in vectors without a byte to spare.
 struct Norm {
@@ -179,6 +179,70 @@ inline void check_shortcut(const Case& s, Type type, const Tensor& pooled, const
   check_numbers("long_range_shortcut_backward", s, of_slope, sums[2], 0);
 }
 
+// Each number of a mean of 2x2 gets a quarter of its gradient.
+inline Tensor spread_over_pairs(const Tensor& grad) {
+  Tensor out({grad.sizes[0], grad.sizes[1], 2 * grad.sizes[2], 2 * grad.sizes[3]});
+  each_value(out, [&](double, int64_t b, size_t c, int64_t y, int64_t z) {
+    const int64_t channel = static_cast<int64_t>(c);
+    return out.at(b, channel, y, z) = grad.at(b, channel, y / 2, z / 2) / 4;
+  });
+  return out;
+}
+
+// Of twice the rows and columns less one, which lie on a number of the map or halfway between two.
+inline Tensor gathered_from_larger(const Tensor& grad) {
+  const int64_t height = grad.sizes[2], width = grad.sizes[3];
+  Tensor out({grad.sizes[0], grad.sizes[1], (height + 1) / 2, (width + 1) / 2});
+  each_value(out, [&](double, int64_t b, size_t c, int64_t y, int64_t z) {
+    double sum = 0;
+    for (int64_t v = std::max<int64_t>(2 * y - 1, 0); v < std::min(2 * y + 2, height); ++v)
+      for (int64_t w = std::max<int64_t>(2 * z - 1, 0); w < std::min(2 * z + 2, width); ++w)
+        sum += grad.at(b, static_cast<int64_t>(c), v, w) * (v == 2 * y ? 1 : 0.5) * (w == 2 * z ? 1 : 0.5);
+    return out.at(b, static_cast<int64_t>(c), y, z) = sum;
+  });
+  return out;
+}
+
+// Groups as in check_decoder.
+inline void check_groups_backward(const Case& s, Type type, Draw& draw) {
+  espk::GroupedConvolutionBackwardWeight p{};
+  describe_groups(p, s, type, inputs_of_group(s), outputs_of_group(s));
+  const Tensor x = draw.integers({s.batch, p.in_channels(), s.height, s.width});
+  const Tensor grad = draw.integers({s.batch, p.out_channels(), s.height, s.width});
+  const Tensor expected =
+      each_value(Tensor({p.out_channels(), p.in, 3, 3}), [&](double, int64_t n, size_t j, int64_t u, int64_t v) {
+        const int64_t channel = n / p.out_of_group * p.in + static_cast<int64_t>(j);
+        double sum = 0;
+        for (int64_t b = 0; b < s.batch; ++b)
+          for (int64_t y = std::max<int64_t>(1 - u, 0); y < std::min(s.height + 1 - u, s.height); ++y)
+            for (int64_t z = std::max<int64_t>(1 - v, 0); z < std::min(s.width + 1 - v, s.width); ++z)
+              sum += grad.at(b, n, y, z) * x.at(b, channel, y + u - 1, z + v - 1);
+        return sum;
+      });
+  const Buffer x_buffer(type, Layout::channels_last, x), grad_buffer(type, Layout::channels_last, grad);
+  p.x = x_buffer.data();
+  p.grad = grad_buffer.data();
+  check("grouped_convolution_backward_weight", s, kernels.grouped_convolution_backward_weight, p,
+        &espk::GroupedConvolutionBackwardWeight::grad_weight, expected, Target{Layout::contiguous});
+}
+
+// `expected` has the sizes of the map whose gradient it is.
+inline void check_resampling_backward(const char* what, const Case& s,
+                                      const espk::Kernel<espk::ResamplingBackward>& kernel, Type type,
+                                      const Tensor& grad, const Tensor& expected) {
+  const Buffer buffer(type, Layout::channels_last, grad);
+  espk::ResamplingBackward p{};
+  p.type = type;
+  p.batch = s.batch;
+  p.channels = s.channels;
+  p.height = expected.sizes[2];
+  p.width = expected.sizes[3];
+  p.out_height = grad.sizes[2];
+  p.out_width = grad.sizes[3];
+  p.grad = buffer.data();
+  check(what, s, kernel, p, &espk::ResamplingBackward::grad_x, expected, Target{Layout::channels_last});
+}
+
 inline void check_training(const Case& s, Type type) {
   if (s.batch == 0) return;  // a batch norm has no moments of nothing
   constexpr Layout last = Layout::channels_last;
@@ -327,16 +391,12 @@ inline void check_training(const Case& s, Type type) {
         if (std::abs(2 * v - y) <= 1 && std::abs(2 * w - z) <= 1) sum += nines.at(b, channel, v, w) / 9;
     return pooled.at(b, channel, y, z) = sum;
   });
-  const Buffer nines_buffer(type, last, nines);
-  espk::AveragePoolBackward pool_backward{};
-  pool_backward.type = type;
-  pool_backward.batch = s.batch;
-  pool_backward.channels = s.channels;
-  pool_backward.height = s.height;
-  pool_backward.width = s.width;
-  pool_backward.out_height = nines.sizes[2];
-  pool_backward.out_width = nines.sizes[3];
-  pool_backward.grad = nines_buffer.data();
-  check("average_pool_backward", s, kernels.average_pool_backward, pool_backward, &espk::AveragePoolBackward::grad_x,
-        pooled, map_target);
+  check_resampling_backward("average_pool_backward", s, kernels.average_pool_backward, type, nines, pooled);
+
+  const Tensor means = draw.integers({s.batch, s.channels, s.height, s.width});
+  check_resampling_backward("adaptive_average_backward", s, kernels.adaptive_average_backward, type, means,
+                            spread_over_pairs(means));
+  const Tensor larger = draw.integers({s.batch, s.channels, 2 * s.height - 1, 2 * s.width - 1});
+  check_resampling_backward("resize_backward", s, kernels.resize_backward, type, larger, gathered_from_larger(larger));
+  check_groups_backward(s, type, draw);
 }
