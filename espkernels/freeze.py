@@ -20,7 +20,7 @@ from espkernels.checks import MAX_BRANCHES
 from espkernels.fused_unit import hooked, is_global_average
 from espkernels.models.eru import EESP1d, FrozenEESP1d
 from espkernels.models.espnetv2 import Encoder
-from espkernels.models.pyramid_pooling import EfficientPyramidPooling, Join
+from espkernels.models.pyramid_pooling import EfficientPyramidPooling, FusedJoin, Join
 from espkernels.replace import as_written, replace_units
 from espkernels.structure import recognise
 
@@ -97,7 +97,8 @@ def _frozen(module: nn.Module) -> nn.Module | None:
         few = len(module.scales) <= MAX_BRANCHES
         return blocks.proven(module, frozen_decoder.FrozenPyramidPooling) if few else None
     if isinstance(module, Join):
-        known = type(module) is Join and isinstance(module[0], _BatchNorm) and type(module[1]) is nn.PReLU
+        known = type(module).forward in (Join.forward, FusedJoin.forward)
+        known = known and isinstance(module[0], _BatchNorm) and type(module[1]) is nn.PReLU
         return frozen_decoder.FrozenJoin(module) if known else None
     if type(module) is nn.Conv2d and tuple(module.kernel_size) == tuple(module.stride) == (1, 1):
         return frozen.FrozenConvolution(module) if module.padding_mode == "zeros" else None

@@ -114,7 +114,7 @@ class CBR(nn.Module):
         self.act = nn.PReLU(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm_prelu(self.bn, self.act, self.conv(x))
+        return norm_prelu(self.bn, self.act, single_layers.run(self.conv, x))
 
 
 class CB(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 
 from espkernels import blocks
 from espkernels import nn as layers
-from espkernels.models.pyramid_pooling import FusedPyramidPooling
+from espkernels.models.pyramid_pooling import FusedPyramidPooling, Join
 from espkernels.structure import Layer, is_unit
 from espkernels.trial import agree, copied
 
@@ -36,6 +36,9 @@ def recognise_blocks(model: nn.Module) -> Iterator[Layer]:
             continue
         if layers.Chain.fits(module):
             yield Layer(name, module, "Sequential")
+            continue
+        if type(module) is Join:
+            yield Layer(name, module, "Join")
             continue
         for kind, parts in _PARTS.items():
             has_parts = {part: type(child) for part, child in module._modules.items()} == parts

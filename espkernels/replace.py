@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from espkernels import nn as layers
 from espkernels.models import plain
-from espkernels.models.pyramid_pooling import FusedPyramidPooling
+from espkernels.models.pyramid_pooling import FusedJoin, FusedPyramidPooling
 from espkernels.norm_blocks import recognise_blocks
 from espkernels.structure import Layer, recognise
 from espkernels.trial import agree, copied
@@ -31,6 +31,7 @@ _LAYERS: dict[str, type[nn.Module]] = {
     "BR": layers.BR,
     "Sequential": layers.Chain,
     "PyramidPooling": FusedPyramidPooling,
+    "Join": FusedJoin,
 }
 _BEFORE = "_espkernels_before"  # where a replaced layer keeps the attributes it had
 _ABSENT = "<absent>"

@@ -5,39 +5,45 @@ What :mod:`espkernels.fused_unit` says of hooks and other classes holds here too
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
-from espkernels import backends, inference
-from espkernels.fused_unit import convolves, hooked, is_global_average
+from espkernels import backends, inference, ops
+from espkernels.fused_unit import convolves, hooked, is_global_average, is_pointwise, laid_out
 from espkernels.layout import is_narrow, layout_of
 
 __all__ = ["run"]
 
 
 def run(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``; of a map [B, C, H, W], means of whole channels and convolutions in many groups are our operators.
+    """``layer(x)``; of a map [B, C, H, W], means of whole channels and convolutions in groups are our operators.
 
     Behind torch's own mean, the gradient of ``x`` is a contiguous map whatever the format of ``x``, and so is its sum
     with those of other readers: all layers in front get it so. Ours is a view of one number a channel.
+
+    Convolutions are those of channels_last in which torch's take longer, gradients included: 1x1 in groups, and 3x3 in
+    many groups of few channels that are not depthwise.
     """
     if x.dim() == 4 and x.numel() and not backends.runs_reference(x.device):
         if is_global_average(layer) and not hooked(layer):
             return inference.global_average(x)
-        if _is_narrow_convolution(layer, x):
-            return inference.convolution(x, layer.weight, None, None, 1, 1, 1, layer.groups)  # type: ignore[arg-type]
+        if _is_grouped(layer) and _reads(layer, x):
+            weight, groups = layer.weight, layer.groups
+            if is_pointwise(layer):
+                return ops.group_pointwise(x, laid_out(weight).flatten(1), groups)
+            if is_narrow(weight, 1, 1, 1, groups) and convolves(layer, 3, 1, 1):
+                return inference.convolution(x, weight, None, None, 1, 1, 1, groups)
     result: Tensor = layer(x)
     return result
 
 
-def _is_narrow_convolution(layer: nn.Module, x: Tensor) -> bool:
-    """Whether ``layer`` is a 3x3 convolution in many groups of few channels, and ``x`` what its kernels read.
+def _is_grouped(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return type(layer) is nn.Conv2d and 1 < layer.groups < max(layer.in_channels, layer.out_channels)
 
-    Not a depthwise one: with gradients torch's takes as long.
-    """
-    if not convolves(layer, 3, 1, 1) or not is_narrow(layer.weight, 1, 1, 1, layer.groups):  # type: ignore[arg-type]
-        return False
-    if layer.in_channels == layer.out_channels == layer.groups:
-        return False
+
+def _reads(layer: nn.Conv2d, x: Tensor) -> bool:
+    """Whether ``x`` is a map of pixels of its channels and dtype, and no autocast changes that."""
     same = x.shape[1] == layer.in_channels and x.dtype == layer.weight.dtype
     return same and layout_of(x) == torch.channels_last and not torch.is_autocast_enabled(x.device.type)

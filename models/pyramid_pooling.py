@@ -9,11 +9,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espkernels import fused_pooling, inference, reference, single_layers
 from espkernels import nn as fused
+from espkernels.fused_norm import norm_prelu
 from espkernels.layout import layout_of
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "CBR",
     "SCALES",
     "EfficientPyramidPooling",
+    "FusedJoin",
     "FusedPyramidPooling",
     "Join",
     "SkipWeighting",
@@ -173,5 +174,12 @@ class Join(nn.Sequential):
         super().__init__(nn.BatchNorm2d(channels), nn.PReLU(channels))
 
     def forward(self, x: Tensor, skip: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        resized = F.interpolate(x, skip.shape[2:], mode="bilinear", align_corners=True)
-        return super().forward(resized + skip * gate.sigmoid())
+        return super().forward(resized(x, skip.shape[2], skip.shape[3], plain=True) + skip * gate.sigmoid())
+
+
+class FusedJoin(Join):
+    """:class:`Join` on this library's operators."""
+
+    def forward(self, x: Tensor, skip: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        norm, act = self
+        return norm_prelu(norm, act, resized(x, skip.shape[2], skip.shape[3], plain=False) + skip * gate.sigmoid())

@@ -8,6 +8,7 @@ from espkernels import nn as fused
 from espkernels.models.espnetv2 import Encoder, Switches, widths
 from espkernels.models.pyramid_pooling import (
     EfficientPyramidPooling,
+    FusedJoin,
     FusedPyramidPooling,
     Join,
     SkipWeighting,
@@ -37,7 +38,8 @@ class ESPNetv2Segmentation(nn.Module):
         # Official code gives one class no channels at all.
         projection = max(min(num_classes // 2, 16), 1)
 
-        pooling = EfficientPyramidPooling if self.base_net.switches.plain else FusedPyramidPooling
+        plain = self.base_net.switches.plain
+        pooling, join = (EfficientPyramidPooling, Join) if plain else (FusedPyramidPooling, FusedJoin)
         self.bu_dec_l1 = pooling(level4, projection, planes[0])
         self.bu_dec_l2 = pooling(planes[0], projection, planes[1])
         self.bu_dec_l3 = pooling(planes[1], projection, planes[2])
@@ -45,11 +47,11 @@ class ESPNetv2Segmentation(nn.Module):
         self.merge_enc_dec_l2 = SkipWeighting(level3, planes[0])
         self.merge_enc_dec_l3 = SkipWeighting(level2, planes[1])
         self.merge_enc_dec_l4 = SkipWeighting(level1, planes[2])
-        self.bu_br_l2 = Join(planes[0])
-        self.bu_br_l3 = Join(planes[1])
-        self.bu_br_l4 = Join(planes[2])
+        self.bu_br_l2 = join(planes[0])
+        self.bu_br_l3 = join(planes[1])
+        self.bu_br_l4 = join(planes[2])
         fused.init_parameters(self)
-        if not self.base_net.switches.plain:
+        if not plain:
             fused.Chain.everywhere(self)
 
     def forward(self, image: Tensor) -> Tensor:

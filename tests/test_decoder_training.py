@@ -16,7 +16,7 @@ from somebody_segmentation import Mix, Pooling, Weighting
 from torch import Tensor, nn
 
 import espkernels
-from espkernels import backends, fused_pooling, inference, models, single_layers
+from espkernels import backends, fused_pooling, inference, models, ops, single_layers
 from espkernels import nn as fused
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling, FusedPyramidPooling
 
@@ -222,35 +222,39 @@ def test_a_mean_leaves_the_format_of_gradients_alone() -> None:
 
 
 def test_which_layers_run_on_operators(calls_of: Callable[[Any, str], list[str]]) -> None:
-    calls = calls_of(inference, "convolution"), calls_of(inference, "global_average")
+    calls = [calls_of(inference, name) for name in ("convolution", "global_average")]
+    calls.append(calls_of(ops, "group_pointwise"))
     x = pixels(2, 16, 6, 5)
     narrow = nn.Conv2d(16, 24, 3, padding=1, groups=8, bias=False).double()
-    mean = nn.AdaptiveAvgPool2d(1)
+    pointwise = nn.Conv2d(16, 24, 1, groups=4, bias=False).double()
+    layers = (narrow, nn.AdaptiveAvgPool2d(1), pointwise)
     others: list[nn.Module] = [
         nn.Conv2d(16, 24, 3, padding=1, groups=8).double(),  # a bias
         nn.Conv2d(16, 24, 3, groups=8, bias=False).double(),  # no padding
         nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False).double(),  # depthwise
         nn.Conv2d(16, 24, 3, padding=1, groups=4, bias=False).double(),  # few groups
+        nn.Conv2d(16, 24, 1, bias=False).double(),  # one group
         nn.AdaptiveAvgPool2d(2),
         nn.AdaptiveMaxPool2d(1),
     ]
-    for layer in (narrow, mean, *others):
+    for layer in (*layers, *others):
         torch.testing.assert_close(single_layers.run(layer, x), layer(x), rtol=1e-13, atol=1e-13)
-    assert [len(names) for names in calls] == [1, 1]
-    single_layers.run(narrow, x.contiguous())
+    assert [len(names) for names in calls] == [1, 1, 1]
+    for layer in (narrow, pointwise):
+        single_layers.run(layer, x.contiguous())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert single_layers.run(layer.float(), x.float()).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match="expected input"):
+            single_layers.run(layer.double(), pixels(2, 8, 6, 5))
     with espkernels.use_backend("reference"):
-        single_layers.run(narrow, x)
-        single_layers.run(mean, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert single_layers.run(narrow.float(), x.float()).dtype == torch.bfloat16
-    with pytest.raises(RuntimeError, match="expected input"):
-        single_layers.run(narrow.double(), pixels(2, 8, 6, 5))
+        for layer in layers:
+            single_layers.run(layer, x)
     seen: list[str] = []
-    for count, layer in enumerate((narrow, mean)):
+    for count, layer in enumerate(layers):
         layer.register_forward_hook(lambda *_: seen.append(""))
         single_layers.run(layer, x)
         assert len(seen) == count + 1
-    assert [len(names) for names in calls] == [1, 1]
+    assert [len(names) for names in calls] == [1, 1, 1]
 
 
 @pytest.fixture
