@@ -1,6 +1,7 @@
 // Where torch ends on the CPU for what training does around the units: a batch norm with its PReLU, the buffers of batch
-// norms, the gradients of averaging, resizing and grouped convolutions, and the end of a down-sampler. Traffic in maps: a norm 3 forward and 5 backward,
-// and 1 kept; the end 2, 3 and 1 (eager, concatenation and shortcut included, about 12, 15 and 2).
+// norms, the gradients of averaging, resizing and grouped convolutions, and the end of a down-sampler. Traffic in maps: a
+// norm 3 forward and 5 backward, and 1 kept; the end 2, 3 and 1 (eager, concatenation and shortcut included, about 12, 15
+// and 2).
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

@@ -24,7 +24,7 @@ class PyramidPooling(Protocol):
     """A module with the parts of efficient pyramid pooling."""
 
     merge_layer: Any
-    shuffle_type: type[nn.Module]
+    merge_types: tuple[type[nn.Module], type[nn.Module]]  # of its shuffle and of what merges
 
 
 def shuffled_convolution(z: Tensor, weight: Tensor) -> Tensor:
@@ -58,9 +58,11 @@ def fits(block: PyramidPooling, maps: Sequence[Tensor]) -> bool:
         return False
     if any(layout_of(map_) != torch.channels_last for map_ in maps) or first.shape[1] == 1:
         return False
-    _, shuffle, merge, _ = layer
+    if len(layer) != 4 or (type(layer[1]), type(layer[2])) != block.merge_types:
+        return False
+    shuffle, merge = layer[1], layer[2]
     convolution = merge.cbr[0]
-    if type(shuffle) is not block.shuffle_type or hooked(layer, shuffle, merge, merge.cbr):
+    if len(merge.cbr) != 3 or hooked(layer, shuffle, merge, merge.cbr):
         return False
     if not convolves(convolution, 3, 1, 1) or getattr(shuffle, "groups", len(maps)) != len(maps):
         return False

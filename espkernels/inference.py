@@ -164,8 +164,8 @@ def convolution(
     """Convolution with its shift and PReLU: [B, M, H, W] -> [B, N, H', W'].
 
     The kernels are for a few dense input channels (the first convolution of a network), for depthwise 3x3 filters and
-    for 3x3 filters in eight groups or more of at most eight inputs and outputs, which are differentiable any number of
-    times without shift and slope; other convolutions run on torch's own.
+    for 3x3 filters in eight groups or more of at most eight inputs, which are differentiable any number of times
+    without shift and slope; other convolutions run on torch's own.
     """
     depthwise = groups == x.shape[1] == weight.shape[0] and tuple(weight.shape[2:]) == (3, 3) and padding == dilation
     few = groups == 1 and dilation == 1 and weight[0].numel() <= 256

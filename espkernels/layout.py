@@ -48,6 +48,6 @@ def convolved_size(x: Tensor, weight: Tensor, stride: int, padding: int, dilatio
 
 
 def is_narrow(weight: Tensor, stride: int, padding: int, dilation: int, groups: int) -> bool:
-    """Whether a convolution with ``weight`` keeps the size, is 3x3, and has 8 groups or more of 8 channels at most."""
-    few = groups >= 8 and weight.shape[1] <= 8 and weight.shape[0] <= 8 * groups
+    """Whether a convolution with ``weight`` keeps the size, is 3x3, and has 8 groups or more of 8 inputs at most."""
+    few = groups >= 8 and weight.shape[1] <= 8
     return few and tuple(weight.shape[2:]) == (3, 3) and (stride, padding, dilation) == (1, 1, 1)

@@ -276,7 +276,8 @@ def _convolution_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     stride, padding, dilation, groups = ctx.options
     needs_x, needs_weight = ctx.needs_input_grad[:2]
-    if x.device.type != "cpu" or not is_narrow(weight, stride, padding, dilation, groups):
+    few = is_narrow(weight, stride, padding, dilation, groups) and weight.shape[0] <= 8 * groups  # outputs too
+    if x.device.type != "cpu" or not few:
         pairs = ([one] * 2 for one in (stride, padding, dilation))
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
             grad, x, weight, None, *pairs, False, [0, 0], groups, [needs_x, needs_weight, False]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from espkernels import nn as layers
 from espkernels.models import plain
 from espkernels.models.pyramid_pooling import FusedJoin, FusedPyramidPooling
-from espkernels.norm_blocks import recognise_blocks
 from espkernels.structure import Layer, recognise
+from espkernels.training_blocks import recognise_blocks
 from espkernels.trial import agree, copied
 from espkernels.verification import Comparison, compare
 

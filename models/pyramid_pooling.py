@@ -132,7 +132,7 @@ class EfficientPyramidPooling(nn.Module):
 class FusedPyramidPooling(EfficientPyramidPooling):
     """:class:`EfficientPyramidPooling` on this library's operators (:mod:`espkernels.fused_pooling`)."""
 
-    shuffle_type: type[nn.Module] = nn.ChannelShuffle
+    merge_types: tuple[type[nn.Module], type[nn.Module]] = (nn.ChannelShuffle, CBR)
 
     def forward(self, x: Tensor) -> Tensor:
         out = fused_pooling.merged(self, self.branches(self.projection_layer(x), plain=False))

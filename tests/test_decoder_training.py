@@ -119,6 +119,13 @@ def test_convolutions_in_groups(isa: str, case: tuple[int, int, int, int, int]) 
     check("convolution", *grouped(groups), tensors, [9 * inputs, 9 * outputs, 2 * height * width])
 
 
+def test_gradients_of_many_outputs_are_torchs() -> None:
+    ours, exact = grouped(8)
+    leaves = pixels(2, 16, 4, 3).requires_grad_(), torch.randn(72, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    actual, expected = (torch.autograd.grad(f(*leaves).square().sum(), leaves) for f in (ours, exact))
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("branches", [1, 2, 5, 8])
 @pytest.mark.parametrize("channels", [2, 10, 33])
 def test_the_convolution_behind_a_shuffle(isa: str, branches: int, channels: int) -> None:
@@ -305,6 +312,9 @@ def test_where_the_merge_runs_by_its_modules(shuffled_calls: list[str]) -> None:
         lambda m: hook(m.merge_layer[2].cbr[0]),
         lambda m: exchange(m.merge_layer, 1, nn.Identity()),
         lambda m: exchange(m.merge_layer, 1, nn.ChannelShuffle(5)),
+        lambda m: exchange(m.merge_layer, 2, nn.Conv2d(20, 10, 1)),
+        lambda m: m.merge_layer.append(nn.Identity()),
+        lambda m: m.merge_layer[2].cbr.append(nn.Identity()),
         lambda m: exchange(m.merge_layer[2].cbr, 0, nn.Conv2d(20, 10, 3, padding=1, groups=10)),
         lambda m: exchange(m.merge_layer[2].cbr, 0, nn.Conv2d(20, 10, 3, padding=1, groups=5, bias=False)),
     ):

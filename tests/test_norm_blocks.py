@@ -17,7 +17,7 @@ import espkernels
 from espkernels import backends, fused_norm, models
 from espkernels import nn as fused
 from espkernels.models import plain
-from espkernels.norm_blocks import recognise_blocks
+from espkernels.training_blocks import recognise_blocks
 
 pytestmark = [
     pytest.mark.skipif(backends.library is None, reason="the compiled library is not built"),

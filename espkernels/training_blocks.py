@@ -26,8 +26,9 @@ _OURS: dict[str, type[nn.Module]] = {"CBR": layers.CBR, "BR": layers.BR}
 def recognise_blocks(model: nn.Module) -> Iterator[Layer]:
     """Such blocks that do not run on this library, once, with their first names.
 
-    ``nn.Sequential`` does what it holds. A block with the official names of its parts is one where its forward does, in
-    a trial, what the parts do one after the other, or what our own pyramid pooling does.
+    ``nn.Sequential`` does what it holds, and a ``Join`` of ours is known. A block with the official names of its parts
+    is one where its forward does, in a trial, what the parts do one after the other, or what our own pyramid pooling
+    does.
     """
     modules = list(model.named_modules())
     inside = {id(part) for _, unit in modules if is_unit(unit) for part in unit.modules()}
@@ -72,5 +73,5 @@ def _chain(block: nn.Module) -> nn.Module:
 def _read_by_pooling(block: nn.Module) -> dict[str, object]:
     """What the forward of our pyramid pooling reads from its module."""
     ours = blocks.pyramid_pooling(block)
-    shuffle = block.get_submodule("merge_layer.1")
-    return {"scales": ours.scales, "shuffle_type": type(shuffle)} | ({"br": None} if ours.br is None else {})
+    merge_types = tuple(type(block.get_submodule(f"merge_layer.{place}")) for place in (1, 2))
+    return {"scales": ours.scales, "merge_types": merge_types} | ({"br": None} if ours.br is None else {})
