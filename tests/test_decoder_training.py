@@ -342,7 +342,7 @@ def test_pooling_under_autocast(shuffled_calls: list[str]) -> None:
 
 
 class Otherwise(Pooling):
-    """Somebody's pooling that adds its input's projection."""
+    """Somebody's pooling that doubles its result."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 2
