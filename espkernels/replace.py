@@ -291,7 +291,8 @@ def replace(model: nn.Module, verify: Tensor | Sequence[Any] | None = None, memo
     report says in what. The convolutions change hands, and on the CPU the batch norms and PReLUs of a unit with them
     where they are torch's own; otherwise these are run as they are. So do the batch norms with a PReLU behind them in
     the blocks around the units: "CBR" (convolution, batch norm, PReLU), "BR" and ``nn.Sequential``; means over whole
-    maps in the last; and the resizing and merge of efficient pyramid pooling ("PyramidPooling").
+    maps in the last; and the resizing and merge of efficient pyramid pooling ("PyramidPooling") and
+    of where our own decoder's skip connections enter ("Join").
 
     Args:
         model: any module, wrapped for data parallelism or compiled or not; may be a layer itself.

@@ -37,14 +37,16 @@ def resized(x: Tensor, height: int, width: int, plain: bool) -> Tensor:
 
     Ours gives channels_last, so a map in another format gets torch's.
     """
-    ours = not plain and layout_of(x) == torch.channels_last
-    return (inference.resize if ours else reference.resize)(x, height, width)
+    return (inference.resize if _runs_ours(x, plain) else reference.resize)(x, height, width)
 
 
 def _averaged(x: Tensor, height: int, width: int, plain: bool) -> Tensor:
     """``x`` [B, C, H, W] averaged to ``height`` x ``width`` windows; the rest is that of :func:`resized`."""
-    ours = not plain and layout_of(x) == torch.channels_last
-    return (inference.adaptive_average if ours else reference.adaptive_average)(x, height, width)
+    return (inference.adaptive_average if _runs_ours(x, plain) else reference.adaptive_average)(x, height, width)
+
+
+def _runs_ours(x: Tensor, plain: bool) -> bool:
+    return not plain and layout_of(x) == torch.channels_last
 
 
 class CBR(nn.Module):

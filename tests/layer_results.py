@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from espkernels import nn as fused
 from espkernels.models import plain
 
-__all__ = ["randomised", "results", "twin"]
+__all__ = ["pixels", "randomised", "results", "twin"]
+
+
+def pixels(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A random map in channels_last."""
+    return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
 def randomised(layer: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_within_rounding
-from layer_results import randomised, results
+from layer_results import pixels, randomised, results
 from operator_tests import DTYPES, LAYOUTS
 from somebody_segmentation import Mix, Pooling, Weighting
 from torch import Tensor, nn
@@ -26,10 +26,6 @@ pytestmark = [
 ]
 
 Function = Callable[..., Tensor]
-
-
-def pixels(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

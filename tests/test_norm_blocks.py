@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from layer_results import randomised, results
+from layer_results import pixels, randomised, results
 from test_freeze import trained
 from torch import Tensor, nn
 
@@ -29,10 +29,6 @@ pytestmark = [
 def norm_calls(calls_of: Callable[[Any, str], list[str]]) -> list[str]:
     """A name for each call of the operator so far."""
     return calls_of(fused_norm, "batch_norm_prelu")
-
-
-def pixels(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
 class Reversed(nn.Module):

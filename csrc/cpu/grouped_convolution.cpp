@@ -45,26 +45,15 @@ void pack(const Problem& p, Compute<T>* to) {
 template <int Out, class T, class C>
 inline void store_in_turn(T* to, const C* from, int64_t pitch) {
   constexpr int N = kLanes<C>;
-  constexpr auto lanes = std::make_index_sequence<N>{};
   Vector<C, N> v[Out];
 #pragma GCC unroll 8
   for (int t = 0; t < Out; ++t) v[t] = load<N>(from + t * pitch);
   if constexpr (Out == 3) {
+    constexpr std::make_index_sequence<N> lanes{};
     const Vector<C, N> turned[] = {three_in_turn<0>(v, lanes), three_in_turn<1>(v, lanes), three_in_turn<2>(v, lanes)};
     __builtin_memcpy(&v, &turned, sizeof v);
-  } else if constexpr (Out == N) {
-    transpose<N, C>(v);
   } else {
-#pragma GCC unroll 3
-    for (int stage = 1; stage < Out; stage *= 2) {
-      Vector<C, N> next[Out];
-#pragma GCC unroll 4
-      for (int t = 0; t < Out / 2; ++t) {
-        next[2 * t] = in_turn<0>(v[t], v[t + Out / 2], lanes);
-        next[2 * t + 1] = in_turn<1>(v[t], v[t + Out / 2], lanes);
-      }
-      __builtin_memcpy(&v, &next, sizeof v);
-    }
+    transpose<N, C>(v);
   }
 #pragma GCC unroll 8
   for (int t = 0; t < Out; ++t) store<N>(to + t * N, v[t]);

@@ -368,12 +368,13 @@ inline Vector<C, N> sum_lanes(const Vector<C, N> (&v)[N]) {
   return sums[0];
 }
 
-// N vectors of N lanes as the columns that they were rows of.
-template <int N, class C>
-inline void transpose(Vector<C, N> (&v)[N]) {
+// Rows vectors of N lanes, Rows a power of two, as the matrix of N rows that they were the columns of: its rows lie one
+// behind the other, so that of few vectors the lanes come in turn.
+template <int N, class C, int Rows>
+inline void transpose(Vector<C, N> (&v)[Rows]) {
 #if defined(__AVX2__)
   // Within the halves of a register first: 24 shuffles, where the stages below take 48.
-  if constexpr (std::is_same_v<Vector<C, N>, Vector<float, 8>>) {
+  if constexpr (std::is_same_v<Vector<C, N>, Vector<float, 8>> && Rows == N) {
     __m256d pairs[N], quads[N];
 #pragma GCC unroll 4
     for (int i = 0; i < N; i += 2) {
@@ -396,15 +397,15 @@ inline void transpose(Vector<C, N> (&v)[N]) {
 #endif
   constexpr std::make_index_sequence<N> lanes{};
 #pragma GCC unroll 4
-  for (int stage = 1; stage < N; stage *= 2) {
-    Vector<C, N> next[N];
+  for (int stage = 1; stage < Rows; stage *= 2) {
+    Vector<C, N> next[Rows];
 #pragma GCC unroll 8
-    for (int i = 0; i < N / 2; ++i) {
-      next[2 * i] = in_turn<0>(v[i], v[i + N / 2], lanes);
-      next[2 * i + 1] = in_turn<1>(v[i], v[i + N / 2], lanes);
+    for (int i = 0; i < Rows / 2; ++i) {
+      next[2 * i] = in_turn<0>(v[i], v[i + Rows / 2], lanes);
+      next[2 * i + 1] = in_turn<1>(v[i], v[i + Rows / 2], lanes);
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) v[i] = next[i];
+    for (int i = 0; i < Rows; ++i) v[i] = next[i];
   }
 }
 
