@@ -83,6 +83,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/normalised_output_backward.cpp",
     "csrc/cpu/map_moments.cpp",
     "csrc/cpu/batch_norm_backward.cpp",
+    "csrc/cpu/convolution_backward_weight.cpp",
     "csrc/cpu/grouped_convolution_backward_weight.cpp",
     "csrc/cpu/average_pool_backward.cpp",
     "csrc/cpu/resize_backward.cpp",

@@ -37,13 +37,6 @@ Tensor global_average(const Tensor& x) {
   return out;
 }
 
-// Rows or columns of a convolution's result, checked against overflow by the sizes of the tensors it reads.
-int64_t filtered(int64_t size, int64_t filter, int64_t stride, int64_t padding) {
-  STD_TORCH_CHECK(padding <= int64_t{1} << 31, "padding: expected at most 2^31");
-  STD_TORCH_CHECK(size + 2 * padding >= filter, "x: is smaller, padding included, than the filter");
-  return (size + 2 * padding - filter) / stride + 1;
-}
-
 void describe_groups(GroupedConvolution& p, const Tensor& x, const Tensor& weight, int64_t groups) {
   p.type = type_of(x);
   p.batch = x.size(0);
@@ -261,20 +254,7 @@ Tensor convolution(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
   if (many) return grouped_convolution(x, weight, shift, slope, groups);
   Convolution p{};
   p.bfloat16 = kernels().bfloat16;
-  p.type = type_of(x);
-  p.layout = layout_of(x);
-  p.batch = x.size(0);
-  p.in_channels = x.size(1);
-  p.height = x.size(2);
-  p.width = x.size(3);
-  p.out_channels = channels;
-  p.filter_height = weight.size(2);
-  p.filter_width = weight.size(3);
-  p.padding_rows = p.padding_columns = padding;
-  p.out_height = filtered(p.height, p.filter_height, stride, padding);
-  p.out_width = filtered(p.width, p.filter_width, stride, padding);
-  const int64_t longest = (p.height > p.width ? p.height : p.width) + 2 * padding;
-  p.stride = stride < longest ? stride : longest;  // as in describe
+  describe(p, x, layout_of(x), weight.size(0), {weight.size(2), weight.size(3)}, stride, padding);
   const std::vector<int64_t> sizes{p.batch, channels, p.out_height, p.out_width};
   const Tensor map = dense_map(x, p.layout);
   const EpilogueTensors epilogue =

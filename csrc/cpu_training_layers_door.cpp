@@ -212,6 +212,25 @@ Tensor resize_backward(const Tensor& grad, int64_t height, int64_t width) {
   return resampled_gradient(kernels().resize_backward, grad, height, width);
 }
 
+Tensor convolution_backward_weight(const Tensor& grad, const Tensor& x, int64_t height, int64_t width, int64_t stride,
+                                   int64_t padding) {
+  check_map(x, "x");
+  check_map(grad, "grad");
+  check_same_type(x, grad);
+  STD_TORCH_CHECK(x.size(1) >= 1 && grad.size(1) >= 1, "x, grad: expected at least one channel");
+  ConvolutionBackwardWeight p{};
+  describe(p, x, Layout::channels_last, grad.size(1), {height, width}, stride, padding);
+  STD_TORCH_CHECK(grad.size(0) == p.batch && grad.size(2) == p.out_height && grad.size(3) == p.out_width,
+                  "grad: expected the sizes of the convolution's result");
+  const Tensor map = dense_map(x, Layout::channels_last), behind = dense_map(grad, Layout::channels_last);
+  Tensor grad_weight = empty_map({p.out_channels, p.in_channels, height, width}, x, Layout::contiguous);
+  p.x = map.const_data_ptr();
+  p.grad = behind.const_data_ptr();
+  p.grad_weight = grad_weight.mutable_data_ptr();
+  run_kernel(kernels().convolution_backward_weight, p);
+  return grad_weight;
+}
+
 Tensor grouped_convolution_backward_weight(const Tensor& grad, const Tensor& x, int64_t groups) {
   check_map(x, "x");
   STD_TORCH_CHECK(groups >= 1, "groups: expected at least 1");
@@ -335,6 +354,7 @@ STABLE_TORCH_LIBRARY_IMPL(espkernels, CPU, m) {
   m.impl("batch_norm_prelu", TORCH_BOX(&batch_norm_prelu));
   m.impl("batch_norm_prelu_backward", TORCH_BOX(&batch_norm_prelu_backward));
   m.impl("track_norms", TORCH_BOX(&track_norms));
+  m.impl("convolution_backward_weight", TORCH_BOX(&convolution_backward_weight));
   m.impl("grouped_convolution_backward_weight", TORCH_BOX(&grouped_convolution_backward_weight));
   m.impl("average_pool_backward", TORCH_BOX(&average_pool_backward));
   m.impl("adaptive_average_backward", TORCH_BOX(&adaptive_average_backward));

@@ -110,6 +110,34 @@ inline void describe(Pyramid& p, const Tensor& typed, Layout layout, std::vector
   p.hff = hff;
 }
 
+// Rows or columns of a convolution's result, checked against overflow by the sizes of the tensors it reads.
+inline int64_t filtered(int64_t size, int64_t filter, int64_t stride, int64_t padding) {
+  STD_TORCH_CHECK(padding <= int64_t{1} << 31, "padding: expected at most 2^31");
+  STD_TORCH_CHECK(size + 2 * padding >= filter, "x: is smaller, padding included, than the filter");
+  return (size + 2 * padding - filter) / stride + 1;
+}
+
+// Everything of a dense convolution of the map x but its pointers; `filter` is its rows and columns.
+inline void describe(Convolution& p, const Tensor& x, Layout layout, int64_t out_channels, const int64_t (&filter)[2],
+                     int64_t stride, int64_t padding) {
+  STD_TORCH_CHECK(stride >= 1 && padding >= 0 && filter[0] >= 1 && filter[1] >= 1,
+                  "stride, padding, filter: too small");
+  p.type = type_of(x);
+  p.layout = layout;
+  p.batch = x.size(0);
+  p.in_channels = x.size(1);
+  p.height = x.size(2);
+  p.width = x.size(3);
+  p.out_channels = out_channels;
+  p.filter_height = filter[0];
+  p.filter_width = filter[1];
+  p.padding_rows = p.padding_columns = padding;
+  p.out_height = filtered(p.height, p.filter_height, stride, padding);
+  p.out_width = filtered(p.width, p.filter_width, stride, padding);
+  const int64_t longest = (p.height > p.width ? p.height : p.width) + 2 * padding;
+  p.stride = stride < longest ? stride : longest;  // as in a pyramid
+}
+
 inline void check_branch_weight(const Tensor& weight, const Pyramid& p) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == p.branches && weight.size(1) == p.channels &&
                       weight.size(2) == 3 && weight.size(3) == 3,

@@ -70,6 +70,8 @@ ESPK_LIBRARY(ESPK_NAMESPACE, m) {
   m.def(
       "track_norms(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] batches, Tensor moments, float[] shares, "
       "int[] counts) -> ()");
+  // grad [B, N, H', W'], x [B, M, H, W] of a convolution in one group without dilation -> [N, M, height, width]
+  m.def("convolution_backward_weight(Tensor grad, Tensor x, int height, int width, int stride, int padding) -> Tensor");
   // grad [B, N, H, W], x [B, M, H, W] of a 3x3 convolution padded by one, 1 to 8 channels a group -> [N, M/groups, 3, 3]
   m.def("grouped_convolution_backward_weight(Tensor grad, Tensor x, int groups) -> Tensor");
   // grad [B, C, H', W'] of average_pool -> [B, C, height, width] in channels_last

@@ -130,6 +130,12 @@ struct GroupedConvolutionBackwardWeight : GroupedConvolution {
   void* grad_weight;
 };
 
+// grad_weight [N, M, h, w] of Convolution of pixels, without its weight, epilogue and out, from grad [B, H', W', N].
+struct ConvolutionBackwardWeight : Convolution {
+  const void* grad;
+  void* grad_weight;
+};
+
 constexpr int64_t kMostImageChannels = 8;
 
 // What the end of a down-sampler joins: [pooled, expanded] + image weight + shift, N = pooled + expanded channels a pixel.

@@ -94,6 +94,11 @@ def _(x: Tensor) -> Tensor:
     return empty_map(x, x.shape[1], out_size(x.shape[2], 2), out_size(x.shape[3], 2))
 
 
+@register_fake("espkernels::convolution_backward_weight")
+def _(grad: Tensor, x: Tensor, height: int, width: int, stride: int, padding: int) -> Tensor:
+    return x.new_empty((grad.shape[1], x.shape[1], height, width))
+
+
 @register_fake("espkernels::grouped_convolution_backward_weight")
 def _(grad: Tensor, x: Tensor, groups: int) -> Tensor:
     return x.new_empty((grad.shape[1], x.shape[1] // groups, 3, 3))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from espkernels import backends, ops, reference
-from espkernels.layout import is_narrow
+from espkernels.layout import is_few, is_narrow
 
 __all__ = [
     "adaptive_average",
@@ -163,15 +163,14 @@ def convolution(
 ) -> Tensor:
     """Convolution with its shift and PReLU: [B, M, H, W] -> [B, N, H', W'].
 
-    The kernels are for a few dense input channels (the first convolution of a network), for depthwise 3x3 filters and
-    for 3x3 filters in eight groups or more of at most eight inputs, which are differentiable any number of times
-    without shift and slope; other convolutions run on torch's own.
+    The kernels are for a few dense input channels (the first convolution of a network), for 3x3 filters in eight groups
+    or more of at most eight inputs, both differentiable any number of times without shift and slope, and for depthwise
+    3x3 filters; other convolutions run on torch's own.
     """
     depthwise = groups == x.shape[1] == weight.shape[0] and tuple(weight.shape[2:]) == (3, 3) and padding == dilation
-    few = groups == 1 and dilation == 1 and weight[0].numel() <= 256
-    narrow = is_narrow(weight, stride, padding, dilation, groups)
-    trains = narrow and shift is None and slope is None and not backends.runs_reference(x.device)
-    if trains or ((depthwise or few or narrow) and _runs_kernel(x, weight, shift, slope)):
+    other = is_few(weight, dilation, groups) or is_narrow(weight, stride, padding, dilation, groups)
+    trains = other and shift is None and slope is None and not backends.runs_reference(x.device)
+    if trains or ((depthwise or other) and _runs_kernel(x, weight, shift, slope)):
         return torch.ops.espkernels.convolution.default(x, weight, shift, slope, stride, padding, dilation, groups)
     x = x.contiguous(memory_format=torch.channels_last)
     shift, slope = (None if v is None else v.to(x.dtype) for v in (shift, slope))

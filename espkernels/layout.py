@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["convolved_size", "empty_map", "empty_pixels", "is_narrow", "layout_of", "out_size", "vector_dtype"]
+__all__ = ["convolved_size", "empty_map", "empty_pixels", "is_few", "is_narrow", "layout_of", "out_size"]
+__all__ += ["vector_dtype"]
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
@@ -45,6 +46,11 @@ def convolved_size(x: Tensor, weight: Tensor, stride: int, padding: int, dilatio
         (x.shape[i] + 2 * padding - dilation * (weight.shape[i] - 1) - 1) // stride + 1 for i in (2, 3)
     )  # fmt: skip
     return height, width
+
+
+def is_few(weight: Tensor, dilation: int, groups: int) -> bool:
+    """Whether a convolution with ``weight`` is dense, of few input channels: such as the first one of a network."""
+    return groups == 1 and dilation == 1 and weight[0].numel() <= 256
 
 
 def is_narrow(weight: Tensor, stride: int, padding: int, dilation: int, groups: int) -> bool:

@@ -15,7 +15,7 @@ from torch.library import Library
 
 from espkernels import fakes, reference  # noqa: F401  gradients of fake tensors are fake tensors
 from espkernels.gradient_registration import register_autograd
-from espkernels.layout import is_narrow, layout_of, vector_dtype
+from espkernels.layout import is_few, is_narrow, layout_of, vector_dtype
 
 _ops = torch.ops.espkernels
 
@@ -270,22 +270,48 @@ def _grouped(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     return _ops.convolution(x, weight, None, None, 1, 1, 1, groups)
 
 
+def _aten_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, options: tuple[int, int, int, int], wanted: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of ``x`` and ``weight`` by torch's own convolutions."""
+    *geometry, groups = options
+    pairs = ([one] * 2 for one in geometry)
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
+        grad, x, weight, None, *pairs, False, [0, 0], groups, [*wanted, False]
+    )
+    return grad_x, grad_weight
+
+
 def _convolution_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.epilogue:
         raise RuntimeError("espkernels::convolution has no derivative with a shift or slope")
     x, weight = ctx.saved_tensors
     stride, padding, dilation, groups = ctx.options
     needs_x, needs_weight = ctx.needs_input_grad[:2]
-    few = is_narrow(weight, stride, padding, dilation, groups) and weight.shape[0] <= 8 * groups  # outputs too
-    if x.device.type != "cpu" or not few:
-        pairs = ([one] * 2 for one in (stride, padding, dilation))
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
-            grad, x, weight, None, *pairs, False, [0, 0], groups, [needs_x, needs_weight, False]
-        )
-    else:
+    here = x.device.type == "cpu"
+    grad_x = grad_weight = None
+    if here and is_narrow(weight, *ctx.options) and weight.shape[0] <= 8 * groups:  # outputs too
         grad_x = _grouped(grad, _turned(weight, groups), groups) if needs_x else None
         grad_weight = _ops.grouped_convolution_backward_weight(grad, x, groups) if needs_weight else None
+        return grad_x, grad_weight, *(None,) * 6
+    if here and needs_weight and is_few(weight, dilation, groups):
+        grad_weight = _ops.convolution_backward_weight(grad, x, *weight.shape[2:], stride, padding)
+        needs_weight = False
+    if needs_x or needs_weight:
+        others = _aten_backward(grad, x, weight, ctx.options, [needs_x, needs_weight])
+        grad_x, grad_weight = others[0], grad_weight if others[1] is None else others[1]
     return grad_x, grad_weight, *(None,) * 6
+
+
+def _convolution_backward_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    output_grad, x = ctx.saved_tensors
+    *_, stride, padding = ctx.options
+    grad_output_grad = grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_output_grad = _ops.convolution(x, grad, None, None, stride, padding, 1, 1)
+    if ctx.needs_input_grad[1]:
+        grad_x, _ = _aten_backward(output_grad, x, grad, (stride, padding, 1, 1), [True, False])
+    return grad_output_grad, grad_x, *(None,) * 4
 
 
 def _grouped_backward_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -297,6 +323,9 @@ def _grouped_backward_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | 
 
 
 register_autograd("espkernels::convolution", _convolution_backward, setup_context=_save_convolution)
+register_autograd(
+    "espkernels::convolution_backward_weight", _convolution_backward_weight_backward, setup_context=_save_pyramid
+)
 register_autograd(
     "espkernels::grouped_convolution_backward_weight", _grouped_backward_weight_backward, setup_context=_save_pyramid
 )

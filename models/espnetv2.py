@@ -120,11 +120,16 @@ class Encoder(nn.Module):
         """The levels whose strided units see the image: that unit, and the units after it."""
         return [(self.level2_0, ()), (self.level3_0, self.level3), (self.level4_0, self.level4)]
 
+    @property
+    def runs_plain(self) -> bool:
+        """Whether no operator of this library is to run: so the network was built, and its layers run so still."""
+        return self.switches.plain and type(self.level2_0).forward is plain.DownSampler.forward
+
     def encode(self, image: Tensor) -> list[Tensor]:
         """The maps of level 1 and of the levels of :meth:`stages`."""
         maps = [self.level1(image)]
         shortcut = image if self.switches.long_range_shortcut else None
-        pool = reference.average_pool if self.switches.plain else inference.average_pool
+        pool = reference.average_pool if self.runs_plain else inference.average_pool
         for down_sampler, units in self.stages():
             x = maps[-1]
             if shortcut is not None:
@@ -188,7 +193,7 @@ class ESPNetv2(DeepEncoder):
         x = self.level5_0(self.encode(image)[-1])
         for unit in self.level5:
             x = unit(x)
-        average = reference.global_average if self.switches.plain else inference.global_average
+        average = reference.global_average if self.runs_plain else inference.global_average
         x = average(x).flatten(1)
         return self.classifier(F.dropout(x, self.dropout, self.training))
 

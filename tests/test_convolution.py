@@ -1,19 +1,23 @@
-"""Dense convolutions of few input channels and depthwise 3x3 ones, with shift and PReLU, as inference runs them."""
+"""Dense convolutions of few input channels and depthwise 3x3 ones: with shift and PReLU as inference runs them, and the
+former without as training does.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from closeness import assert_exact, assert_within_rounding
 from operator_tests import DTYPES, each_layout, each_view
-from torch import Tensor
+from torch import Tensor, nn
 
-from espkernels import inference, reference
+from espkernels import backends, inference, reference, single_layers
 
+needs_library = pytest.mark.skipif(backends.library is None, reason="the compiled library is not built")
 pytestmark = pytest.mark.usefixtures("poison", "same_each_time")
 
 
@@ -189,6 +193,124 @@ def test_gradients_of_every_argument(case: Convolution) -> None:
         answers.append(torch.autograd.grad(output, leaves, grad))
     for name, actual, expected in zip(values, *answers, strict=True):
         assert_exact(name, actual, expected)
+
+
+# --- training: dense ones ---------------------------------------------------------------------------------------------
+
+
+def of_weight(case: Convolution, grad: Tensor, x: Tensor) -> Tensor:
+    function = torch.ops.espkernels.convolution_backward_weight.default
+    result: Tensor = function(grad, x, *case.filter, case.stride, case.padding)
+    return result
+
+
+def right_of_weight(case: Convolution, grad: Tensor, x: Tensor) -> Tensor:
+    weight = torch.zeros(case.outputs, case.channels, *case.filter, dtype=torch.float64, requires_grad=True)
+    return torch.autograd.grad(reference.convolution(x, weight, None, None, *case.options), weight, grad)[0]
+
+
+def gradient(case: Convolution, integers: bool) -> Tensor:
+    """Of the result of ``case``, as its numbers are."""
+    shape, generator = right(case, numbers(case, integers)).shape, torch.Generator().manual_seed(8)
+    if integers:
+        return torch.randint(-2, 3, shape, generator=generator).double()
+    return torch.randn(shape, generator=generator).bfloat16().half().double()
+
+
+@needs_library
+@pytest.mark.parametrize("case", _dense(), ids=str)
+@each_layout
+def test_gradient_of_the_weight(isa: str, case: Convolution, layout: torch.memory_format) -> None:
+    for integers in (True, False):
+        grad, x = gradient(case, integers), numbers(case, integers)["x"]
+        expected = right_of_weight(case, grad, x)
+        magnitude = right_of_weight(case, grad.abs(), x.abs())
+        for dtype in DTYPES.values():
+            given = [map_.to(dtype).contiguous(memory_format=layout) for map_ in (grad, x)]
+            found = of_weight(case, *given)
+            assert found.dtype == dtype and found.is_contiguous()
+            if integers:  # at most 2 * 33 * 35 products up to 4: no sum leaves float32's whole numbers
+                assert_exact(str(dtype), found, expected)
+            else:
+                assert_within_rounding(str(dtype), found, expected, magnitude, grad[:, 0].numel())
+
+
+@needs_library
+@pytest.mark.parametrize("case", [CASES[0], Convolution("5x2", filter=(5, 2), stride=2)], ids=str)
+def test_gradients_of_gradients(case: Convolution) -> None:
+    values = numbers(replace(case, height=5, width=6, outputs=3), integers=False)
+    leaves = [values[name].contiguous(memory_format=torch.channels_last) for name in ("x", "weight")]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return inference.convolution(x, weight, None, None, *case.options)
+
+    assert torch.autograd.gradcheck(ours, leaves)
+    assert torch.autograd.gradgradcheck(ours, leaves)
+
+
+@needs_library
+def test_opcheck_of_the_weights_gradient() -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for batch in (0, 2):
+            x = torch.randn(batch, 3, 7, 6).contiguous(memory_format=layout).requires_grad_()
+            grad = torch.randn(batch, 8, 4, 3).contiguous(memory_format=layout).requires_grad_()
+            operator = torch.ops.espkernels.convolution_backward_weight.default
+            torch.library.opcheck(operator, (grad, x, 3, 3, 2, 1))
+
+
+@needs_library
+def test_threads_change_no_bit_of_gradients(threads: None) -> None:
+    case = Convolution("stem of an image", batch=3, height=90, width=70, outputs=32, stride=2)
+    grad, x = gradient(case, integers=False).float(), numbers(case, integers=False)["x"].float()
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found.append(of_weight(case, grad, x))
+    assert torch.equal(*found)
+
+
+@needs_library
+def test_gradients_of_what_does_not_fit_are_refused() -> None:
+    x, grad = torch.zeros(2, 3, 7, 6), torch.zeros(2, 8, 4, 3)
+    for arguments, message in (
+        ((grad, x[:, :0], 3, 3, 2, 1), "at least one channel"),
+        ((grad[:, :0], x, 3, 3, 2, 1), "at least one channel"),
+        ((grad, x, 0, 3, 2, 1), "too small"),
+        ((grad, x, 3, 3, 0, 1), "too small"),
+        ((grad, x, 3, 3, 2, -1), "too small"),
+        ((grad, x, 3, 3, 2, 2**40), "at most 2"),
+        ((grad, x, 10, 3, 2, 1), "smaller, padding included"),
+        ((grad, x, 3, 3, 1, 1), "sizes of the convolution's result"),
+        ((grad[:1], x, 3, 3, 2, 1), "sizes of the convolution's result"),
+        ((grad.double(), x, 3, 3, 2, 1), "one dtype"),
+        ((grad[0], x, 3, 3, 2, 1), "4 dimensions"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.espkernels.convolution_backward_weight.default(*arguments)
+
+
+@needs_library
+def test_which_layers_run_so(calls_of: Callable[[Any, str], list[str]]) -> None:
+    calls = calls_of(inference, "convolution")
+    x = torch.randn(2, 3, 9, 8).contiguous(memory_format=torch.channels_last)
+    layers = [nn.Conv2d(3, outputs, 3, stride, 1, bias=False) for outputs, stride in ((8, 1), (32, 2))]
+    others = [
+        nn.Conv2d(3, 7, 3, 2, 1, bias=False),  # few outputs
+        nn.Conv2d(3, 8, 3, 2, 1),  # a bias
+        nn.Conv2d(3, 8, 3, 2, bias=False),  # no padding
+        nn.Conv2d(3, 8, 3, 1, 2, 2, bias=False),  # a dilation
+        nn.Conv2d(3, 8, 5, 2, 2, bias=False),  # another filter
+        nn.Conv2d(3, 8, 3, (1, 2), 1, bias=False),  # two strides
+    ]
+    for layer in (*layers, *others):
+        torch.testing.assert_close(single_layers.run(layer, x), layer(x))
+    assert len(calls) == len(layers)
+    single_layers.run(layers[0], x.contiguous())
+    assert len(calls) == len(layers)
+
+
+# --- what is left to torch --------------------------------------------------------------------------------------------
 
 
 def test_others_run_on_torchs_own() -> None:

@@ -6,7 +6,9 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from espkernels import models, nn, use_backend
+from espkernels import inference, models, nn, reference, replace, restore, use_backend
 from espkernels.models import plain
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling, SkipWeighting
 
@@ -175,6 +177,21 @@ def test_channels_last_batches_give_the_same_result():
             expected = network(x)
             out = network.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_plain_network_pools_by_operators_while_its_layers_are_replaced(
+    calls_of: Callable[[Any, str], list[str]],
+) -> None:
+    calls = [calls_of(module, name) for module in (reference, inference) for name in ("average_pool", "global_average")]
+    network, image = models.espnetv2(0.5, 10, plain=True).eval(), torch.randn(1, 3, 32, 40)
+    expected = network(image)
+    assert [len(names) for names in calls] == [4, 1, 0, 0]
+    replace(network)
+    torch.testing.assert_close(network(image), expected)
+    assert [len(names) for names in calls[:2]] == [4, 1] and all(calls[2:])
+    restore(network)
+    assert torch.equal(network(image), expected)
+    assert [len(names) for names in calls[:2]] == [8, 2]
 
 
 @pytest.mark.parametrize("in_channels", [1, 4])

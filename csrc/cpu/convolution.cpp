@@ -2,9 +2,9 @@
 // matrix product whose left side is read where it lies in a zero-bordered strip of the input, M*h*w numbers a pixel.
 // Pairs of bfloat16 need each row of the filter in one run, so their strip holds whole pixels, of an even number of channels.
 // Bytes: M read + N written a pixel; multiply-adds: M*h*w*N a pixel of the result.
+#include "input_strip.h"
 #include "kernels.h"
 #include "pointwise_weights.h"
-#include "row.h"
 
 namespace espk::ESPK_ISA {
 namespace {
@@ -16,26 +16,10 @@ bool in_pairs(const Convolution& p) { return kLanes<float> == kPairColumns && p.
 // Numbers of a pixel in a strip for pairs.
 int64_t pair_pixel(const Convolution& p) { return round_up(p.in_channels, 2); }
 
-// The strip of input rows that `rows` output rows read, in the layout of the input: planes [M][rows][pitch], or pixels
-// [rows][pitch] with M numbers a pixel; for pairs always pixels, with a zero behind an odd number of channels.
-struct InputStrip {
-  bool pixels;
-  int64_t pixel, rows, pitch;
-
-  InputStrip(const Convolution& p, int64_t out_rows)
-      : pixels(in_pairs(p) || p.layout == Layout::channels_last),
-        pixel(in_pairs(p) ? pair_pixel(p)
-              : pixels    ? p.in_channels
-                          : 1),
-        rows((out_rows - 1) * p.stride + p.filter_height),
-        pitch(most((p.out_width - 1) * p.stride + p.filter_width, p.width + p.padding_columns) * pixel) {}
-
-  int64_t plane() const { return rows * pitch; }
-  int64_t size(const Convolution& p) const { return plane() * (pixels ? 1 : p.in_channels); }
-};
-
-// Rows of the result in one unit: few enough for many threads, and three rows in four read once.
-int64_t rows_of(const Convolution& p) { return least(p.out_height, 4); }
+// For pairs always pixels, with a zero behind an odd number of channels.
+InputStrip strip_of(const Convolution& p, int64_t out_rows) {
+  return in_pairs(p) ? InputStrip(p, out_rows, true, pair_pixel(p)) : InputStrip(p, out_rows);
+}
 
 int64_t pair_depth(const Convolution& p) { return p.filter_height * p.filter_width * pair_pixel(p); }
 
@@ -60,7 +44,7 @@ void before(const Convolution& p, void* shared) {
   if (in_pairs(p)) return prepare_pairs(p, static_cast<uint16_t*>(shared));
   weights_of(p).prepare(p.weight, shared);
   int64_t* offsets = reinterpret_cast<int64_t*>(static_cast<char*>(shared) + offsets_offset(p));
-  const InputStrip strip(p, rows_of(p));
+  const InputStrip strip = strip_of(p, strip_rows(p));
   for (int64_t c = 0; c < p.in_channels; ++c) {
     for (int64_t i = 0; i < p.filter_height; ++i) {
       for (int64_t j = 0; j < p.filter_width; ++j) {
@@ -70,26 +54,7 @@ void before(const Convolution& p, void* shared) {
   }
 }
 
-int64_t units(const Convolution& p) { return p.batch * ceil_div(p.out_height, rows_of(p)); }
-
-template <class T>
-void fill(const Convolution& p, const InputStrip& strip, Compute<T>* to, int64_t image, int64_t first_row) {
-  const int64_t planes = strip.pixels ? 1 : p.in_channels, numbers = p.width * strip.pixel;
-  const int64_t border = p.padding_columns * strip.pixel;
-  const T* x = static_cast<const T*>(p.x) + image * p.in_channels * p.height * p.width;
-  for (int64_t plane = 0; plane < planes; ++plane) {
-    for (int64_t r = 0; r < strip.rows; ++r, to += strip.pitch) {
-      const int64_t y = first_row + r;
-      if (y < 0 || y >= p.height) {
-        fill_zero(to, strip.pitch);
-        continue;
-      }
-      fill_zero(to, border);
-      copy_row(to + border, x + (plane * p.height + y) * numbers, numbers);
-      fill_zero(to + border + numbers, strip.pitch - border - numbers);
-    }
-  }
-}
+int64_t units(const Convolution& p) { return p.batch * ceil_div(p.out_height, strip_rows(p)); }
 
 // Row y of the input as whole pixels, between zeros; a row of zeros beyond the input.
 void fill_pairs(const Convolution& p, const InputStrip& strip, uint16_t* to, const uint16_t* x, int64_t y) {
@@ -119,8 +84,8 @@ void fill_pairs(const Convolution& p, const InputStrip& strip, uint16_t* to, con
 }
 
 void run_pairs(const Convolution& p, const void* shared, int64_t begin, int64_t end) {
-  const int64_t rows = rows_of(p), strips = ceil_div(p.out_height, rows);
-  const InputStrip strip(p, rows);
+  const int64_t rows = strip_rows(p), strips = ceil_div(p.out_height, rows);
+  const InputStrip strip = strip_of(p, rows);
   uint16_t* tile = static_cast<uint16_t*>(scratch(Slot::tile, 2 * strip.plane()));
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t image = unit / strips, first = unit % strips * rows;
@@ -150,12 +115,12 @@ void run_pairs(const Convolution& p, const void* shared, int64_t begin, int64_t 
 template <class T>
 void run_type(const Convolution& p, void* shared, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  const int64_t rows = rows_of(p), strips = ceil_div(p.out_height, rows);
-  const InputStrip strip(p, rows);
+  const int64_t rows = strip_rows(p), strips = ceil_div(p.out_height, rows), row = p.out_width * p.out_channels;
+  const InputStrip strip = strip_of(p, rows);
   C* tile = static_cast<C*>(scratch(Slot::tile, strip.size(p) * static_cast<int64_t>(sizeof(C))));
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t image = unit / strips, first = unit % strips * rows;
-    fill<T>(p, strip, tile, image, first * p.stride - p.padding_rows);
+    strip.fill<T>(p, tile, image, first * p.stride - p.padding_rows);
     for (int64_t y = first; y < least(first + rows, p.out_height); ++y) {
       MatrixProduct<C> product{};
       product.rows = p.out_width;
@@ -167,7 +132,11 @@ void run_type(const Convolution& p, void* shared, int64_t begin, int64_t end) {
       product.b = static_cast<const C*>(shared);
       product.b_packed = true;
       set_epilogue(product, p.epilogue, 0, true);
-      T* out = static_cast<T*>(p.out) + (image * p.out_height + y) * p.out_width * p.out_channels;
+      T* out = static_cast<T*>(p.out) + (image * p.out_height + y) * row;
+      Ahead ahead;  // of what is overwritten: the machine reads lines before it writes to them
+      if (y + 1 < p.out_height) ahead.add(out + row, row);
+      ahead.over(row * p.depth());
+      product.ahead = &ahead;
       multiply_into<T>(product, out, nullptr, p.out_channels);
     }
   }

@@ -32,6 +32,7 @@ extern const Kernel<NormalisedOutput> normalised_output;
 extern const Kernel<NormalisedOutputBackward> normalised_output_backward;
 extern const Kernel<MapMoments> map_moments;
 extern const Kernel<BatchNormBackward> batch_norm_backward;
+extern const Kernel<ConvolutionBackwardWeight> convolution_backward_weight;
 extern const Kernel<GroupedConvolutionBackwardWeight> grouped_convolution_backward_weight;
 extern const Kernel<ResamplingBackward> average_pool_backward;
 extern const Kernel<ResamplingBackward> adaptive_average_backward;
@@ -69,6 +70,7 @@ extern const Kernels kernels = {
     normalised_output_backward,
     map_moments,
     batch_norm_backward,
+    convolution_backward_weight,
     grouped_convolution_backward_weight,
     average_pool_backward,
     adaptive_average_backward,

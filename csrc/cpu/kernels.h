@@ -45,6 +45,7 @@ struct Kernels {
   const Kernel<NormalisedOutputBackward>& normalised_output_backward;
   const Kernel<MapMoments>& map_moments;
   const Kernel<BatchNormBackward>& batch_norm_backward;
+  const Kernel<ConvolutionBackwardWeight>& convolution_backward_weight;  // of pixels
   const Kernel<GroupedConvolutionBackwardWeight>& grouped_convolution_backward_weight;
   const Kernel<ResamplingBackward>& average_pool_backward;
   const Kernel<ResamplingBackward>& adaptive_average_backward;

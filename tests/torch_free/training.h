@@ -226,6 +226,43 @@ inline void check_groups_backward(const Case& s, Type type, Draw& draw) {
         &espk::GroupedConvolutionBackwardWeight::grad_weight, expected, Target{Layout::contiguous});
 }
 
+inline void check_convolution_backward(const Case& s, Type type, Draw& draw, int64_t rows, int64_t columns,
+                                       int64_t padding) {
+  espk::ConvolutionBackwardWeight p{};
+  p.type = type;
+  p.layout = Layout::channels_last;
+  p.batch = s.batch;
+  p.in_channels = s.channels;
+  p.height = s.height;
+  p.width = s.width;
+  p.out_channels = s.outputs;
+  p.out_height = (s.height + 2 * padding - rows) / s.stride + 1;
+  p.out_width = (s.width + 2 * padding - columns) / s.stride + 1;
+  p.filter_height = rows;
+  p.filter_width = columns;
+  p.stride = s.stride;
+  p.padding_rows = p.padding_columns = padding;
+  const Tensor x = draw.integers({s.batch, s.channels, s.height, s.width});
+  const Tensor grad = draw.integers({s.batch, s.outputs, p.out_height, p.out_width});
+  const Tensor expected = each_value(
+      Tensor({s.outputs, s.channels, rows, columns}), [&](double, int64_t n, size_t c, int64_t u, int64_t v) {
+        double sum = 0;
+        for (int64_t b = 0; b < s.batch; ++b)
+          for (int64_t y = 0; y < p.out_height; ++y)
+            for (int64_t z = 0; z < p.out_width; ++z) {
+              const int64_t row = y * s.stride + u - padding, column = z * s.stride + v - padding;
+              if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
+              sum += grad.at(b, n, y, z) * x.at(b, static_cast<int64_t>(c), row, column);
+            }
+        return sum;
+      });
+  const Buffer x_buffer(type, Layout::channels_last, x), grad_buffer(type, Layout::channels_last, grad);
+  p.x = x_buffer.data();
+  p.grad = grad_buffer.data();
+  check("convolution_backward_weight", s, kernels.convolution_backward_weight, p,
+        &espk::ConvolutionBackwardWeight::grad_weight, expected, Target{Layout::contiguous});
+}
+
 // `expected` has the sizes of the map whose gradient it is.
 inline void check_resampling_backward(const char* what, const Case& s,
                                       const espk::Kernel<espk::ResamplingBackward>& kernel, Type type,
@@ -398,5 +435,7 @@ inline void check_training(const Case& s, Type type) {
                             spread_over_pairs(means));
   const Tensor larger = draw.integers({s.batch, s.channels, 2 * s.height - 1, 2 * s.width - 1});
   check_resampling_backward("resize_backward", s, kernels.resize_backward, type, larger, gathered_from_larger(larger));
+  check_convolution_backward(s, type, draw, 3, 3, 1);
+  check_convolution_backward(s, type, draw, 5, 2, 2);
   check_groups_backward(s, type, draw);
 }
