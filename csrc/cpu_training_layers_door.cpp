@@ -176,8 +176,8 @@ void track_norms(const std::vector<Tensor>& means, const std::vector<Tensor>& va
   }
 }
 
-// The gradient of a map [B, C, height, width] from that of the map that `kernel` makes of it.
-Tensor resampled_gradient(const Kernel<ResamplingBackward>& kernel, const Tensor& grad, int64_t height, int64_t width) {
+// All but pointers of the gradient of a map [B, C, height, width] from that of the map that is made of it.
+ResamplingBackward resampling(const Tensor& grad, int64_t height, int64_t width) {
   check_map(grad, "grad");
   ResamplingBackward p{};
   p.type = type_of(grad);
@@ -189,6 +189,11 @@ Tensor resampled_gradient(const Kernel<ResamplingBackward>& kernel, const Tensor
   p.out_width = grad.size(3);
   STD_TORCH_CHECK(height >= 1 && width >= 1 && p.out_height >= 1 && p.out_width >= 1,
                   "grad, height, width: expected at least one row and column");
+  return p;
+}
+
+Tensor resampled_gradient(const Kernel<ResamplingBackward>& kernel, const Tensor& grad, int64_t height, int64_t width) {
+  ResamplingBackward p = resampling(grad, height, width);
   const Tensor behind = dense_map(grad, Layout::channels_last);
   Tensor grad_x = empty_map({p.batch, p.channels, height, width}, grad, Layout::channels_last);
   p.grad = behind.const_data_ptr();
@@ -197,11 +202,29 @@ Tensor resampled_gradient(const Kernel<ResamplingBackward>& kernel, const Tensor
   return grad_x;
 }
 
-Tensor average_pool_backward(const Tensor& grad, int64_t height, int64_t width) {
+void check_halved(const Tensor& grad, int64_t height, int64_t width) {
   check_map(grad, "grad");
   STD_TORCH_CHECK((height - 1) / 2 + 1 == grad.size(2) && (width - 1) / 2 + 1 == grad.size(3),
                   "grad: expected half as many rows and columns as height and width, rounded up");
+}
+
+Tensor average_pool_backward(const Tensor& grad, int64_t height, int64_t width) {
+  check_halved(grad, height, width);
   return resampled_gradient(kernels().average_pool_backward, grad, height, width);
+}
+
+void add_average_pool_backward(const Tensor& map, const Tensor& grad) {
+  check_map(map, "map");
+  check_halved(grad, map.size(2), map.size(3));
+  check_same_type(map, grad);
+  STD_TORCH_CHECK(map.size(0) == grad.size(0) && map.size(1) == grad.size(1) && is_channels_last(map),
+                  "map: expected the batch and channels of grad, in channels_last");
+  ResamplingBackward p = resampling(grad, map.size(2), map.size(3));
+  const Tensor behind = dense_map(grad, Layout::channels_last);
+  p.grad = behind.const_data_ptr();
+  p.grad_x = map.mutable_data_ptr();
+  p.add = true;
+  run_kernel(kernels().average_pool_backward, p);
 }
 
 Tensor adaptive_average_backward(const Tensor& grad, int64_t height, int64_t width) {
@@ -357,6 +380,7 @@ STABLE_TORCH_LIBRARY_IMPL(espkernels, CPU, m) {
   m.impl("convolution_backward_weight", TORCH_BOX(&convolution_backward_weight));
   m.impl("grouped_convolution_backward_weight", TORCH_BOX(&grouped_convolution_backward_weight));
   m.impl("average_pool_backward", TORCH_BOX(&average_pool_backward));
+  m.impl("add_average_pool_backward", TORCH_BOX(&add_average_pool_backward));
   m.impl("adaptive_average_backward", TORCH_BOX(&adaptive_average_backward));
   m.impl("resize_backward", TORCH_BOX(&resize_backward));
   m.impl("long_range_shortcut", TORCH_BOX(&long_range_shortcut));

@@ -76,6 +76,8 @@ ESPK_LIBRARY(ESPK_NAMESPACE, m) {
   m.def("grouped_convolution_backward_weight(Tensor grad, Tensor x, int groups) -> Tensor");
   // grad [B, C, H', W'] of average_pool -> [B, C, height, width] in channels_last
   m.def("average_pool_backward(Tensor grad, SymInt height, SymInt width) -> Tensor");
+  // The same, added to a map [B, C, H, W] that lies in channels_last
+  m.def("add_average_pool_backward(Tensor(a!) map, Tensor grad) -> ()");
   // The same of adaptive_average, and of resize without skip connection and epilogue
   m.def("adaptive_average_backward(Tensor grad, SymInt height, SymInt width) -> Tensor");
   m.def("resize_backward(Tensor grad, SymInt height, SymInt width) -> Tensor");

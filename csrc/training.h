@@ -116,6 +116,7 @@ struct ResamplingBackward {
   int64_t batch, channels, height, width, out_height, out_width;
   const void* grad;
   void* grad_x;
+  bool add;  // to what grad_x holds; AveragePool's alone
 
   int64_t multiply_adds() const {
     const int64_t pixels = height * width, out_pixels = out_height * out_width;

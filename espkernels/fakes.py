@@ -111,6 +111,11 @@ def _(grad: Tensor, height: int, width: int) -> Tensor:
     return empty_pixels(grad, grad.shape[1], height, width)
 
 
+@register_fake("espkernels::add_average_pool_backward")
+def _(map_: Tensor, grad: Tensor) -> None:
+    return None
+
+
 @register_fake("espkernels::global_average")
 def _(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], 1, 1))

@@ -1,4 +1,4 @@
-"""The end of a down-sampler of modules as one call, where that is the same thing as its layers one by one.
+"""A down-sampler of modules, or its end, as one call, where that is the same thing as its layers one by one.
 
 The shortcut's last convolution and batch norm are folded into a weight and a shift by the moments of the image, so that
 neither makes a map (:func:`espkernels.norms.folded`); what :mod:`espkernels.fused_unit` says of hooks and other classes
@@ -12,10 +12,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from espkernels import backends, inference
-from espkernels.fused_unit import hooked, is_pointwise, laid_out
+from espkernels import backends, fused_unit, inference
+from espkernels.fused_unit import UnitLayers, hooked, is_pointwise, laid_out
 from espkernels.layout import out_size, vector_dtype
 from espkernels.norms import NORMS, folded, takes_batch
+from espkernels.training_down_sampler import down_sampler_training
 from espkernels.training_layers import MOST_IMAGE_CHANNELS, long_range_shortcut
 
 __all__ = ["fits", "pooling_difference", "run"]
@@ -71,13 +72,39 @@ def fits(unit: DownSampler, x: Tensor, image: Tensor | None) -> bool:
     return convolution.in_channels <= MOST_IMAGE_CHANNELS and not (values == 1 and takes_batch(norm))
 
 
-def run(unit: DownSampler, x: Tensor, image: Tensor | None) -> Tensor:
-    """The unit's result for ``x`` and the pooled ``image``, in channels_last."""
-    pooled, expanded = inference.average_pool(x), unit.eesp(x)
+def run(unit: DownSampler, x: Tensor, image: Tensor | None, strided: UnitLayers | None) -> Tensor:
+    """The unit's result for ``x`` and the pooled ``image``, in channels_last.
+
+    ``strided`` are the layers of ``unit.eesp`` where calling that would do no more than they do.
+    """
     weight = shift = None
     if image is not None:
         first, last = cast(Any, unit).inp_reinf
         image, weight, shift = folded(laid_out(last.conv.weight).flatten(1), last.bn, first(image))
-        image = image.to(expanded.dtype)
+    if strided is not None and _trains_whole(unit, strided, x):
+        *arguments, _, hff, _, save = fused_unit.arguments(cast(Any, unit.eesp), strided, x)
+        y, moments = down_sampler_training(
+            *arguments,
+            hff=hff,
+            save=save,
+            image=None if image is None else image.to(x.dtype),
+            shortcut_weight=weight,
+            shortcut_shift=shift,
+            last_slope=unit.act.weight.to(vector_dtype(x.dtype)),
+        )
+        fused_unit.track_all(strided, moments, x, y)
+        return y
+    pooled, expanded = inference.average_pool(x), unit.eesp(x)
+    image = None if image is None else image.to(expanded.dtype)
     slope = unit.act.weight.to(vector_dtype(expanded.dtype))
     return long_range_shortcut(pooled.to(expanded.dtype), expanded, image, weight, shift, slope)
+
+
+def _trains_whole(unit: DownSampler, strided: UnitLayers, x: Tensor) -> bool:
+    """Whether one operator does for ``x`` what the strided unit, the pooling and the end do."""
+    if hooked(unit.eesp) or strided.stride != 2 or strided.adds_input or len(strided.activations) != 2:
+        return False
+    device = x.device.type  # autocast would lower what comes to the unit, and not what comes to the pooling
+    if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
+        return False
+    return fused_unit.fits(strided, x) and fused_unit.wanted(cast(Any, unit.eesp), strided, x)

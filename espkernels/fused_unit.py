@@ -22,6 +22,7 @@ from espkernels.training import eesp_training
 __all__ = [
     "Unit",
     "UnitLayers",
+    "arguments",
     "convolves",
     "fits",
     "hooked",
@@ -32,6 +33,7 @@ __all__ = [
     "laid_out",
     "run",
     "settled",
+    "track_all",
     "wanted",
 ]
 
@@ -172,10 +174,17 @@ def run(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:
     The kernels read channels_last. A contiguous ``x`` and its result are copied once each; gradients stay in
     channels_last.
     """
-    norms, reduce, expand, stride = layers.norms, layers.reduce, layers.expand, layers.stride
+    y, moments = eesp_training(*arguments(unit, layers, x))
+    track_all(layers, moments, x, y)
+    return y.contiguous(memory_format=layout_of(x))
+
+
+def arguments(unit: Unit, layers: UnitLayers, x: Tensor) -> tuple[Any, ...]:
+    """Those of :func:`espkernels.training.eesp_training`."""
+    norms, reduce, expand = layers.norms, layers.reduce, layers.expand
     compute = vector_dtype(x.dtype)
     means, variances = running(norms, x.device)
-    y, moments = eesp_training(
+    return (
         x.contiguous(memory_format=torch.channels_last),
         laid_out(reduce.weight).flatten(1),
         reduce.groups,
@@ -190,14 +199,17 @@ def run(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:
         variances,
         [norm.eps for norm in norms],
         [takes_batch(norm) for norm in norms],
-        stride,
+        layers.stride,
         layers.hff,
         _adds_input(layers, x),
         layers.memory == "save",
     )
+
+
+def track_all(layers: UnitLayers, moments: Tensor, x: Tensor, y: Tensor) -> None:
+    """What the forward of the unit's norms does to their buffers, from the map ``x`` to ``y``."""
     pixels = x.shape[0] * x.shape[2] * x.shape[3], y.shape[0] * y.shape[2] * y.shape[3]
-    track(norms, moments, (pixels[0], pixels[1], pixels[1]))
-    return y.contiguous(memory_format=layout_of(x))
+    track(layers.norms, moments, (pixels[0], pixels[1], pixels[1]))
 
 
 def infer(unit: Unit, layers: UnitLayers, x: Tensor) -> Tensor:

@@ -383,9 +383,9 @@ class DownSampler(nn.Module):
                 raise ValueError(f"image: shape {tuple(image.shape)}, expected None in a unit built with reinf=False")
             image = pooled_image(image, (out_size(x.shape[2], 2), out_size(x.shape[3], 2)))
         if fused_shortcut.fits(self, x, image):
-            layout = layout_of(x)
+            layout, strided = layout_of(x), None
             if type(self.eesp).forward is EESP.forward:  # its kernels and those of the end read channels_last
-                x = x.contiguous(memory_format=torch.channels_last)
-            return fused_shortcut.run(self, x, image).contiguous(memory_format=layout)
+                x, strided = x.contiguous(memory_format=torch.channels_last), self.eesp.layers()
+            return fused_shortcut.run(self, x, image, strided).contiguous(memory_format=layout)
         output = torch.cat([self.avg(x), self.eesp(x)], dim=1)
         return self.act(output if image is None else output + self.inp_reinf(image))

@@ -200,15 +200,19 @@ for _name, _backward, _save in (
     register_autograd(f"espkernels::{_name}", _backward, setup_context=_save)
 
 
+def average_pool_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of the map ``x``, of which the shape and format alone are read, from that of its pooling."""
+    if x.device.type == "cpu" and layout_of(x) == torch.channels_last:
+        return _ops.average_pool_backward(grad, x.shape[2], x.shape[3])
+    return torch.ops.aten.avg_pool2d_backward.default(grad, x, [3, 3], [2, 2], [1, 1], False, True, None)
+
+
 def _save_average_pool(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _average_pool_backward(ctx: Any, grad: Tensor) -> Tensor:
-    (x,) = ctx.saved_tensors
-    if x.device.type == "cpu" and layout_of(x) == torch.channels_last:
-        return _ops.average_pool_backward(grad, x.shape[2], x.shape[3])
-    return torch.ops.aten.avg_pool2d_backward.default(grad, x, [3, 3], [2, 2], [1, 1], False, True, None)
+    return average_pool_backward(grad, *ctx.saved_tensors)
 
 
 register_autograd("espkernels::average_pool", _average_pool_backward, setup_context=_save_average_pool)

@@ -16,7 +16,7 @@ import torch
 from somebody import CBR, Down, Network, Unit
 from torch import Tensor, nn
 
-from espkernels import fused_unit, ops, reference
+from espkernels import fused_shortcut, fused_unit, ops, reference
 from espkernels import nn as fused
 from espkernels.models import plain
 from espkernels.replace import Report, replace, restore
@@ -35,9 +35,11 @@ pytestmark = pytest.mark.usefixtures("same_each_time")
 def calls(monkeypatch: pytest.MonkeyPatch, fused_calls: list[str]) -> list[str]:
     """The names of the operators called so far."""
     seen = fused_calls
-    for name in ("spatial_pyramid", "group_pointwise"):
-        original = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *a, n=name, f=original, **k: seen.append(n) or f(*a, **k))
+    for module, name in (
+        (ops, "spatial_pyramid"), (ops, "group_pointwise"), (fused_shortcut, "down_sampler_training"),
+    ):  # fmt: skip
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, n=name, f=original, **k: seen.append(n) or f(*a, **k))
     return seen
 
 
@@ -362,7 +364,7 @@ def test_plain_layers_are_replaced_and_ours_are_left(reinf: bool, calls: list[st
         [model["no hff"](x), model["strided"](x), model["plain"](x[:, :8])], expected, strict=True
     ):
         close(actual, truth)
-    assert calls.count("eesp_training") == 3
+    assert [calls.count(name) for name in ("eesp_training", "down_sampler_training")] == [2, 1]
     assert (model["no hff"].hff, model["no hff"].dilations) == (False, (1, 1, 1, 1))
     restore(model)
     assert type(model["plain"]) is plain.DownSampler

@@ -1,5 +1,5 @@
 // The gradient of average pooling: each pixel of the map is in one window or two of a row and of a column.
-// Bytes: C/4 read + C written a pixel; channels_last.
+// Bytes: C/4 read (+ C of what it is added to) + C written a pixel; channels_last.
 #include "far_map.h"
 #include "kernels.h"
 #include "normalise.h"
@@ -20,7 +20,7 @@ template <class T>
 void run_type(const Problem& p, int64_t begin, int64_t end) {
   using C = Compute<T>;
   const int64_t row_size = p.out_width * p.channels;
-  const bool far = is_far(static_cast<T*>(p.grad_x), p.batch * p.height * p.width, p.channels);
+  const bool far = !p.add && is_far(static_cast<T*>(p.grad_x), p.batch * p.height * p.width, p.channels);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t image = unit / p.height, y = unit % p.height;
     // Windows begin one pixel before twice their number: an even row is in one, an odd one in two, if there are two.
@@ -36,15 +36,19 @@ void run_type(const Problem& p, int64_t begin, int64_t end) {
         if (second) sum += load_first<N>(second + i * p.channels + at, valid);
         return sum / nine;
       };
+      auto put = [&](T* pixel, V sum) {
+        if (p.add) sum += load_first<N>(pixel, valid);
+        store_rows<N>(pixel, sum, valid, far);
+      };
       for (int64_t i = 0; i < p.out_width; ++i) {
 #pragma GCC unroll 4
         for (int j = 0; j < J; ++j) {
           const int64_t at = channel + j * N;
           V sum = column(i, at);
-          store_rows<N>(to + 2 * i * p.channels + at, sum, valid, far);
+          put(to + 2 * i * p.channels + at, sum);
           if (2 * i + 1 == p.width) continue;
           if (i + 1 < p.out_width) sum += column(i + 1, at);
-          store_rows<N>(to + (2 * i + 1) * p.channels + at, sum, valid, far);
+          put(to + (2 * i + 1) * p.channels + at, sum);
         }
       }
     });

@@ -263,10 +263,10 @@ inline void check_convolution_backward(const Case& s, Type type, Draw& draw, int
         &espk::ConvolutionBackwardWeight::grad_weight, expected, Target{Layout::contiguous});
 }
 
-// `expected` has the sizes of the map whose gradient it is.
+// `expected` has the sizes of the map whose gradient it is, which is added to the map `before` where there is one.
 inline void check_resampling_backward(const char* what, const Case& s,
                                       const espk::Kernel<espk::ResamplingBackward>& kernel, Type type,
-                                      const Tensor& grad, const Tensor& expected) {
+                                      const Tensor& grad, const Tensor& expected, const Tensor* before = nullptr) {
   const Buffer buffer(type, Layout::channels_last, grad);
   espk::ResamplingBackward p{};
   p.type = type;
@@ -277,7 +277,8 @@ inline void check_resampling_backward(const char* what, const Case& s,
   p.out_height = grad.sizes[2];
   p.out_width = grad.sizes[3];
   p.grad = buffer.data();
-  check(what, s, kernel, p, &espk::ResamplingBackward::grad_x, expected, Target{Layout::channels_last});
+  p.add = before != nullptr;
+  check(what, s, kernel, p, &espk::ResamplingBackward::grad_x, expected, Target{Layout::channels_last, before});
 }
 
 inline void check_training(const Case& s, Type type) {
@@ -429,6 +430,9 @@ inline void check_training(const Case& s, Type type) {
     return pooled.at(b, channel, y, z) = sum;
   });
   check_resampling_backward("average_pool_backward", s, kernels.average_pool_backward, type, nines, pooled);
+  Tensor sum = pooled;
+  for (size_t i = 0; i < sum.values.size(); ++i) sum.values[i] += x.values[i];
+  check_resampling_backward("average_pool_backward, added", s, kernels.average_pool_backward, type, nines, sum, &x);
 
   const Tensor means = draw.integers({s.batch, s.channels, s.height, s.width});
   check_resampling_backward("adaptive_average_backward", s, kernels.adaptive_average_backward, type, means,
