@@ -97,7 +97,7 @@ class FeaturePyramid(nn.Module):
             (self.bu_10x10_19x19, level4),
             (self.bu_19x19_38x38, level3),
         ):
-            larger = resized(above, map_.shape[2], map_.shape[3], self.basenet.switches.plain)
+            larger = resized(above, map_.shape[2], map_.shape[3], self.basenet.runs_plain)
             above = join(torch.cat([larger, map_], dim=1))
             maps.insert(0, above)
         return maps

@@ -60,7 +60,7 @@ class ESPNetv2Segmentation(nn.Module):
         x = self.bu_dec_l2(self.bu_br_l2(x, *self.merge_enc_dec_l2.parts(level3)))
         x = self.bu_dec_l3(self.bu_br_l3(x, *self.merge_enc_dec_l3.parts(level2)))
         x = self.bu_dec_l4(self.bu_br_l4(x, *self.merge_enc_dec_l4.parts(level1)))
-        plain = self.base_net.switches.plain
+        plain = self.base_net.runs_plain
         if x.requires_grad and not plain:
             # A loss over classes reads them plane by plane: behind a map in channels_last torch's softmax, its gradient
             # and those of the resizing take twice as long as behind this one (bench/tried.md).

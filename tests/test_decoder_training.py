@@ -19,6 +19,7 @@ import espkernels
 from espkernels import backends, fused_pooling, inference, models, ops, single_layers
 from espkernels import nn as fused
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling, FusedPyramidPooling
+from espkernels.models.pyramid_pooling import resized as models_resized
 
 pytestmark = [
     pytest.mark.skipif(backends.library is None, reason="the compiled library is not built"),
@@ -32,8 +33,8 @@ Function = Callable[..., Tensor]
 
 # Enlarging and reducing, to one pixel and from one; channels below, at and above a vector and a block of them.
 RESAMPLED = [
-    (1, (1, 1), (1, 1)), (3, (1, 4), (5, 1)), (10, (6, 9), (12, 18)), (16, (5, 7), (8, 11)), (37, (9, 8), (3, 5)),
-    (8, (13, 2), (2, 13)), (2, (40, 33), (5, 70)),
+    (1, (1, 1), (1, 1)), (1, (31, 9), (20, 17)), (3, (1, 4), (5, 1)), (10, (6, 9), (12, 18)), (16, (5, 7), (8, 11)),
+    (37, (9, 8), (3, 5)), (8, (13, 2), (2, 13)), (2, (40, 33), (5, 70)),
 ]  # fmt: skip
 
 # Groups, inputs and outputs of each, rows, columns; beyond a panel, a vector of groups, and maps below the filter.
@@ -208,6 +209,24 @@ def test_where_there_is_no_derivative() -> None:
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_a_map_is_resized_in_its_own_format(
+    layout: torch.memory_format, calls_of: Callable[[Any, str], list[str]]
+) -> None:
+    calls = calls_of(inference, "resize")
+    x = torch.randn(2, 5, 9, 6, dtype=torch.float64).contiguous(memory_format=layout)
+    for given in (x, x[:, :, 1:]):  # with rows left out, a contiguous map is torch's
+        found = []
+        for plain in (True, False):
+            leaf = given.detach().requires_grad_()
+            result = models_resized(leaf, 12, 11, plain)
+            assert result.is_contiguous(memory_format=layout)
+            result.backward(torch.linspace(-1, 1, result.numel()).double().view(result.shape))
+            found.append([result.detach(), leaf.grad])
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    assert len(calls) == (1 if layout == torch.contiguous_format else 2)
 
 
 def test_a_mean_leaves_the_format_of_gradients_alone() -> None:

@@ -49,6 +49,12 @@ void run_type(const Resize& p, const Between<Compute<T>>* columns, int64_t begin
           });
         }
       };
+      if (plain && p.channels == 1) {  // a plane, which has nothing for a vector to run over
+        for (int64_t x = 0; x < p.out_width; ++x, out += p.out_pixel) {
+          store_one(out, columns[x].mix(mixed[columns[x].first], mixed[columns[x].second]));
+        }
+        continue;
+      }
       if (plain) {
         make_row([](Vector<C, N> v, int64_t, int64_t, int64_t) { return v; });
         continue;

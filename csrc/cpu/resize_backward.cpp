@@ -105,6 +105,15 @@ void run_type(const Problem& p, void* memory, int64_t begin, int64_t end) {
     const T* grad = static_cast<const T*>(p.grad) + (image * p.out_height + shared.rows.first[y]) * out_row;
     sum_rows(row, grad, out_row, out_row, shared.rows.shares_of(y), shared.rows.count(y));
     T* to = static_cast<T*>(p.grad_x) + unit * p.width * p.channels;
+    if (p.channels == 1) {  // a plane, which has nothing for a vector to run over
+      for (int64_t x = 0; x < p.width; ++x) {
+        const C *from = row + shared.columns.first[x], *shares = shared.columns.shares_of(x);
+        C sum = 0;
+        for (int64_t k = 0; k < shared.columns.count(x); ++k) sum += from[k] * shares[k];
+        store_one(to + x, sum);
+      }
+      continue;
+    }
     for (int64_t x = 0; x < p.width; ++x, to += p.channels) {
       sum_rows(to, row + shared.columns.first[x] * p.channels, p.channels, p.channels, shared.columns.shares_of(x),
                shared.columns.count(x));
