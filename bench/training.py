@@ -116,7 +116,7 @@ def _heat(racing: Race, task: Task, files: Path, threads: int, engine: str) -> t
         provider = Provider(engine, way)
         try:
             worker = racing.open(task, files, threads, provider)
-            seconds[way] = min(worker.time(1) for _ in range(2))
+            seconds[way] = min(worker.time(1) for _ in range(3))
         except (Refused, WrongResult) as error:
             refused[str(provider)] = str(error)
         racing.close()

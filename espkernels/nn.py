@@ -337,8 +337,11 @@ class DownSampler(nn.Module):
     to the size of the result, and a network that hands on the pooled image of each level to the next pools it once.
 
     ``reinf=False`` leaves the shortcut's parameters out. ``hff``, ``dilated`` and ``memory`` are those of
-    :class:`EESP`. Raises ValueError for channels that do not fit, for an image smaller than the result and for an image
-    without shortcut.
+    :class:`EESP`; in training the whole is one operator (:mod:`espkernels.training_down_sampler`), in which "recompute"
+    makes the pooled map and the unit's result again too.
+
+    Raises ValueError for channels that do not fit, for an image smaller than the result and for an image without
+    shortcut.
     """
 
     eesp_type: type[EESP] = EESP
