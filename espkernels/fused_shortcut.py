@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from espkernels import backends, fused_unit, inference
-from espkernels.fused_unit import UnitLayers, hooked, is_pointwise, laid_out
+from espkernels.fused_unit import Unit, UnitLayers, hooked, is_pointwise, laid_out
 from espkernels.layout import out_size, vector_dtype
 from espkernels.norms import NORMS, folded, takes_batch
 from espkernels.training_down_sampler import down_sampler_training
@@ -72,17 +72,18 @@ def fits(unit: DownSampler, x: Tensor, image: Tensor | None) -> bool:
     return convolution.in_channels <= MOST_IMAGE_CHANNELS and not (values == 1 and takes_batch(norm))
 
 
-def run(unit: DownSampler, x: Tensor, image: Tensor | None, strided: UnitLayers | None) -> Tensor:
+def run(unit: DownSampler, x: Tensor, image: Tensor | None, strided: Unit | None) -> Tensor:
     """The unit's result for ``x`` and the pooled ``image``, in channels_last.
 
-    ``strided`` are the layers of ``unit.eesp`` where calling that would do no more than they do.
+    ``strided`` is ``unit.eesp`` where the forward of that does no more than its layers do.
     """
     weight = shift = None
     if image is not None:
         first, last = cast(Any, unit).inp_reinf
         image, weight, shift = folded(laid_out(last.conv.weight).flatten(1), last.bn, first(image))
-    if strided is not None and _trains_whole(unit, strided, x):
-        *arguments, _, hff, _, save = fused_unit.arguments(cast(Any, unit.eesp), strided, x)
+    layers = None if strided is None else _layers_in_training(strided, x)
+    if strided is not None and layers is not None:
+        *arguments, _, hff, _, save = fused_unit.arguments(strided, layers, x)
         y, moments = down_sampler_training(
             *arguments,
             hff=hff,
@@ -92,7 +93,7 @@ def run(unit: DownSampler, x: Tensor, image: Tensor | None, strided: UnitLayers 
             shortcut_shift=shift,
             last_slope=unit.act.weight.to(vector_dtype(x.dtype)),
         )
-        fused_unit.track_all(strided, moments, x, y)
+        fused_unit.track_all(layers, moments, x, y)
         return y
     pooled, expanded = inference.average_pool(x), unit.eesp(x)
     image = None if image is None else image.to(expanded.dtype)
@@ -100,11 +101,14 @@ def run(unit: DownSampler, x: Tensor, image: Tensor | None, strided: UnitLayers 
     return long_range_shortcut(pooled.to(expanded.dtype), expanded, image, weight, shift, slope)
 
 
-def _trains_whole(unit: DownSampler, strided: UnitLayers, x: Tensor) -> bool:
-    """Whether one operator does for ``x`` what the strided unit, the pooling and the end do."""
-    if hooked(unit.eesp) or strided.stride != 2 or strided.adds_input or len(strided.activations) != 2:
-        return False
+def _layers_in_training(strided: Unit, x: Tensor) -> UnitLayers | None:
+    """The layers of the strided unit where one operator does for ``x`` what they, the pooling and the end do."""
+    layers = strided.layers() if torch.is_grad_enabled() or cast(nn.Module, strided).training else None
+    if layers is None or not fused_unit.wanted(strided, layers, x) or hooked(cast(nn.Module, strided)):
+        return None
+    if layers.stride != 2 or layers.adds_input or len(layers.activations) != 2:
+        return None
     device = x.device.type  # autocast would lower what comes to the unit, and not what comes to the pooling
     if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
-        return False
-    return fused_unit.fits(strided, x) and fused_unit.wanted(cast(Any, unit.eesp), strided, x)
+        return None
+    return layers if fused_unit.fits(layers, x) else None

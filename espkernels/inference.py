@@ -168,9 +168,9 @@ def convolution(
     3x3 filters; other convolutions run on torch's own.
     """
     depthwise = groups == x.shape[1] == weight.shape[0] and tuple(weight.shape[2:]) == (3, 3) and padding == dilation
-    other = is_few(weight, dilation, groups) or is_narrow(weight, stride, padding, dilation, groups)
-    trains = other and shift is None and slope is None and not backends.runs_reference(x.device)
-    if trains or ((depthwise or other) and _runs_kernel(x, weight, shift, slope)):
+    differentiable = is_few(weight, dilation, groups) or is_narrow(weight, stride, padding, dilation, groups)
+    trains = differentiable and shift is None and slope is None and not backends.runs_reference(x.device)
+    if trains or ((depthwise or differentiable) and _runs_kernel(x, weight, shift, slope)):
         return torch.ops.espkernels.convolution.default(x, weight, shift, slope, stride, padding, dilation, groups)
     x = x.contiguous(memory_format=torch.channels_last)
     shift, slope = (None if v is None else v.to(x.dtype) for v in (shift, slope))

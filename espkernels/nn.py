@@ -388,7 +388,7 @@ class DownSampler(nn.Module):
         if fused_shortcut.fits(self, x, image):
             layout, strided = layout_of(x), None
             if type(self.eesp).forward is EESP.forward:  # its kernels and those of the end read channels_last
-                x, strided = x.contiguous(memory_format=torch.channels_last), self.eesp.layers()
+                x, strided = x.contiguous(memory_format=torch.channels_last), self.eesp
             return fused_shortcut.run(self, x, image, strided).contiguous(memory_format=layout)
         output = torch.cat([self.avg(x), self.eesp(x)], dim=1)
         return self.act(output if image is None else output + self.inp_reinf(image))
