@@ -17,7 +17,8 @@ from espkernels.layout import vector_dtype
 
 if backends.library is not None:
     import espkernels.gpu  # kernels of tensors on a GPU
-    import espkernels.registration  # noqa: F401  fakes, gradients and autocast of the operators in the library
+    import espkernels.layer_gradients  # and, of the other operators in the library, fakes, gradients and autocast
+    import espkernels.registration  # noqa: F401
 
 __all__ = [
     "group_pointwise",

@@ -1,7 +1,8 @@
-"""What torch must know about the operators in the library: gradients and autocast; fake tensors are in fakes.py.
+"""What torch must know about the operators in the library: gradients and autocast.
 
-Both convolutions are bilinear in (input, weight), so their gradients are again these operators, and gradients of
-gradients compose from the same kernels.
+Fake tensors are in fakes.py, the gradients of the layers around the units in layer_gradients.py. Both convolutions are
+bilinear in (input, weight), so their gradients are again these operators, and gradients of gradients compose from the
+same kernels.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from torch.library import Library
 
 from espkernels import fakes, reference  # noqa: F401  gradients of fake tensors are fake tensors
 from espkernels.gradient_registration import register_autograd
-from espkernels.layout import is_few, is_narrow, layout_of, vector_dtype
+from espkernels.layout import vector_dtype
+
+__all__ = ["register_autocast", "save_both", "without_second_derivative"]
 
 _ops = torch.ops.espkernels
 
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def _save_pyramid(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def save_both(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps the two tensors that an operator takes first, and the options behind them."""
     first, second, *ctx.options = inputs
     ctx.save_for_backward(first, second)
 
@@ -189,150 +193,15 @@ def _pyramid_pointwise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, 
 
 
 for _name, _backward, _save in (
-    ("spatial_pyramid", _spatial_pyramid_backward, _save_pyramid),
-    ("spatial_pyramid_backward_input", _spatial_pyramid_backward_input_backward, _save_pyramid),
-    ("spatial_pyramid_backward_weight", _spatial_pyramid_backward_weight_backward, _save_pyramid),
+    ("spatial_pyramid", _spatial_pyramid_backward, save_both),
+    ("spatial_pyramid_backward_input", _spatial_pyramid_backward_input_backward, save_both),
+    ("spatial_pyramid_backward_weight", _spatial_pyramid_backward_weight_backward, save_both),
     ("group_pointwise", _group_pointwise_backward, _save_group_pointwise),
-    ("group_pointwise_backward_input", _group_pointwise_backward_input_backward, _save_pyramid),
-    ("group_pointwise_backward_weight", _group_pointwise_backward_weight_backward, _save_pyramid),
+    ("group_pointwise_backward_input", _group_pointwise_backward_input_backward, save_both),
+    ("group_pointwise_backward_weight", _group_pointwise_backward_weight_backward, save_both),
     ("pyramid_pointwise", _pyramid_pointwise_backward, _save_pyramid_pointwise),
 ):
     register_autograd(f"espkernels::{_name}", _backward, setup_context=_save)
-
-
-def average_pool_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of the map ``x``, of which the shape and format alone are read, from that of its pooling."""
-    if x.device.type == "cpu" and layout_of(x) == torch.channels_last:
-        return _ops.average_pool_backward(grad, x.shape[2], x.shape[3])
-    return torch.ops.aten.avg_pool2d_backward.default(grad, x, [3, 3], [2, 2], [1, 1], False, True, None)
-
-
-def _save_average_pool(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _average_pool_backward(ctx: Any, grad: Tensor) -> Tensor:
-    return average_pool_backward(grad, *ctx.saved_tensors)
-
-
-register_autograd("espkernels::average_pool", _average_pool_backward, setup_context=_save_average_pool)
-register_autograd("espkernels::average_pool_backward", lambda ctx, grad: (_ops.average_pool(grad), None, None))
-
-
-def _save_size(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.size = inputs[0].shape
-    ctx.others = any(isinstance(other, Tensor) for other in inputs[1:])
-
-
-def _global_average_backward(ctx: Any, grad: Tensor) -> Tensor:
-    return (grad / (ctx.size[2] * ctx.size[3])).expand(ctx.size)
-
-
-def _adaptive_average_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if grad.device.type == "cpu":
-        return _ops.adaptive_average_backward(grad, *ctx.size[2:]), None, None
-    return torch.ops.aten._adaptive_avg_pool2d_backward.default(grad, grad.new_empty(ctx.size)), None, None
-
-
-def _resize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.others:
-        raise RuntimeError("espkernels::resize has no derivative with a skip connection, gate, scale, shift or slope")
-    if grad.device.type == "cpu":
-        found = _ops.resize_backward(grad, *ctx.size[2:])
-    else:
-        found = torch.ops.aten.upsample_bilinear2d_backward.default(grad, grad.shape[2:], ctx.size, True)
-    return found, *(None,) * 7
-
-
-register_autograd("espkernels::global_average", _global_average_backward, setup_context=_save_size)
-register_autograd("espkernels::adaptive_average", _adaptive_average_backward, setup_context=_save_size)
-register_autograd("espkernels::resize", _resize_backward, setup_context=_save_size)
-register_autograd(
-    "espkernels::adaptive_average_backward",
-    lambda ctx, grad: (_ops.adaptive_average(grad, *ctx.size[2:]), None, None),
-    setup_context=_save_size,
-)
-register_autograd(
-    "espkernels::resize_backward",
-    lambda ctx, grad: (_ops.resize(grad, *ctx.size[2:]), None, None),
-    setup_context=_save_size,
-)
-
-
-def _save_convolution(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, shift, slope, *ctx.options = inputs
-    ctx.epilogue = shift is not None or slope is not None
-    ctx.save_for_backward(x, weight)
-
-
-def _turned(weight: Tensor, groups: int) -> Tensor:
-    """The weight [N, M/groups, 3, 3] of a grouped convolution as that of the gradient of its input."""
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flip(3, 4).flatten(0, 1)
-
-
-def _grouped(x: Tensor, weight: Tensor, groups: int) -> Tensor:
-    return _ops.convolution(x, weight, None, None, 1, 1, 1, groups)
-
-
-def _aten_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, options: tuple[int, int, int, int], wanted: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of ``x`` and ``weight`` by torch's own convolutions."""
-    *geometry, groups = options
-    pairs = ([one] * 2 for one in geometry)
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
-        grad, x, weight, None, *pairs, False, [0, 0], groups, [*wanted, False]
-    )
-    return grad_x, grad_weight
-
-
-def _convolution_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.epilogue:
-        raise RuntimeError("espkernels::convolution has no derivative with a shift or slope")
-    x, weight = ctx.saved_tensors
-    stride, padding, dilation, groups = ctx.options
-    needs_x, needs_weight = ctx.needs_input_grad[:2]
-    here = x.device.type == "cpu"
-    grad_x = grad_weight = None
-    if here and is_narrow(weight, *ctx.options) and weight.shape[0] <= 8 * groups:  # outputs too
-        grad_x = _grouped(grad, _turned(weight, groups), groups) if needs_x else None
-        grad_weight = _ops.grouped_convolution_backward_weight(grad, x, groups) if needs_weight else None
-        return grad_x, grad_weight, *(None,) * 6
-    if here and needs_weight and is_few(weight, dilation, groups):
-        grad_weight = _ops.convolution_backward_weight(grad, x, *weight.shape[2:], stride, padding)
-        needs_weight = False
-    if needs_x or needs_weight:
-        others = _aten_backward(grad, x, weight, ctx.options, [needs_x, needs_weight])
-        grad_x, grad_weight = others[0], grad_weight if others[1] is None else others[1]
-    return grad_x, grad_weight, *(None,) * 6
-
-
-def _convolution_backward_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    output_grad, x = ctx.saved_tensors
-    *_, stride, padding = ctx.options
-    grad_output_grad = grad_x = None
-    if ctx.needs_input_grad[0]:
-        grad_output_grad = _ops.convolution(x, grad, None, None, stride, padding, 1, 1)
-    if ctx.needs_input_grad[1]:
-        grad_x, _ = _aten_backward(output_grad, x, grad, (stride, padding, 1, 1), [True, False])
-    return grad_output_grad, grad_x, *(None,) * 4
-
-
-def _grouped_backward_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    output_grad, x = ctx.saved_tensors
-    (groups,) = ctx.options
-    grad_output_grad = _grouped(x, grad, groups) if ctx.needs_input_grad[0] else None
-    grad_x = _grouped(output_grad, _turned(grad, groups), groups) if ctx.needs_input_grad[1] else None
-    return grad_output_grad, grad_x, None
-
-
-register_autograd("espkernels::convolution", _convolution_backward, setup_context=_save_convolution)
-register_autograd(
-    "espkernels::convolution_backward_weight", _convolution_backward_weight_backward, setup_context=_save_pyramid
-)
-register_autograd(
-    "espkernels::grouped_convolution_backward_weight", _grouped_backward_weight_backward, setup_context=_save_pyramid
-)
 
 
 def without_second_derivative(operator: str, instead: str) -> Callable[..., Any]:

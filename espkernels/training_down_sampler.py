@@ -17,7 +17,8 @@ from espkernels import backends
 from espkernels.gradient_registration import register_autograd
 
 if backends.library is not None:
-    from espkernels.registration import average_pool_backward, register_autocast
+    from espkernels.layer_gradients import average_pool_backward
+    from espkernels.registration import register_autocast
 
 __all__ = ["down_sampler_training"]
 
