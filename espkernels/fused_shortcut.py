@@ -77,34 +77,36 @@ def run(unit: DownSampler, x: Tensor, image: Tensor | None, strided: Unit | None
 
     ``strided`` is ``unit.eesp`` where the forward of that does no more than its layers do.
     """
-    weight = shift = None
-    if image is not None:
-        first, last = cast(Any, unit).inp_reinf
-        image, weight, shift = folded(laid_out(last.conv.weight).flatten(1), last.bn, first(image))
     layers = None if strided is None else _layers_in_training(strided, x)
-    if strided is not None and layers is not None:
-        *arguments, _, hff, _, save = fused_unit.arguments(strided, layers, x)
-        y, moments = down_sampler_training(
-            *arguments,
-            hff=hff,
-            save=save,
-            image=None if image is None else image.to(x.dtype),
-            shortcut_weight=weight,
-            shortcut_shift=shift,
-            last_slope=unit.act.weight.to(vector_dtype(x.dtype)),
-        )
-        fused_unit.track_all(layers, moments, x, y)
-        return y
-    pooled, expanded = inference.average_pool(x), unit.eesp(x)
-    image = None if image is None else image.to(expanded.dtype)
-    slope = unit.act.weight.to(vector_dtype(expanded.dtype))
-    return long_range_shortcut(pooled.to(expanded.dtype), expanded, image, weight, shift, slope)
+    if strided is None or layers is None:
+        pooled, expanded = inference.average_pool(x), unit.eesp(x)
+        return long_range_shortcut(pooled.to(expanded.dtype), expanded, *_end(unit, image, expanded.dtype))
+    *arguments, _, hff, _, save = fused_unit.arguments(strided, layers, x)
+    arguments += _end(unit, image, x.dtype)
+    y, moments = down_sampler_training(*arguments, hff=hff, save=save)
+    fused_unit.track_all(layers, moments, x, y)
+    return y
+
+
+def _end(
+    unit: DownSampler, image: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """What :func:`espkernels.training_layers.long_range_shortcut` takes beside its maps of ``dtype``."""
+    slope = unit.act.weight.to(vector_dtype(dtype))
+    if image is None:
+        return None, None, None, slope
+    first, last = cast(Any, unit).inp_reinf
+    image, weight, shift = folded(laid_out(last.conv.weight).flatten(1), last.bn, first(image))
+    return image.to(dtype), weight, shift, slope
 
 
 def _layers_in_training(strided: Unit, x: Tensor) -> UnitLayers | None:
     """The layers of the strided unit where one operator does for ``x`` what they, the pooling and the end do."""
-    layers = strided.layers() if torch.is_grad_enabled() or cast(nn.Module, strided).training else None
-    if layers is None or not fused_unit.wanted(strided, layers, x) or hooked(cast(nn.Module, strided)):
+    module = cast(nn.Module, strided)
+    if hooked(module) or not (module.training or torch.is_grad_enabled()):
+        return None
+    layers = strided.layers()
+    if not fused_unit.wanted(strided, layers, x):
         return None
     if layers.stride != 2 or layers.adds_input or len(layers.activations) != 2:
         return None

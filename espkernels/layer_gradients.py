@@ -123,12 +123,12 @@ def _convolution_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = _grouped(grad, _turned(weight, groups), groups) if needs_x else None
         grad_weight = _ops.grouped_convolution_backward_weight(grad, x, groups) if needs_weight else None
         return grad_x, grad_weight, *(None,) * 6
-    if here and needs_weight and is_few(weight, dilation, groups):
+    few = here and is_few(weight, dilation, groups)
+    left = [needs_x, needs_weight and not few]
+    if any(left):
+        grad_x, grad_weight = _aten_backward(grad, x, weight, ctx.options, left)
+    if few and needs_weight:
         grad_weight = _ops.convolution_backward_weight(grad, x, *weight.shape[2:], stride, padding)
-        needs_weight = False
-    if needs_x or needs_weight:
-        others = _aten_backward(grad, x, weight, ctx.options, [needs_x, needs_weight])
-        grad_x, grad_weight = others[0], grad_weight if others[1] is None else others[1]
     return grad_x, grad_weight, *(None,) * 6
 
 

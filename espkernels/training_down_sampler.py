@@ -40,13 +40,13 @@ def down_sampler_training(
     running_variance: Tensor | None,
     eps: Sequence[float],
     batch_statistics: Sequence[bool],
-    *,
-    hff: bool,
-    save: bool,
     image: Tensor | None,
     shortcut_weight: Tensor | None,
     shortcut_shift: Tensor | None,
     last_slope: Tensor,
+    *,
+    hff: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
     """``prelu(concat(average_pool(x), unit(x)) + image shortcut)`` (paper section 3.2, Fig. 2), differentiable once.
 

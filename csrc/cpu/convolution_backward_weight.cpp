@@ -2,6 +2,7 @@
 // times the gradients of a row of the result is one matrix product over the pixels of that row, and reads the inputs where
 // they lie in a zero-bordered strip. Two stages: runs of strips leave their own sums, and these are added in order.
 // Bytes: M + N read a pixel; multiply-adds: those of the forward pass.
+#include "compute_rows.h"
 #include "input_strip.h"
 #include "kernels.h"
 #include "matrix_product.h"
@@ -28,18 +29,6 @@ int64_t shared_bytes(const Problem& p) { return (units(p) + 1) * sum_count(p) * 
 
 void before(const Problem&, void*) {}
 
-// `numbers` gradients in the compute type: as they lie, or copied.
-template <class T>
-const Compute<T>* in_compute_type(const T* row, int64_t numbers) {
-  if constexpr (std::is_same_v<T, Compute<T>>) {
-    return row;
-  } else {
-    auto* copy = static_cast<Compute<T>*>(scratch(Slot::map, numbers * static_cast<int64_t>(sizeof(Compute<T>))));
-    copy_row(copy, row, numbers);
-    return copy;
-  }
-}
-
 template <class T>
 void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
   using C = Compute<T>;
@@ -57,7 +46,7 @@ void run_type(const Problem& p, void* shared, int64_t begin, int64_t end) {
         Ahead ahead;
         if (y + 1 < p.out_height) ahead.add(grad + row, row);
         ahead.over(row * p.depth());
-        const C* gradient = in_compute_type(grad, row);
+        const C* gradient = rows_of(grad, row, 1, row, 0, 1, Slot::map).data;
         for (int64_t i = 0; i < p.filter_height; ++i) {
           const Matrix<C> inputs{tile + ((y - first) * p.stride + i) * strip.pitch, 1, p.stride * strip.pixel};
           auto product = weight_gradient(sums + i * under_row * p.out_channels, under_row, p.out_channels, p.out_width,
@@ -79,11 +68,7 @@ void after(const Problem& p, void* shared) {
     using T = std::remove_pointer_t<decltype(type)>;
     using C = Compute<T>;
     C* sums = static_cast<C*>(shared) + units(p) * sum_count(p);
-    if (units(p) > 0) {
-      sum_in_order(sums, static_cast<const C*>(shared), units(p), sum_count(p));
-    } else {
-      fill_zero(sums, sum_count(p));
-    }
+    sum_in_order(sums, static_cast<const C*>(shared), units(p), sum_count(p));
     T* to = static_cast<T*>(p.grad_weight);
     const int64_t taps = p.filter_height * p.filter_width;
     for (int64_t n = 0; n < p.out_channels; ++n) {

@@ -1,10 +1,10 @@
 // Gradient of the group pointwise convolution for its weights: grad^T x over all pixels, in two stages. Runs of pixels
 // that depend on the shape alone leave their own sums, and these are added in order: the result does not depend on the
 // number of threads. Bytes: M + N read a pixel; multiply-adds: those of the forward pass.
+#include "compute_rows.h"
 #include "kernels.h"
 #include "matrix_product.h"
 #include "ordered_sum.h"
-#include "row.h"
 
 namespace espk::ESPK_ISA {
 namespace {
@@ -38,30 +38,6 @@ int64_t shared_bytes(const Problem& p) { return Runs(p).count * weight_size(p) *
 void before(const Problem&, void*) {}
 
 int64_t units(const Problem& p) { return Runs(p).count * p.groups; }
-
-// Rows of a map in the compute type, for parts of it that lie `part` apart: as they lie, or copied.
-template <class C>
-struct Rows {
-  const C* data;
-  int64_t row, part;
-};
-
-template <class T>
-Rows<Compute<T>> rows_of(const T* from, int64_t row, int64_t rows, int64_t columns, int64_t part, int64_t parts,
-                         Slot slot) {
-  using C = Compute<T>;
-  if constexpr (std::is_same_v<T, C>) {
-    return {from, row, part};
-  } else {
-    C* copy = static_cast<C*>(scratch(slot, parts * rows * columns * static_cast<int64_t>(sizeof(C))));
-    for (int64_t k = 0; k < parts; ++k) {
-      for (int64_t i = 0; i < rows; ++i) {
-        copy_row(copy + (k * rows + i) * columns, from + k * part + i * row, columns);
-      }
-    }
-    return {copy, columns, rows * columns};
-  }
-}
 
 // Adds to the weights of one group, [out][in], the products of pixels that lie one behind the other.
 template <class T>

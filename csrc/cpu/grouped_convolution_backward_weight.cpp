@@ -117,11 +117,7 @@ void after(const Problem& p, void* shared) {
     constexpr int N = kLanes<C>;
     const int64_t size = partial_size<C>(p), runs = units(p), filter = p.in * 9;
     C* sums = static_cast<C*>(shared) + runs * size;
-    if (runs > 0) {
-      sum_in_order(sums, static_cast<const C*>(shared), runs, size);
-    } else {
-      fill_zero(sums, size);
-    }
+    sum_in_order(sums, static_cast<const C*>(shared), runs, size);
     for (int64_t n = 0; n < p.out_channels(); ++n) {
       const int64_t group = n / p.out_of_group, t = n % p.out_of_group;
       const C* from = sums + ((group / N * p.out_of_group + t) * filter) * N + group % N;

@@ -53,25 +53,31 @@ inline Tensor channels_of(const Tensor& map, int64_t first, int64_t count) {
   return part;
 }
 
-inline void check_convolution(const Case& s, Type type, Layout layout, const Tensor& x, const Tensor& weight,
-                              int64_t padding, const Steps& steps) {
-  const Tensor expected = epilogue(convolution(x, weight, s.stride, padding), steps);
-  Buffer x_buffer(type, layout, x), weight_buffer(type, Layout::contiguous, weight);
-  const EpilogueBuffers buffers(type, layout, steps);
-  espk::Convolution p{};
+// All but pointers of a dense convolution with filters of `rows` x `columns`.
+inline void describe_convolution(espk::Convolution& p, const Case& s, Type type, Layout layout, int64_t outputs,
+                                 int64_t rows, int64_t columns, int64_t padding) {
   p.type = type;
   p.layout = layout;
   p.batch = s.batch;
   p.in_channels = s.channels;
   p.height = s.height;
   p.width = s.width;
-  p.out_channels = weight.sizes[0];
-  p.out_height = expected.sizes[2];
-  p.out_width = expected.sizes[3];
-  p.filter_height = weight.sizes[2];
-  p.filter_width = weight.sizes[3];
+  p.out_channels = outputs;
+  p.out_height = (s.height + 2 * padding - rows) / s.stride + 1;
+  p.out_width = (s.width + 2 * padding - columns) / s.stride + 1;
+  p.filter_height = rows;
+  p.filter_width = columns;
   p.stride = s.stride;
   p.padding_rows = p.padding_columns = padding;
+}
+
+inline void check_convolution(const Case& s, Type type, Layout layout, const Tensor& x, const Tensor& weight,
+                              int64_t padding, const Steps& steps) {
+  const Tensor expected = epilogue(convolution(x, weight, s.stride, padding), steps);
+  Buffer x_buffer(type, layout, x), weight_buffer(type, Layout::contiguous, weight);
+  const EpilogueBuffers buffers(type, layout, steps);
+  espk::Convolution p{};
+  describe_convolution(p, s, type, layout, weight.sizes[0], weight.sizes[2], weight.sizes[3], padding);
   p.x = x_buffer.data();
   p.weight = weight_buffer.data();
   p.epilogue = buffers.epilogue;

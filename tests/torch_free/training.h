@@ -229,19 +229,7 @@ inline void check_groups_backward(const Case& s, Type type, Draw& draw) {
 inline void check_convolution_backward(const Case& s, Type type, Draw& draw, int64_t rows, int64_t columns,
                                        int64_t padding) {
   espk::ConvolutionBackwardWeight p{};
-  p.type = type;
-  p.layout = Layout::channels_last;
-  p.batch = s.batch;
-  p.in_channels = s.channels;
-  p.height = s.height;
-  p.width = s.width;
-  p.out_channels = s.outputs;
-  p.out_height = (s.height + 2 * padding - rows) / s.stride + 1;
-  p.out_width = (s.width + 2 * padding - columns) / s.stride + 1;
-  p.filter_height = rows;
-  p.filter_width = columns;
-  p.stride = s.stride;
-  p.padding_rows = p.padding_columns = padding;
+  describe_convolution(p, s, type, Layout::channels_last, s.outputs, rows, columns, padding);
   const Tensor x = draw.integers({s.batch, s.channels, s.height, s.width});
   const Tensor grad = draw.integers({s.batch, s.outputs, p.out_height, p.out_width});
   const Tensor expected = each_value(
