@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 __all__ = [
     "DEFAULTS",
@@ -138,8 +139,19 @@ _gpu_default = next(name for name in DEFAULTS["cuda"].order if _missing(name) is
 
 
 def current() -> str | None:
-    """The backend asked for by :func:`use_backend` or ``ESPKERNELS_BACKEND``; None where each device's own is used."""
-    return _choices[-1].name
+    """The backend asked for by :func:`use_backend` or ``ESPKERNELS_BACKEND``; None where each device's own is used.
+
+    Transforms of ``torch.func`` and forward-mode AD have rules for torch's own operations alone: while one is active
+    the reference runs, and RuntimeError is raised where another backend was asked for.
+    """
+    name = _choices[-1].name
+    if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
+        return name
+    if name not in (None, "reference"):
+        raise RuntimeError(
+            f"backend {name!r} was asked for, but transforms of torch.func and forward-mode AD take the reference alone"
+        )
+    return "reference"
 
 
 def runs_cpu_kernels(device: torch.device) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from espkernels import backends, ops, reference
-from espkernels.layout import is_few, is_narrow
+from espkernels.layout import is_few, is_narrow, to_channels_last
 
 __all__ = [
     "adaptive_average",
@@ -143,7 +143,7 @@ def down_sampler(
         return torch.ops.espkernels.down_sampler.default(
             x, image, *unit, shortcut_weight, shortcut_shift, slope, hff, packed
         )
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = to_channels_last(x)
     y = torch.cat([reference.average_pool(x), eesp(x, *unit, None, None, 2, hff)], dim=1)
     if image is None:
         return reference.epilogue(y, slope=slope.to(y.dtype))
@@ -172,7 +172,7 @@ def convolution(
     trains = differentiable and shift is None and slope is None and not backends.runs_reference(x.device)
     if trains or ((depthwise or differentiable) and _runs_kernel(x, weight, shift, slope)):
         return torch.ops.espkernels.convolution.default(x, weight, shift, slope, stride, padding, dilation, groups)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = to_channels_last(x)
     shift, slope = (None if v is None else v.to(x.dtype) for v in (shift, slope))
     return reference.convolution(x, weight, shift, slope, stride, padding, dilation, groups)
 
@@ -222,7 +222,7 @@ def resize(
     only_resizes = all(other is None for other in others)
     if _runs_kernel(x, *others) or (only_resizes and not backends.runs_reference(x.device)):
         return torch.ops.espkernels.resize.default(x, height, width, skip, gate, scale, shift, slope)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = to_channels_last(x)
     scale, shift, slope = (None if v is None else v.to(x.dtype) for v in (scale, shift, slope))
     return reference.resize(x, height, width, skip, gate, scale, shift, slope)
 
@@ -270,6 +270,8 @@ def change_layout(x: Tensor, channels_last: bool) -> Tensor:
 
 def channels_last(x: Tensor) -> Tensor:
     """``x`` [B, C, H, W] itself where it is in channels_last, else a copy that is."""
+    if backends.runs_reference(x.device):
+        return to_channels_last(x)
     return x if x.is_contiguous(memory_format=torch.channels_last) else change_layout(x, True)
 
 
@@ -287,7 +289,7 @@ def adaptive_average(x: Tensor, height: int, width: int) -> Tensor:
     """
     if not backends.runs_reference(x.device):
         return torch.ops.espkernels.adaptive_average.default(x, height, width)
-    return reference.adaptive_average(x.contiguous(memory_format=torch.channels_last), height, width)
+    return reference.adaptive_average(to_channels_last(x), height, width)
 
 
 def pyramid_pooling(
@@ -319,7 +321,7 @@ def pyramid_pooling(
         return torch.ops.espkernels.pyramid_pooling.default(
             x, weight, list(sizes), enlarged, scale, shift, slope, merge_weight, merge_shift, merge_slope
         )
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = to_channels_last(x)
     vectors = (v.to(x.dtype) for v in (scale, shift, slope, merge_shift, merge_slope))
     scale, shift, slope, merge_shift, merge_slope = vectors
     return reference.pyramid_pooling(

@@ -6,16 +6,26 @@ import torch
 from torch import Tensor
 
 __all__ = ["convolved_size", "empty_map", "empty_pixels", "is_few", "is_narrow", "layout_of", "out_size"]
-__all__ += ["vector_dtype"]
+__all__ += ["to_channels_last", "vector_dtype"]
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
     """The format of the result of a map: that of a dense map, and for others the one whose innermost axis is dense."""
-    if x.is_contiguous():
+    if x.is_contiguous() or _has_no_format():
         return torch.contiguous_format
     if x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.channels_last if x.shape[1] > 1 and x.stride(1) == 1 else torch.contiguous_format
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """The map ``x`` [B, C, H, W] itself where it is in channels_last or has no format, else a copy."""
+    return x if _has_no_format() else x.contiguous(memory_format=torch.channels_last)
+
+
+def _has_no_format() -> bool:
+    """Whether maps may be such as torch.func.vmap makes: asked for channels_last, they raise."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from espkernels.layout import to_channels_last
+
 __all__ = [
     "adaptive_average",
     "affine",
@@ -252,7 +254,7 @@ def affine(
 ) -> Tensor:
     """:func:`epilogue` of a map that no operator above has made: [B, C, H, W] -> the same in channels_last."""
     scale, shift, slope = (None if v is None else v.to(x.dtype) for v in (scale, shift, slope))
-    return epilogue(x.contiguous(memory_format=torch.channels_last), scale, shift, residual, slope)
+    return epilogue(to_channels_last(x), scale, shift, residual, slope)
 
 
 def change_layout(x: Tensor, channels_last: bool) -> Tensor:
@@ -264,7 +266,7 @@ def concatenate(maps: Sequence[Tensor], dim: int) -> Tensor:
     """The maps one behind the other along ``dim``; with 4 dimensions and ``dim`` 1 in channels_last."""
     result = torch.cat(list(maps), dim)
     pixels = result.dim() == 4 and dim == 1
-    return result.contiguous(memory_format=torch.channels_last if pixels else torch.contiguous_format)
+    return to_channels_last(result) if pixels else result.contiguous()
 
 
 def adaptive_average(x: Tensor, height: int, width: int) -> Tensor:
