@@ -275,17 +275,27 @@ def cuda_toolkit() -> Path | None:
 
 
 def cuda_architectures() -> list[str]:
-    """nvcc's options for TORCH_CUDA_ARCH_LIST: machine code for each, and with +PTX what later devices compile."""
+    """nvcc's options for TORCH_CUDA_ARCH_LIST: machine code for each, and with +PTX what later devices compile.
+
+    Without what comes before 8.0, which lists for other projects may name: those devices have no bfloat16 and no tf32,
+    and Triton's kernels serve them.
+    """
     options: list[str] = []
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
     for word in asked.replace(";", " ").split():
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", word)
         if match is None:
             raise PlatformError(f"TORCH_CUDA_ARCH_LIST has {word!r}; expected numbers such as 8.0, 9.0a or 9.0+PTX.")
+        if int(match[1]) < 8:
+            continue
         number = match[1] + match[2]
         options += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         if match[3]:
             options += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    if not options:
+        raise PlatformError(
+            f"TORCH_CUDA_ARCH_LIST is {asked!r}; the CUDA kernels need 8.0 or later. Add one, or set ESPKERNELS_BUILD_CUDA=0."
+        )
     return options
 
 

@@ -39,18 +39,25 @@ class Engine:
         layout = LAYOUTS[self.layout]
         call = self.prepare(model.to(memory_format=layout))  # type: ignore[call-overload]
         x = x.contiguous(memory_format=layout)
-        return _replays(call, x) if self.graph else functools.partial(call, x)
+        return _Replays.of(call, x) if self.graph else functools.partial(call, x)
 
 
-def _replays(call: Call, x: Tensor) -> Callable[[], Any]:
-    """Replays of one graph of ``call(x)``."""
-    graph, result = captured(call, x)
+@dataclass(frozen=True)
+class _Replays:
+    """Replays of one graph of ``call(x)``. It has addresses alone: the model behind ``call`` and ``x`` live with it."""
 
-    def replay() -> Any:
-        graph.replay()
-        return result
+    call: Call
+    x: Tensor
+    graph: Any
+    result: Any
 
-    return replay
+    @staticmethod
+    def of(call: Call, x: Tensor) -> _Replays:
+        return _Replays(call, x, *captured(call, x))
+
+    def __call__(self) -> Any:
+        self.graph.replay()
+        return self.result
 
 
 def _branches_on_streams(unit: plain.EESP, streams: list[cuda.Stream], x: Tensor) -> Tensor:

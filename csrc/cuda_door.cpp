@@ -80,16 +80,18 @@ Tensor group_pointwise(const Tensor& x, const Tensor& weight, int64_t groups, st
   check_pointwise_weight(weight, x.size(1), groups);
   GroupPointwise p{};
   p.type = type_of(x);
-  p.layout = layout_of(x);
+  const Layout layout = layout_of(x);
   p.batch = x.size(0);
   p.pixels = x.size(2) * x.size(3);
+  // Maps of one pixel lie the same in both layouts; as pixels, all images are one product that reads the weights once.
+  p.layout = p.pixels == 1 ? Layout::channels_last : layout;
   p.in_channels = x.size(1);
   p.out_channels = weight.size(0);
   p.groups = groups;
   const std::vector<int64_t> sizes{x.size(0), weight.size(0), x.size(2), x.size(3)};
-  const Tensor map = dense_map(x, p.layout), dense = dense_weight(weight);
-  const EpilogueTensors epilogue = dense_epilogue(x, p.layout, sizes, scale, shift, residual, slope);
-  Tensor out = empty_map(sizes, x, p.layout);
+  const Tensor map = dense_map(x, layout), dense = dense_weight(weight);
+  const EpilogueTensors epilogue = dense_epilogue(x, layout, sizes, scale, shift, residual, slope);
+  Tensor out = empty_map(sizes, x, layout);
   p.x = map.const_data_ptr();
   p.weight = dense.const_data_ptr();
   p.out = out.mutable_data_ptr();

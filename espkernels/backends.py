@@ -28,6 +28,7 @@ __all__ = [
     "interprets",
     "library",
     "runs_reference",
+    "transforms_active",
     "use_backend",
     "why_not",
 ]
@@ -134,24 +135,37 @@ class _Choice:
 # last one counts. Blocks of several threads end in any order, and a list needs no lock to gain or lose an item.
 _choices = [_Choice(_checked(os.environ.get("ESPKERNELS_BACKEND") or None))]
 
-# What a tensor on a GPU gets where nothing was asked for, decided once for the same reason.
+def kernels_for(dispatch_key: str, namespace: str) -> frozenset[str]:
+    """The operators of ``namespace`` that have a kernel for ``dispatch_key``; there may be more with schemas alone."""
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{namespace}::"))
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(name.removeprefix(f"{namespace}::") for name in names if has_kernel(name, dispatch_key))
+
+
+# What a tensor on a GPU gets where nothing was asked for, and what the CUDA C++ library has of that, decided once for the
+# same reason.
 _gpu_default = next(name for name in DEFAULTS["cuda"].order if _missing(name) is None)
+_cuda_kernels = kernels_for("CUDA", "espkernels_cuda") if _missing("cuda") is None else frozenset()
 
 
 def current() -> str | None:
     """The backend asked for by :func:`use_backend` or ``ESPKERNELS_BACKEND``; None where each device's own is used.
 
-    Transforms of ``torch.func`` and forward-mode AD have rules for torch's own operations alone: while one is active
-    the reference runs, and RuntimeError is raised where another backend was asked for.
+    "reference" where :func:`transforms_active`; RuntimeError is raised where another backend was asked for then.
     """
     name = _choices[-1].name
-    if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
+    if not transforms_active():
         return name
     if name not in (None, "reference"):
         raise RuntimeError(
             f"backend {name!r} was asked for, but transforms of torch.func and forward-mode AD take the reference alone"
         )
     return "reference"
+
+
+def transforms_active() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode AD is active: they have rules for torch's operations alone."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def runs_cpu_kernels(device: torch.device) -> bool:
@@ -199,7 +213,7 @@ def gpu_backend(operator: str) -> str:
     if current() == "cpu":
         raise RuntimeError("backend 'cpu' was asked for, but the tensors are on a GPU")
     backend = current() or _gpu_default
-    if backend == "cuda" and not hasattr(torch.ops.espkernels_cuda, operator):
+    if backend == "cuda" and operator not in _cuda_kernels:
         return "triton" if _missing("triton") is None else "reference"
     return backend
 

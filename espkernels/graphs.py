@@ -15,6 +15,7 @@ from torch import Tensor, cuda, nn
 from torch.utils._pytree import tree_map
 
 from espkernels import backends, replay
+from espkernels.precision import allows_tf32
 
 __all__ = ["Graphed", "captured", "graphed"]
 
@@ -93,6 +94,7 @@ class Graphed(replay.Replayed):
             and not (torch.is_grad_enabled() and x.requires_grad)
             and not torch.is_autocast_enabled(DEVICE)
             and not cuda.is_current_stream_capturing()
+            and not backends.transforms_active()
             and torch._C._len_torch_dispatch_stack() == 0
             and not torch._C._is_tracing()
         )
@@ -100,12 +102,14 @@ class Graphed(replay.Replayed):
     def _replay(self, what: str, forward: Callable[[Tensor], Any], x: Tensor) -> Any:
         if x.device.type != DEVICE:
             return super()._replay(what, forward, x)
-        key = (what, x.shape, x.stride(), x.dtype, x.device, backends.current(), replay.generation())
+        choices = backends.current(), allows_tf32()
+        key = (what, x.shape, x.stride(), x.dtype, x.device, *choices, replay.generation())
         known = self.graphs.get(key)
         layers = replay.Layers.of(self) if known is None or known.layers.exchanged() else known.layers
         if any(layers.hooks):
             return forward(x)
-        with torch.no_grad(), cuda.device(x.device):
+        # A graph's input that was made in inference mode could not be written outside it.
+        with torch.inference_mode(False), torch.no_grad(), cuda.device(x.device):
             with _lock:
                 graph = self.graphs.pop(key, None)
                 if graph is not None and graph.layers.exchanged():

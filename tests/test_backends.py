@@ -229,6 +229,16 @@ for default in ("cuda", "triton", "reference"):
     assert on_a_gpu(asked).splitlines() == [f"{next_best} False", "triton False", "reference True"]
 
 
+def test_a_schema_alone_is_no_kernel() -> None:
+    library = torch.library.Library("espkernels_test", "DEF")
+    for name in ("named", "written"):
+        library.define(f"{name}(Tensor x) -> Tensor")
+    library.impl("written", torch.clone, "CUDA")
+    assert backends.kernels_for("CUDA", "espkernels_test") == {"written"}
+    # As the CUDA C++ library has every schema, and kernels of the operators and whole units alone.
+    assert {"spatial_pyramid", "resize"} <= backends.kernels_for("CPU", "espkernels")
+
+
 def test_layers_train_whole_where_a_kernel_does() -> None:
     asked = """
 for default in ("triton", "reference"):

@@ -125,6 +125,7 @@ def test_shared_memory_is_dynamic(compiled: list[Compiled]) -> None:
     [
         ("8.0", ["-gencode", "arch=compute_80,code=sm_80"]),
         ("9.0a", ["-gencode", "arch=compute_90a,code=sm_90a"]),
+        ("7.0 7.5 8.0", ["-gencode", "arch=compute_80,code=sm_80"]),  # earlier devices have no tf32
         (
             "8.6;9.0+PTX",
             [
@@ -138,6 +139,12 @@ def test_shared_memory_is_dynamic(compiled: list[Compiled]) -> None:
 def test_architecture_list(text: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
     assert setup_table()["cuda_architectures"]() == expected
+
+
+def test_architecture_list_of_early_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5+PTX")
+    with pytest.raises(Exception, match=r"is '7\.5\+PTX'; the CUDA kernels need 8\.0 or later"):
+        setup_table()["cuda_architectures"]()
 
 
 def test_architecture_list_with_a_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,34 @@ def test_captured_once_and_replayed(cuda: Cuda, network: nn.Module) -> None:
     assert behind == ["event", "current stream", "record"]
 
 
+def test_a_graph_of_inference_mode_serves_outside_it(cuda: Cuda, network: nn.Module) -> None:
+    frozen: Any = espkernels.freeze(network, graph=True)
+    inputs = [image(32, 48, seed=seed) for seed in range(2)]
+    with torch.inference_mode():
+        frozen(inputs[0])
+    with torch.no_grad():
+        assert torch.equal(frozen(inputs[1]), layers(frozen, inputs[1]))
+    assert len(cuda.graphs) == 1
+
+
+@torch.no_grad()
+def test_tf32_has_graphs_of_its_own(cuda: Cuda, network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: Any = espkernels.freeze(network, graph=True)
+    for allowed in (False, True, False):
+        monkeypatch.setattr(graphs, "allows_tf32", lambda allowed=allowed: allowed)
+        frozen(image(32, 48))
+    assert len(cuda.graphs) == 2
+
+
+@torch.no_grad()
+def test_transforms_are_not_captured(cuda: Cuda, network: nn.Module) -> None:
+    frozen: Any = espkernels.freeze(network, graph=True)
+    x = torch.stack([image(32, 48, seed=seed) for seed in range(2)])
+    results = torch.func.vmap(frozen)(x)
+    assert cuda.graphs == []
+    torch.testing.assert_close(results, torch.stack([layers(frozen, one) for one in x]), rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_each_kind_of_input_has_its_graph(cuda: Cuda, network: nn.Module) -> None:
     frozen: Any = espkernels.freeze(network, graph=True)

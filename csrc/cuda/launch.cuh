@@ -13,7 +13,7 @@ namespace espk::cuda {
 #endif
 
 // Below two blocks a multiprocessor, smaller blocks are the faster choice; 108 multiprocessors are an A100. A constant
-// and no question to the device, so that the same shape is the same work everywhere.
+// and no question to the device: the same shape is the same work on all that have as much shared memory.
 #if !defined(ESPK_ENOUGH_BLOCKS)
 #define ESPK_ENOUGH_BLOCKS (2 * 108)
 #endif
@@ -48,8 +48,9 @@ Outcome launch(const char* name, void (*kernel)(Params), int64_t blocks, int thr
                Params params) {
   if (blocks <= 0) return {};
   if (shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    // The most there is, not what this launch asks for: another thread may set the same attribute before it starts.
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_memory_limit()));
     if (error != cudaSuccess) {
       cudaGetLastError();
       return {name, cudaGetErrorString(error)};

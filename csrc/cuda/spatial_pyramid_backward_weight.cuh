@@ -23,16 +23,21 @@ struct PyramidWeightParams {
   OfInput of_x;
 };
 
+// From thread to thread of their products: odd, so that the threads of a warp write to 32 banks.
+template <class Traits>
+constexpr int kProductPitch = 9 * Traits::channels | 1;
+
 template <class T, class Traits, class OfGrad, class OfInput>
 __global__ void __launch_bounds__(Traits::threads, 1)
     spatial_pyramid_backward_weight_kernel(const PyramidWeightParams<T, OfGrad, OfInput> p) {
   using C = Compute<T>;
   constexpr int kRows = Traits::rows, kVector = Traits::channels, kTaps = 9 * kVector;
+  constexpr int kPitch = kProductPitch<Traits>;
   const PyramidShape& s = p.shape;
   const int sums_a_branch = 9 * s.cut.channels;
   C* sums = reinterpret_cast<C*>(shared_memory());  // [K][channels][9]
-  C* products = sums + round_up(s.branches * sums_a_branch, 4);  // [threads][channels a thread][9]
-  T* window = reinterpret_cast<T*>(products + Traits::threads * kTaps);
+  C* products = sums + round_up(s.branches * sums_a_branch, 4);  // [threads][kPitch], a thread's [channels][9] first
+  T* window = reinterpret_cast<T*>(products + Traits::threads * kPitch);
   const int thread = static_cast<int>(threadIdx.x);
 
   for (int64_t block = blockIdx.x; block < p.blocks; block += gridDim.x) {
@@ -104,7 +109,7 @@ __global__ void __launch_bounds__(Traits::threads, 1)
             }
           }
 #pragma unroll
-          for (int e = 0; e < kTaps; ++e) products[thread * kTaps + e] = taps[e / 9][e % 9];
+          for (int e = 0; e < kTaps; ++e) products[thread * kPitch + e] = taps[e / 9][e % 9];
           __syncthreads();
           for (int i = thread; i < sums_a_branch; i += Traits::threads) {
             const int vector = i / kTaps;
@@ -112,7 +117,7 @@ __global__ void __launch_bounds__(Traits::threads, 1)
             for (int outer = 0; outer < items.row_groups; ++outer) {
               for (int column = 0; column < items.columns; ++column) {
                 const int slot = items.index(outer, column, vector) - first;
-                if (slot >= 0 && slot < Traits::threads) sum += products[slot * kTaps + i % kTaps];
+                if (slot >= 0 && slot < Traits::threads) sum += products[slot * kPitch + i % kTaps];
               }
             }
             sums[k * sums_a_branch + i] += sum;
@@ -139,7 +144,7 @@ PyramidPlan weight_plan(const SpatialPyramidBackwardWeight& p, const Cut& cut, T
   plan.window = input_window(p, plan.shape);
   plan.window_bytes = bytes_of(p.type) * plan.window.count();
   plan.shared_bytes =
-      branch_weight_bytes(p, cut) + Traits::threads * 9 * Traits::channels * compute + plan.window_bytes;
+      branch_weight_bytes(p, cut) + Traits::threads * kProductPitch<Traits> * compute + plan.window_bytes;
   return plan;
 }
 

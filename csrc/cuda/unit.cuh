@@ -298,6 +298,7 @@ __global__ void __launch_bounds__(Traits::threads, Traits::blocks) unit_kernel(c
                             return there ? y * s.out_width + z : int64_t{-1};
                           });
             }
+            __syncwarp();  // lanes leave a narrow patch early, and the next product is the whole warp's
           }
         }
       }
