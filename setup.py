@@ -294,7 +294,8 @@ def cuda_architectures() -> list[str]:
             options += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
     if not options:
         raise PlatformError(
-            f"TORCH_CUDA_ARCH_LIST is {asked!r}; the CUDA kernels need 8.0 or later. Add one, or set ESPKERNELS_BUILD_CUDA=0."
+            f"TORCH_CUDA_ARCH_LIST is {asked!r}; the CUDA kernels need 8.0 or later. Add one, or set "
+            "ESPKERNELS_BUILD_CUDA=0."
         )
     return options
 
@@ -355,6 +356,13 @@ def ninja_program() -> str:
     return program
 
 
+# C++20, and the shuffles of vectors that GCC has since 12.
+PROBE = """#include <concepts>
+typedef int Four __attribute__((vector_size(16)));
+Four turned(Four v) { return __builtin_shufflevector(v, v, 3, 2, 1, 0); }
+"""
+
+
 @functools.cache
 def compiler() -> list[str]:
     """The C++ compiler ($CXX, else c++ or g++ or clang++), once it has shown that it knows C++20."""
@@ -363,11 +371,11 @@ def compiler() -> list[str]:
     command = next((command for command in commands if shutil.which(command[0])), None)
     if command is None:
         raise PlatformError(
-            f"no C++ compiler found (looked for {', '.join(candidates)}): install g++ >= 10, or set CXX."
+            f"no C++ compiler found (looked for {', '.join(candidates)}): install g++ >= 12, or set CXX."
         )
-    if not compiles(command, ["-std=c++20"], "#include <concepts>\n"):
+    if not compiles(command, ["-std=c++20"], PROBE):
         raise PlatformError(
-            f"{shlex.join(command)} cannot compile C++20: install g++ >= 10 or clang >= 12, or set CXX."
+            f"{shlex.join(command)} cannot compile C++20: install g++ >= 12 or clang >= 12, or set CXX."
         )
     return command
 

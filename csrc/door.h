@@ -136,6 +136,12 @@ inline void describe(Convolution& p, const Tensor& x, Layout layout, int64_t out
   p.out_width = filtered(p.width, p.filter_width, stride, padding);
   const int64_t longest = (p.height > p.width ? p.height : p.width) + 2 * padding;
   p.stride = stride < longest ? stride : longest;  // as in a pyramid
+  // Four rows of the result read a strip of the padded map, which has to have a size in bytes.
+  int64_t rows, bytes;
+  const bool overflows = __builtin_mul_overflow(4, p.stride, &rows) ||
+                         __builtin_mul_overflow(rows + p.filter_height, longest + p.filter_width, &bytes) ||
+                         __builtin_mul_overflow(bytes, 8 * p.in_channels, &bytes);
+  STD_TORCH_CHECK(!overflows, "stride, padding: too large for the filter");
 }
 
 inline void check_branch_weight(const Tensor& weight, const Pyramid& p) {

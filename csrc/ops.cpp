@@ -69,7 +69,7 @@ ESPK_LIBRARY(ESPK_NAMESPACE, m) {
   // float64 [2, sum of C_i]: mean and biased variance of counts[i] values a channel.
   m.def(
       "track_norms(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] batches, Tensor moments, float[] shares, "
-      "int[] counts) -> ()");
+      "SymInt[] counts) -> ()");
   // grad [B, N, H', W'], x [B, M, H, W] of a convolution in one group without dilation -> [N, M, height, width]
   m.def("convolution_backward_weight(Tensor grad, Tensor x, int height, int width, int stride, int padding) -> Tensor");
   // grad [B, N, H, W], x [B, M, H, W] of a 3x3 convolution padded by one, 1 to 8 channels a group -> [N, M/groups, 3, 3]

@@ -135,6 +135,7 @@ class _Choice:
 # last one counts. Blocks of several threads end in any order, and a list needs no lock to gain or lose an item.
 _choices = [_Choice(_checked(os.environ.get("ESPKERNELS_BACKEND") or None))]
 
+
 def kernels_for(dispatch_key: str, namespace: str) -> frozenset[str]:
     """The operators of ``namespace`` that have a kernel for ``dispatch_key``; there may be more with schemas alone."""
     names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{namespace}::"))
@@ -142,8 +143,8 @@ def kernels_for(dispatch_key: str, namespace: str) -> frozenset[str]:
     return frozenset(name.removeprefix(f"{namespace}::") for name in names if has_kernel(name, dispatch_key))
 
 
-# What a tensor on a GPU gets where nothing was asked for, and what the CUDA C++ library has of that, decided once for the
-# same reason.
+# What a tensor on a GPU gets where nothing was asked for, and what the CUDA C++ library has kernels of, decided once for
+# the same reason.
 _gpu_default = next(name for name in DEFAULTS["cuda"].order if _missing(name) is None)
 _cuda_kernels = kernels_for("CUDA", "espkernels_cuda") if _missing("cuda") is None else frozenset()
 
@@ -164,7 +165,7 @@ def current() -> str | None:
 
 
 def transforms_active() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode AD is active: they have rules for torch's operations alone."""
+    """Whether a transform of ``torch.func`` or forward-mode AD is active, with rules for torch's operations alone."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

@@ -6,6 +6,7 @@ them is tried: a block and its frozen form get the same map in float64, and only
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -34,14 +35,22 @@ def frozen(module: nn.Module) -> nn.Module | None:
 def proven(module: M, make: Callable[[M], nn.Module], *inputs: Sequence[int]) -> nn.Module | None:
     """What ``make`` gives for ``module``, or None where that does something else.
 
-    ``inputs`` are the channels of the maps of each call to try; by default one map.
+    ``inputs`` are the channels of the maps of each call to try; by default one map. A module that takes more than the
+    frozen one may be called with it.
     """
     try:
         theirs = copied(module)
         ours = make(theirs)
     except Exception:  # parts that do not fit together
         return None
+    if _named_inputs(module) > _named_inputs(ours):
+        return None
     return make(module) if all(agree(theirs, ours, *channels) for channels in inputs or [()]) else None
+
+
+def _named_inputs(module: nn.Module) -> int:
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    return sum(kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for kind in kinds)
 
 
 def _maker(module: nn.Module) -> Callable[[nn.Module], nn.Module] | None:

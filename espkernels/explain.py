@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from espkernels import backends, replay
 from espkernels.explanation import Explanation, Row
@@ -18,6 +17,7 @@ from espkernels.freeze import freeze
 from espkernels.frozen import Frozen
 from espkernels.probe import Ceilings, probe
 from espkernels.running import running
+from espkernels.watching import Watching
 
 __all__ = ["explain"]
 
@@ -118,7 +118,7 @@ def _recorded(model: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> 
         owners.extend([names[-1] if names else ""] * (library.recorded_steps() - len(owners)))
 
     with running(model, before):
-        recorded = replay.record(forward, x, model.parameters())
+        recorded = replay.record(forward, x, replay.changing(model))
     if recorded.plan is not None:
         if isinstance(model, replay.Replayed):
             model._prepare(recorded.plan, x)
@@ -181,7 +181,7 @@ def _ideal(steps: list[Any], sizes: list[int], span: range) -> int:
     return total
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(Watching):
     """The operators that run in each module: those of this library by name, all others as "torch"."""
 
     def __init__(self, running: list[str]) -> None:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from espkernels import blocks, frozen, frozen_decoder, graphs, replay, tuning
 from espkernels import nn as layers
-from espkernels.checks import MAX_BRANCHES
+from espkernels.checks import DTYPES, MAX_BRANCHES
 from espkernels.fused_unit import hooked, is_global_average
 from espkernels.models.eru import EESP1d, FrozenEESP1d
 from espkernels.models.espnetv2 import Encoder
@@ -35,8 +35,10 @@ def freeze(model: M, *, tune: Tensor | None = None, graph: bool = False) -> M:
     The copy is in eval mode. EESP units and down-samplers, ours or anybody's that :func:`espkernels.replace`
     recognises, become single modules; convolutions followed by a batch norm (and PReLU) become one convolution, and
     efficient pyramid pooling one layer. Layers, ours, the official ones and copies of them, are recognised by their
-    parts and proven by a trial, which a ``forward`` that does something else does not pass. What is not recognised
-    stays as it is. Maps between frozen layers are channels_last, whatever format the input has.
+    parts and proven by trials in which a ``forward`` that does something else differs, unless it does so for other
+    sizes or numbers alone: compare the results where a model's layers may. What is not recognised stays as it is. Maps
+    between frozen layers are channels_last, whatever format the input has. A ``nn.Sequential`` of convolution, norm and
+    PReLU does all in its first part: a ``forward`` that takes a map from between them gets the last one.
 
     Gradients flow to the inputs of a frozen model, its folded weights are buffers. A batch norm without running
     statistics cannot be folded, and its layer stays as it was; so does a layer with hooks.
@@ -59,7 +61,8 @@ def freeze(model: M, *, tune: Tensor | None = None, graph: bool = False) -> M:
         raise ValueError(
             "tune: got a tensor beside graph=True, expected None: only plans on the CPU have what is tuned"
         )
-    root = nn.ModuleList([copy.deepcopy(model).eval()])  # a parent for a model that is itself a layer
+    root = nn.ModuleList([copy.deepcopy(model)])  # a parent for a model that is itself a layer
+    root.eval()
     replace_units(root)
     for part in root.modules():
         # A network of ours built from torch's layers pools and resizes by torch's operations too; its copy need not.
@@ -100,6 +103,8 @@ def _frozen(module: nn.Module) -> nn.Module | None:
         known = type(module).forward in (Join.forward, FusedJoin.forward)
         known = known and isinstance(module[0], _BatchNorm) and type(module[1]) is nn.PReLU
         return frozen_decoder.FrozenJoin(module) if known else None
+    if isinstance(module, (nn.Conv2d, nn.Linear)) and not (module.weight.numel() and module.weight.dtype in DTYPES):
+        return None
     if type(module) is nn.Conv2d and tuple(module.kernel_size) == tuple(module.stride) == (1, 1):
         return frozen.FrozenConvolution(module) if module.padding_mode == "zeros" else None
     if type(module) is nn.Linear:
@@ -109,14 +114,26 @@ def _frozen(module: nn.Module) -> nn.Module | None:
     if isinstance(module, nn.Sequential) and type(module).forward in (nn.Sequential.forward, layers.Chain.forward):
         kinds = tuple(type(part) for part in module)
         if kinds in ((nn.Conv2d, nn.BatchNorm2d, nn.PReLU), (nn.Conv2d, nn.BatchNorm2d)):
-            return frozen.FrozenConvolution(*module) if module[0].padding_mode == "zeros" else None
+            return _all_in_first(module, frozen.FrozenConvolution) if module[0].padding_mode == "zeros" else None
         if kinds == (nn.BatchNorm2d, nn.PReLU):
-            return frozen.FrozenAffine(*module)
+            return _all_in_first(module, frozen.FrozenAffine)
     if type(module) is nn.BatchNorm2d:
         return frozen.FrozenAffine(module)
     if type(module) is nn.PReLU and module.num_parameters > 1:
         return frozen.FrozenAffine(None, module)
     return blocks.frozen(module)
+
+
+def _all_in_first(chain: nn.Sequential, make: Callable[..., nn.Module]) -> nn.Sequential:
+    """The chain with what ``make`` gives for its parts in the first one's place, and nothing done in the others'.
+
+    Code that walks through the parts, by whatever way and name, finds as many and ends with the same map.
+    """
+    parts: list[nn.Module] = list(chain)
+    chain[0] = make(*parts)
+    for place in range(1, len(parts)):
+        chain[place] = nn.Identity()
+    return chain
 
 
 def _frozen_unit(unit: M, make: Callable[[M], nn.Module]) -> nn.Module | None:

@@ -8,7 +8,7 @@ the residual and writes one; 3.5 in all, where eager moves about 20.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -44,6 +44,8 @@ class Frozen(nn.Module):
     an edit counts after ``load_state_dict(state_dict())``.
     """
 
+    tells_changes = True  # to replay.forget
+
     def _register(self, weights: dict[str, Tensor], vectors: dict[str, Tensor], dtype: torch.dtype) -> None:
         for name, weight in weights.items():
             self.register_buffer(name, weight.to(dtype).contiguous())
@@ -72,10 +74,6 @@ class Frozen(nn.Module):
         result = super()._apply(applied, recurse)
         self._changed()
         return result
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        """The layer itself: code that walks through the ``nn.Sequential`` that it was finds one layer."""
-        yield self
 
 
 class FrozenConvolution(Frozen):

@@ -30,8 +30,8 @@ def fits(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
         return False
     if not x.shape[1] == norm.num_features == act.num_parameters:
         return False
-    # A channel of one value has no variance: torch's batch norm says so.
-    if x.numel() == x.shape[1] and takes_batch(norm):
+    # A channel of one value has no variance, and nothing may be divided by none: torch's batch norm says so.
+    if (x.numel() == x.shape[1] or norm.eps <= 0) and takes_batch(norm):
         return False
     if torch.is_autocast_enabled(x.device.type):  # it lowers what comes to a PReLU, whatever the norm gave
         return x.dtype == torch.get_autocast_dtype(x.device.type)

@@ -106,7 +106,7 @@ def _layers_in_training(strided: Unit, x: Tensor) -> UnitLayers | None:
     if hooked(module) or not (module.training or torch.is_grad_enabled()):
         return None
     layers = strided.layers()
-    if not fused_unit.wanted(strided, layers, x):
+    if not fused_unit.wanted(layers, x):
         return None
     if layers.stride != 2 or layers.adds_input or len(layers.activations) != 2:
         return None

@@ -7,7 +7,7 @@ another kind of batch norm, runs only when the modules are called, so such a uni
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,7 +50,8 @@ class UnitLayers:
     norms: tuple[Norm, Norm, Norm]
     activations: Sequence[nn.PReLU]  # behind the first two norms, and behind the last where one ends the unit
     containers: Sequence[nn.Module]  # of the modules above, called with them
-    dilations: Sequence[int]
+    as_known: bool = True  # they are of the classes whose forward does no more than call those
+    dilations: Sequence[int] = ()
     stride: int = 1
     hff: bool = True
     adds_input: bool = False  # where shapes are equal
@@ -61,8 +62,6 @@ class Unit(Protocol):
     """A module that can say what it is made of."""
 
     def layers(self) -> UnitLayers: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def pyramid_weight(self) -> Tensor:
         """The weights of the branches, [K, d, 3, 3]."""
@@ -120,11 +119,18 @@ def laid_out(weight: Tensor) -> Tensor:
     return weight
 
 
-def wanted(unit: Unit, layers: UnitLayers, x: Tensor) -> bool:
-    """Whether the unit is in training: a norm takes the statistics of the batch, or a gradient is wanted."""
-    return any(norm.training for norm in layers.norms) or (
-        torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in unit.parameters()))
-    )
+def wanted(layers: UnitLayers, x: Tensor) -> bool:
+    """Whether the unit is in training: a norm takes the statistics of the batch, or a gradient is wanted.
+
+    Of what the layers hold, which need not be parameters: learning to learn puts tensors with a history there.
+    """
+    if any(norm.training for norm in layers.norms):
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    held = (layers.reduce, *layers.branches, layers.expand, *layers.norms, *layers.activations)
+    vectors = (vector for layer in held for vector in (layer.weight, getattr(layer, "bias", None)))
+    return x.requires_grad or any(vector is not None and vector.requires_grad for vector in vectors)
 
 
 def settled(layers: UnitLayers, x: Tensor) -> bool:
@@ -155,7 +161,9 @@ def fits(layers: UnitLayers, x: Tensor) -> bool:
         return False
     if any(act.num_parameters != norm.num_features for act, norm in zip(activations, norms, strict=False)):
         return False
-    if hooked(*layers.containers, *norms, *activations):
+    if not layers.as_known or hooked(*layers.containers, *norms, *activations):
+        return False
+    if any(norm.eps <= 0 and takes_batch(norm) for norm in norms):  # torch's batch norm says that it may not be
         return False
     weights = [convolution.weight for convolution in (layers.reduce, *layers.branches, layers.expand)]
     if torch.is_autocast_enabled(x.device.type):

@@ -34,8 +34,14 @@ __all__ = [
 
 
 def _runs_kernel(x: Tensor, *others: object) -> bool:
-    """Whether the operator in the library may run: no argument asks for a gradient, and the device has kernels."""
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in (x, *others)):
+    """Whether the operator in the library may run: no argument asks for a gradient, and the device has kernels.
+
+    Not where autocast has lowered some of the maps and weights: its rules are for torch's operations.
+    """
+    given = [a for a in (x, *others) if isinstance(a, Tensor)]
+    if torch.is_grad_enabled() and any(a.requires_grad for a in given):
+        return False
+    if torch.is_autocast_enabled(x.device.type) and any(a.dim() > 1 and a.dtype != x.dtype for a in given):
         return False
     return not backends.runs_reference(x.device)
 

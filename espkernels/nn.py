@@ -257,12 +257,20 @@ class EESP(nn.Module):
         self.conv_1x1_exp = CB(out_channels, out_channels, 1, groups=k)
         self.br_after_cat = self.br_type(out_channels)
         self.module_act = nn.PReLU(out_channels)
+        self.container_types = tuple(map(type, self._containers()))
         init_parameters(self)
+
+    def _containers(self) -> list[nn.Module]:
+        return [self.proj_1x1, self.br_after_cat, self.conv_1x1_exp, *self.spp_dw]
+
+    def _as_known(self) -> bool:
+        """Whether the parts are of the classes that they had when the unit was built, or replaced."""
+        return tuple(map(type, self._containers())) == self.container_types
 
     def pyramid_weight(self) -> Tensor:
         """The weights of the K branches as one tensor [K, d, 3, 3]; gradients reach the branches through it."""
-        weight = torch.cat([laid_out(cast(CDilated, branch).conv.weight) for branch in self.spp_dw])
-        return weight.reshape(len(self.dilations), -1, 3, 3)
+        weights = (laid_out(cast(CDilated, branch).conv.weight) for branch in self.spp_dw)
+        return torch.cat([weight.reshape(1, -1, 3, 3) for weight in weights])
 
     def layers(self) -> UnitLayers:
         """What :mod:`espkernels.fused_unit` asks of a unit."""
@@ -275,7 +283,8 @@ class EESP(nn.Module):
             expand=self.conv_1x1_exp.conv,
             norms=(self.proj_1x1.bn, self.br_after_cat.bn, self.conv_1x1_exp.bn),
             activations=[*inner, self.module_act] if ends_with_prelu else inner,
-            containers=(self.proj_1x1, self.br_after_cat, self.conv_1x1_exp, *branches),
+            containers=self._containers(),
+            as_known=self._as_known(),
             dilations=self.dilations,
             stride=self.stride,
             hff=self.hff,
@@ -286,7 +295,7 @@ class EESP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layers = self.layers()
         if fused_unit.fits(layers, x):
-            if fused_unit.wanted(self, layers, x):
+            if fused_unit.wanted(layers, x):
                 return fused_unit.run(self, layers, x)
             if fused_unit.settled(layers, x):
                 return fused_unit.infer(self, layers, x)
@@ -300,14 +309,14 @@ class EESP(nn.Module):
 
     def _reduce(self, x: Tensor) -> Tensor:
         unit = self.proj_1x1
-        if hooked(unit) or not is_pointwise(unit.conv):
+        if not self._as_known() or hooked(unit) or not is_pointwise(unit.conv):
             return unit(x)
         return unit.act(unit.bn(ops.group_pointwise(x, laid_out(unit.conv.weight).flatten(1), unit.conv.groups)))
 
     def _pyramid(self, reduced: Tensor) -> Tensor:
         branches = [cast(CDilated, branch) for branch in self.spp_dw]
         convolutions = [branch.conv for branch in branches]
-        if not hooked(*branches) and is_pyramid(convolutions, self.dilations, self.stride):
+        if self._as_known() and not hooked(*branches) and is_pyramid(convolutions, self.dilations, self.stride):
             return ops.spatial_pyramid(reduced, self.pyramid_weight(), self.dilations, self.stride, self.hff)
         outputs: list[Tensor] = []
         for branch in branches:
@@ -317,7 +326,7 @@ class EESP(nn.Module):
 
     def _expand(self, z: Tensor) -> Tensor:
         unit = self.conv_1x1_exp
-        if hooked(unit) or not is_pointwise(unit.conv):
+        if not self._as_known() or hooked(unit) or not is_pointwise(unit.conv):
             return unit(z)
         return unit.bn(ops.group_pointwise(z, laid_out(unit.conv.weight).flatten(1), unit.conv.groups))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import compress
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.library import register_fake
 
 from espkernels import backends
@@ -77,6 +78,7 @@ def track(norms: Sequence[Norm], moments: Tensor, counts: Sequence[int]) -> None
     """What the forward of each batch norm does to its buffers.
 
     ``moments`` are the mean and biased variance of all norms, float64 [2, channels]; ``counts`` the values a channel.
+    As torch's norms it leaves the versions of the buffers alone: a graph of an earlier call may have saved them.
     """
     means, variances = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
     tracked = [
@@ -93,8 +95,6 @@ def track(norms: Sequence[Norm], moments: Tensor, counts: Sequence[int]) -> None
             [math.nan if norm.momentum is None else norm.momentum for norm in norms],
             list(counts),
         )
-        if not torch.compiler.is_compiling():
-            increment_version(buffers)  # a graph that kept them for its gradient must hear of it
         return
     sizes = [norm.num_features for norm in norms]
     taken = zip(*(part.split(sizes) for part in moments.unbind()), strict=True)
@@ -108,8 +108,10 @@ def track(norms: Sequence[Norm], moments: Tensor, counts: Sequence[int]) -> None
         share: float | Tensor | None = norm.momentum
         if share is None:  # the mean of all batches
             share = norm.num_batches_tracked.to(mean.dtype).reciprocal()
-        mean.lerp_(batch_mean.to(mean.dtype), share)
-        variance.lerp_((batch_variance * (count / max(count - 1, 1))).to(variance.dtype), share)
+        # torch.compile traces no such block, and keeps no version either.
+        with nullcontext() if torch.compiler.is_compiling() else _unsafe_preserve_version_counter((mean, variance)):
+            mean.lerp_(batch_mean.to(mean.dtype), share)
+            variance.lerp_((batch_variance * (count / max(count - 1, 1))).to(variance.dtype), share)
 
 
 def _in_one_call(buffers: list[Tensor | None]) -> TypeGuard[list[Tensor]]:

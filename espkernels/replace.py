@@ -338,7 +338,10 @@ def _tried(layer: Layer) -> str:
     """Why a layer that can be replaced should not be: it gives something else than ours; empty where it does not."""
     if as_written(layer.module):
         return ""
-    tried = dataclasses.replace(layer, module=copied(layer.module))
+    try:
+        tried = dataclasses.replace(layer, module=copied(layer.module))
+    except Exception as error:  # on the meta device there is nothing to try
+        return f"it cannot be copied for a trial: {error}"
 
     def ours(*inputs: Tensor | None) -> Tensor:
         with _swapped(tried):

@@ -16,21 +16,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from espkernels import backends
 from espkernels.result_memory import KEPT_BYTES, ResultMemory
 from espkernels.translation import Translation
+from espkernels.watching import Watching
 
-__all__ = ["Layers", "Recorded", "Replayed", "Result", "forget", "generation", "record", "replayed"]
+__all__ = ["Layers", "Recorded", "Replayed", "Result", "changing", "forget", "generation", "record", "replayed"]
 
 _aten = torch.ops.aten
 
@@ -77,19 +78,20 @@ _HARMLESS = {
 _MAPS = ("x", "residual", "image", "skip", "gate")
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Watching):
     """Lets the library's operators and harmless ones through, translates what can be, and refuses the rest.
 
-    What does not touch the input, nor what was made of it, is a constant and may be anything but a parameter, which may
-    change at any time or ask for a gradient, a random number, or a tensor that outlives the pass and is changed by it.
+    What does not touch the input, nor what was made of it, is a constant and may be anything but a parameter or a buffer
+    of a layer that is not frozen, which may change at any time, a random number, or a tensor that outlives the pass and
+    is changed by it.
     """
 
-    def __init__(self, x: Tensor, parameters: Iterable[Tensor] = ()) -> None:
+    def __init__(self, x: Tensor, changing: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.data = {_storage(x)}
-        self.learned = {_storage(p) for p in parameters}
+        self.changing = {_storage(a) for a in changing}
         self.made: set[int] = set()  # constants of this pass, which it may change
-        self.alive: list[Any] = []  # what was made of parameters: no other tensor gets its memory meanwhile
+        self.alive: list[Any] = []  # what was made of such as change: no other tensor gets its memory meanwhile
         self.translation = Translation()
         self.refusal = ""
 
@@ -105,7 +107,7 @@ class _Watch(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         result = None
-        learned = any(_storage(a) in self.learned for a in given)
+        changes = any(_storage(a) in self.changing for a in given)
         if not any(_storage(a) in self.data for a in given):
             if torch.Tag.nondeterministic_seeded in func.tags:
                 self.refuse(f"{func} draws random numbers")
@@ -116,15 +118,17 @@ class _Watch(TorchDispatchMode):
             result = func(*args, **kwargs)
             results = {_storage(a) for a in tree_leaves(result) if isinstance(a, Tensor)}
             self.made |= results - {_storage(a) for a in given}
-            if learned:
+            if changes:
+                if not results:
+                    self.refuse(f"{func} reads a parameter or buffer that is not frozen")
                 self.alive.append(result)
-                self.learned |= results
+                self.changing |= results
             return result
         if _moves_images(func, *args):
             self.refuse(f"{func} on shape {list(given[0].shape)} picks or moves images, dimension 0")
         if func.namespace == "espkernels":
-            if learned:
-                self.refuse(f"{func} has a parameter that is not frozen")
+            if changes:
+                self.refuse(f"{func} has a parameter or buffer that is not frozen")
             for argument, value in zip(func._schema.arguments, args, strict=False):
                 if isinstance(value, Tensor) and argument.name not in _MAPS and _storage(value) in self.data:
                     self.refuse(f"{func} has a {argument.name} that was made of the input")
@@ -162,7 +166,8 @@ def _moves_images(func: Any, x: Any, dims: Any = 0, *_: Any) -> bool:
 
 
 def _storage(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+    """Where the numbers of a tensor lie; 0 for a sparse one, which no kernel reads."""
+    return x.untyped_storage().data_ptr() if x.layout == torch.strided else 0
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,7 @@ class Result:
         size = (images, *self.shape)
         count = math.prod(size)
         if count * self.dtype.itemsize < KEPT_BYTES:
-            return torch.empty_strided(size, self._stride, dtype=self.dtype)
+            return torch.empty_strided(size, self._stride, dtype=self.dtype, device="cpu")
         return self.memory.empty(size, self._stride, self.dtype, count)
 
     @functools.cached_property
@@ -241,15 +246,24 @@ class Recorded:
         return [result.empty(images) for result in self.results]
 
 
-def record(forward: Callable[[Tensor], Any], x: Tensor, parameters: Iterable[Tensor]) -> Recorded:
+def changing(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors of a model that may change with nobody told: parameters, and buffers of layers not frozen."""
+    yield from model.parameters()
+    for layer in model.modules():
+        if not getattr(layer, "tells_changes", False):
+            yield from layer.buffers(recurse=False)
+
+
+def record(forward: Callable[[Tensor], Any], x: Tensor, changing: Iterable[Tensor]) -> Recorded:
     """Runs ``forward`` on the first image of ``x`` and gives its plan, or why there is none.
 
-    ``parameters`` are those of the model that may still learn. What the model itself raises is raised.
+    ``changing`` are tensors of the model that may change from call to call. What the model itself raises is such a
+    reason too: one image alone may not be what it takes.
     """
     library = backends.library
     assert library is not None
     image = x[:1]
-    watch = _Watch(image, parameters)
+    watch = _Watch(image, changing)
     library.begin_recording(image.data_ptr(), image.numel() * image.element_size())
     try:
         with _WatchReads(watch), watch:
@@ -264,9 +278,8 @@ def record(forward: Callable[[Tensor], Any], x: Tensor, parameters: Iterable[Ten
             raise _Refused(str(reason)) from None
         return Recorded(plan, results, structure)
     except Exception as reason:
-        if not watch.refusal and not isinstance(reason, _Refused):
-            raise  # the model's own
-        return Recorded(refusal=watch.refusal or str(reason))
+        own = "" if isinstance(reason, _Refused) else f"one image alone raises {type(reason).__name__}: "
+        return Recorded(refusal=watch.refusal or f"{own}{reason}")
     finally:
         library.drop_recording()
 
@@ -335,7 +348,7 @@ class Replayed(nn.Module):
         if recorded is None:
             current = [(k, plan) for k, plan in self.plans.items() if k[-1] == _generation]
             self.plans = dict(current[-(KEPT - 1) :])
-            recorded = replace(record(forward, x, self.parameters()), layers=layers)
+            recorded = replace(record(forward, x, changing(self)), layers=layers)
             if recorded.plan is not None:
                 self._prepare(recorded.plan, x)
             self.plans[key] = recorded
@@ -375,7 +388,12 @@ _classes: dict[Any, type[nn.Module]] = {}
 def _class_of(joined: type[Replayed], base: type[nn.Module]) -> type[nn.Module]:
     if (joined, base) not in _classes:
         name = f"Frozen{base.__name__.removeprefix('Frozen')}"
-        members = {"__doc__": base.__doc__, "_espkernels_base": base}
+        # With the signature of the base's, which torch.export asks for.
+        code = joined.forward
+        forward = types.FunctionType(code.__code__, code.__globals__, closure=code.__closure__)
+        members = {"__doc__": base.__doc__, "_espkernels_base": base, "forward": functools.wraps(base.forward)(forward)}
+        if hasattr(base, "classes"):  # the user's own
+            members["classes"] = base.classes
         _classes[joined, base] = type(name, (joined, base), members)
     return _classes[joined, base]
 
@@ -386,9 +404,14 @@ def _blank(joined: type[Replayed], base: type[nn.Module]) -> nn.Module:
 
 
 def replayed(model: nn.Module, joined: type[Replayed] = Replayed) -> nn.Module:
-    """``model`` itself, its class joined with ``joined``: still an instance of its own class."""
+    """``model`` itself, its class joined with ``joined``: still an instance of its own class.
+
+    Raises ValueError where it has ``plans`` of its own.
+    """
     if isinstance(model, joined):
         return model
+    if hasattr(model, "plans") and not isinstance(model, Replayed):
+        raise ValueError(f"model: {type(model).__name__} has an attribute 'plans', where a frozen model keeps its own")
     base = type(model)._espkernels_base if isinstance(model, Replayed) else type(model)
     model.__class__ = _class_of(joined, base)
     model.plans = {}  # type: ignore[assignment]

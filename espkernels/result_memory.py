@@ -32,14 +32,14 @@ class ResultMemory:
         # The storage holds the block, as do its views and everything that shares them, in any thread.
         weakref.finalize(block, self._give_back, memory).atexit = False
         storage = torch.frombuffer(block, dtype=dtype).untyped_storage()
-        return torch.empty(0, dtype=dtype).set_(storage, 0, size, stride)
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, size, stride)
 
     def _take(self, count: int) -> Tensor:
         try:
             memory = self._free.pop()  # one step, whatever other threads do
         except IndexError:
-            memory = torch.empty(0, dtype=torch.uint8)
-        return memory if len(memory) == count else torch.empty(count, dtype=torch.uint8)
+            memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        return memory if len(memory) == count else torch.empty(count, dtype=torch.uint8, device="cpu")
 
     def _give_back(self, memory: Tensor) -> None:
         if not self._free:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from espkernels import backends, ops, problem
 from espkernels.problem import Problem
+from espkernels.watching import Watching
 
 __all__ = ["DTYPES", "Check", "problems", "run"]
 
@@ -94,7 +94,7 @@ def _reason(operator: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-class _Seen(TorchDispatchMode):
+class _Seen(Watching):
     """Sees whether the registered operator is called inside the block."""
 
     def __init__(self, operator: str) -> None:

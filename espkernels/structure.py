@@ -19,7 +19,13 @@ __all__ = ["Layer", "is_unit", "recognise"]
 
 _EESP = {"proj_1x1", "spp_dw", "conv_1x1_exp", "br_after_cat", "module_act"}
 _DOWN_SAMPLER = {"eesp", "avg", "act"}
-_READ = ("stride", "dilations", "down_method", "hff")  # what the forward of our EESP reads from its module
+_READ = (
+    "stride",
+    "dilations",
+    "down_method",
+    "hff",
+    "container_types",
+)  # what the forward of our EESP reads from its module
 
 
 class _Different(Exception):
@@ -201,7 +207,10 @@ def _eesp(unit: nn.Module, in_down_sampler: bool) -> dict[str, object]:
     for name in _READ:
         _require(not isinstance(getattr(type(unit), name, None), property), f"its class computes {name} itself")
     down_method = _down_method(unit, stride, in_down_sampler)
-    return {"stride": stride, "dilations": tuple(dilations), "down_method": down_method, "hff": _hff(unit)}
+    containers = map(unit.get_submodule, ("proj_1x1", "br_after_cat", "conv_1x1_exp"))
+    types = tuple(map(type, (*containers, *unit.get_submodule("spp_dw").children())))
+    attributes = {"stride": stride, "dilations": tuple(dilations), "down_method": down_method, "hff": _hff(unit)}
+    return attributes | {"container_types": types}
 
 
 def _down_method(unit: nn.Module, stride: int, in_down_sampler: bool) -> str:

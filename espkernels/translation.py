@@ -152,7 +152,8 @@ class Translation:
 
     def multiply(self, a: Any, b: Any) -> Tensor | None:
         for x, gate in ((a, self._origin(b)), (b, self._origin(a))):
-            if isinstance(gate, _Gate) and x.dim() == 4 and x.shape[:2] == gate.logits.shape[:2]:
+            gates = isinstance(gate, _Gate) and isinstance(x, Tensor) and x.dim() == 4
+            if gates and x.shape[:2] == gate.logits.shape[:2]:
                 return self._torchs(_aten.mul.Tensor, a * b, _Weighted(x, gate.logits))
         return None
 
@@ -182,7 +183,7 @@ class Translation:
         """As a PReLU of slope 0, of which minus infinity, the sign of an overflow, is NaN and not 0."""
         if x.dim() != 4:
             return None
-        return inference.affine(x, slope=torch.zeros(x.shape[1], dtype=vector_dtype(x.dtype)))
+        return inference.affine(x, slope=torch.zeros(x.shape[1], dtype=vector_dtype(x.dtype), device=x.device))
 
     def concatenate(self, maps: Any, dim: int = 0) -> Tensor | None:
         """Along the channels of maps in channels_last, or of contiguous tensors along any dimension but the images'."""

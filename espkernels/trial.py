@@ -15,8 +15,9 @@ __all__ = ["agree", "copied"]
 
 M = TypeVar("M", bound=nn.Module)
 
-# Odd, so that rounding to half or three halves of it up or down differs, and a tenth is below the smallest branch.
-TRIAL = (11, 13)
+# Odd, so that rounding to half or three halves of it up or down differs, and a tenth is below the smallest branch; and
+# even, with numbers that a clamp would cut. Height, width and standard deviation.
+TRIALS = ((11, 13, 1.0), (8, 20, 1e4))
 # A rounding of float64 is 1e-16 and a sum here has some thousand terms; another function is off by far more.
 TOLERANCE = 1e-9
 
@@ -36,7 +37,8 @@ def copied(module: M) -> M:
         for name, tensor in (*result.named_parameters(), *result.named_buffers()):
             if tensor.is_floating_point():
                 low = 0.5 if name.endswith("running_var") else -1.0
-                tensor.copy_(torch.empty(tensor.shape, dtype=tensor.dtype).uniform_(low, 1, generator=generator))
+                drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                tensor.copy_(drawn.uniform_(low, 1, generator=generator))
     return result.cpu() if backends.current() is None else result
 
 
@@ -50,14 +52,22 @@ def agree(theirs: nn.Module, ours: Callable[..., Tensor], *channels: int) -> boo
     try:
         like = next(theirs.parameters())
         generator = torch.Generator().manual_seed(0)
-        inputs = [
-            torch.randn((2, count, *TRIAL), generator=generator, dtype=torch.float64).to(like.device) if count else None
-            for count in channels or (_in_channels(theirs),)
-        ]
-        with torch.no_grad():
-            expected = theirs(*inputs)
-            same = (ours(*inputs) - expected).abs().max() <= TOLERANCE * expected.abs().max()
-            return bool(same and expected.min() < expected.max())
+        counts = channels or (_in_channels(theirs),)
+        for height, width, deviation in TRIALS:
+            inputs = [
+                torch.empty((2, count, height, width), dtype=torch.float64, device="cpu")
+                .normal_(0, deviation, generator=generator)
+                .to(like.device)
+                if count
+                else None
+                for count in counts
+            ]
+            with torch.no_grad():
+                expected = theirs(*inputs)
+                same = (ours(*inputs) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+            if not (same and expected.min() < expected.max()):
+                return False
+        return True
     except Exception:
         return False
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from espkernels.backends import use_backend
 from espkernels.frozen import Frozen, FrozenConvolution, FrozenEESP
 from espkernels.running import running
+from espkernels.watching import Watching
 
 __all__ = ["Count", "count"]
 
@@ -59,7 +59,7 @@ _MACS: dict[str, Callable[..., int]] = {
 }
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(Watching):
     """Adds up the multiply-adds of the convolutions that run, for every module that is running at the time."""
 
     def __init__(self, running: list[str]) -> None:

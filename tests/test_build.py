@@ -258,12 +258,12 @@ def test_without_pybind11(machine: Machine) -> None:
 
 def test_without_a_compiler(machine: Machine) -> None:
     said = machine(EVERYTHING, [])
-    assert said == "error: no C++ compiler found (looked for c++, g++, clang++): install g++ >= 10, or set CXX."
+    assert said == "error: no C++ compiler found (looked for c++, g++, clang++): install g++ >= 12, or set CXX."
 
 
 def test_with_a_compiler_that_does_not_exist(machine: Machine) -> None:
     said = machine(EVERYTHING, COMPILERS, CXX="/does/not/exist/g++")
-    assert said == "error: no C++ compiler found (looked for /does/not/exist/g++): install g++ >= 10, or set CXX."
+    assert said == "error: no C++ compiler found (looked for /does/not/exist/g++): install g++ >= 12, or set CXX."
 
 
 def test_with_a_compiler_too_old_for_the_language(machine: Machine, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_with_a_compiler_too_old_for_the_language(machine: Machine, tmp_path: Pa
     old.write_text("#!/bin/sh\necho \"unrecognized command line option '-std=c++20'\" >&2\nexit 1\n")
     old.chmod(0o755)
     said = machine(EVERYTHING, [], CXX=str(old))
-    assert said == f"error: {old} cannot compile C++20: install g++ >= 10 or clang >= 12, or set CXX."
+    assert said == f"error: {old} cannot compile C++20: install g++ >= 12 or clang >= 12, or set CXX."
 
 
 @pytest.mark.skipif(not COMPILERS, reason="g++ is not installed here")

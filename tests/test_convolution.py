@@ -280,6 +280,7 @@ def test_gradients_of_what_does_not_fit_are_refused() -> None:
         ((grad, x, 3, 3, 0, 1), "too small"),
         ((grad, x, 3, 3, 2, -1), "too small"),
         ((grad, x, 3, 3, 2, 2**40), "at most 2"),
+        ((x.new_zeros(1, 2, 2, 2), x.new_zeros(1, 1, 1, 1), 1, 1, 2**31 - 1, 2**30), "too large for the filter"),
         ((grad, x, 10, 3, 2, 1), "smaller, padding included"),
         ((grad, x, 3, 3, 1, 1), "sizes of the convolution's result"),
         ((grad[:1], x, 3, 3, 2, 1), "sizes of the convolution's result"),

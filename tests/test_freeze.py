@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
+from somebody import CBR
 from torch import Tensor, nn
 
 import espkernels
@@ -83,7 +86,7 @@ def test_units_in_float64(name: str) -> None:
 def test_convolution_blocks() -> None:
     block = trained(nn.Sequential(nn.Conv2d(6, 9, 3, 2, 1), nn.BatchNorm2d(9), nn.PReLU())).double().eval()
     frozen = espkernels.freeze(block)
-    assert isinstance(frozen, FrozenConvolution)
+    assert [type(part) for part in frozen] == [FrozenConvolution, nn.Identity, nn.Identity]
     x = image(2, 6, 9, 7)
     assert_same(frozen(x), block(x), 1e-13)
 
@@ -261,23 +264,91 @@ def test_one_image_without_a_batch() -> None:
 
 
 class Walking(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, parts: Callable[[nn.Sequential], Iterable[nn.Module]]) -> None:
         super().__init__()
         self.convolution = nn.Sequential(nn.Conv2d(6, 9, 3), nn.BatchNorm2d(9), nn.PReLU(9))
         self.affine = nn.Sequential(nn.BatchNorm2d(9), nn.PReLU(9))
+        self.parts = parts
 
     def forward(self, x: Tensor) -> Tensor:
-        for part in (*self.convolution, *self.affine):
+        for part in (*self.parts(self.convolution), *self.parts(self.affine)):
             x = part(x)
         return x
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [iter, nn.Module.children, lambda chain: [part for _, part in chain.named_children()],
+     lambda chain: chain._modules.values(), lambda chain: [chain[place] for place in range(len(chain))],
+     lambda chain: (chain[:1], chain[1:])],
+    ids=["iter", "children", "named_children", "modules", "places", "slices"],
+)  # fmt: skip
 @torch.no_grad()
-def test_models_that_walk_through_a_folded_sequence() -> None:
-    model = trained(Walking()).double().eval()
+def test_models_that_walk_through_a_folded_sequence(parts: Any) -> None:
+    model = trained(Walking(parts)).double().eval()
     frozen, x = espkernels.freeze(model), image(2, 6, 9, 7)
-    assert isinstance(frozen.convolution, FrozenConvolution)
+    assert isinstance(frozen.convolution[0], FrozenConvolution)
     assert_same(frozen(x), model(x), 1e-13)
+
+
+class Clamped(CBR):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-50, 50)
+
+
+class Optional(CBR):
+    def forward(self, x: Tensor, activate: bool = True) -> Tensor:
+        y = self.bn(self.conv(x))
+        return self.act(y) if activate else y
+
+
+@pytest.mark.parametrize("kind", [Clamped, Optional])
+@torch.no_grad()
+def test_blocks_that_do_more_than_their_parts_stay(kind: type[CBR]) -> None:
+    model = trained(nn.Sequential(kind(3, 9, 3))).double().eval()
+    frozen, x = espkernels.freeze(model), 255 * image(2, 3, 9, 7)
+    assert type(frozen[0]) is kind
+    assert_same(frozen(x), model(x), 1e-13)
+
+
+@pytest.mark.parametrize("build", [models.espnetv2, models.espnetv2_segmentation], ids=["classifier", "segmentation"])
+def test_frozen_networks_under_autocast(build: Any) -> None:
+    network = trained(build(0.5, num_classes=5)).eval()
+    frozen, x = espkernels.freeze(network), image(1, 3, 64, 96).float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, actual = network(x), frozen(x)
+    assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_results_lie_where_their_input_does() -> None:
+    frozen: Any = espkernels.freeze(trained(models.espnetv2(0.5, num_classes=5)).eval())
+    x = image(1, 3, 32, 32).float()
+    expected = frozen(x)
+    with torch.device("meta"):
+        assert torch.equal(frozen(x), expected)
+
+
+def test_names_of_the_users() -> None:
+    class Named(nn.Sequential):
+        def classes(self) -> list[str]:
+            return ["cat", "dog"]
+
+    assert espkernels.freeze(Named(nn.PReLU(3))).classes() == ["cat", "dog"]
+    model = nn.Sequential(nn.PReLU(3))
+    model.plans = [1]
+    with pytest.raises(ValueError, match="Sequential has an attribute 'plans'"):
+        espkernels.freeze(model)
+
+
+@torch.no_grad()
+def test_export_with_the_names_of_the_inputs() -> None:
+    frozen: Any = espkernels.freeze(trained(models.espnetv2(0.5, num_classes=5)).eval())
+    x = image(2, 3, 32, 32).float()
+    names = list(inspect.signature(frozen.forward).parameters)
+    assert names == list(inspect.signature(models.espnetv2(0.5).forward).parameters)
+    program = torch.export.export(frozen, (x,), dynamic_shapes={names[0]: {0: torch.export.Dim("images")}})
+    assert_same(program.module()(x[:1].repeat(3, 1, 1, 1)), frozen(x[:1].repeat(3, 1, 1, 1)), 1e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False])

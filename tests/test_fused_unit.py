@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from layer_results import randomised, results, twin
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from espkernels import nn as fused
 from espkernels import ops, use_backend
@@ -151,6 +153,33 @@ def test_other_layers_run_one_by_one(fused_calls: list[str]) -> None:
     def another_norm(layer: Any) -> None:
         layer.br_after_cat.bn = nn.GroupNorm(1, 16).double()
 
+    def more_in_a_container(layer: Any) -> None:
+        norm, act = layer.br_after_cat.children()
+        layer.br_after_cat = nn.Sequential(OrderedDict(bn=norm, act=act, drop=nn.Dropout2d(1.0)))
+
+    def another_container(layer: Any) -> None:
+        class Doubled(type(layer.spp_dw[0])):  # type: ignore[misc]
+            def forward(self, x: Tensor) -> Tensor:
+                result: Tensor = 2 * super().forward(x)
+                return result
+
+        layer.spp_dw[0].__class__ = Doubled
+
+    def no_eps(layer: Any) -> None:
+        layer.br_after_cat.bn.eps = 0.0
+
+    x = torch.randn(2, 16, 5, 6, dtype=torch.float64)
+    for change in (more_in_a_container, another_container):
+        layer = randomised(fused.EESP(16, 16)).double()
+        other = twin(layer)
+        change(layer)
+        change(other)
+        torch.testing.assert_close(layer(x), other(x), rtol=1e-10, atol=1e-10)
+        assert not fused_calls
+    layer = randomised(fused.EESP(16, 16)).double()
+    no_eps(layer)
+    with pytest.raises(ValueError, match="eps"):
+        layer(x)
     for change in (doubled, one_slope, another_norm):
         layer = randomised(fused.EESP(16, 16)).double()
         change(layer)
@@ -160,6 +189,51 @@ def test_other_layers_run_one_by_one(fused_calls: list[str]) -> None:
     with use_backend("reference"):
         fused.EESP(16, 16)(torch.randn(2, 16, 5, 6)).sum().backward()
     assert not fused_calls
+
+
+def test_tensors_with_a_history_in_place_of_parameters(fused_calls: list[str]) -> None:
+    layer = randomised(fused.EESP(16, 16)).double().eval().requires_grad_(False)
+    x = torch.randn(2, 16, 5, 6, dtype=torch.float64)
+    gradients = []
+    for each in (layer, twin(layer)):
+        learned = []
+        for name, parameter in list(each.named_parameters()):
+            owner, _, short = name.rpartition(".")
+            module = each.get_submodule(owner)
+            delattr(module, short)
+            learned.append(parameter.detach().clone().requires_grad_())
+            setattr(module, short, learned[-1])
+        gradients.append(torch.autograd.grad(each(x).square().sum(), learned))
+    assert len(fused_calls) == 1
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_a_network_called_twice_in_a_step() -> None:
+    # The norms of the first call run one by one, on a contiguous map, those of the second in operators.
+    layer = randomised(fused.BR(16)).double()
+    x = torch.randn(2, 16, 5, 6, dtype=torch.float64)
+    gradients = []
+    for each in (layer, twin(layer)):
+        loss = each(x).square().sum() + each(x.contiguous(memory_format=torch.channels_last)).sum()
+        gradients.append(torch.autograd.grad(loss, list(each.parameters())))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_branches_in_several_memory_formats() -> None:
+    layer: Any = randomised(fused.EESP(16, 16)).double().to(memory_format=torch.channels_last)
+    layer.spp_dw[1].conv.weight = nn.Parameter(layer.spp_dw[1].conv.weight.detach().contiguous())
+    x = torch.randn(2, 16, 5, 6, dtype=torch.float64)
+    expected, actual = results(twin(layer), x), results(layer, x)
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=1e-10, atol=1e-10)
+
+
+def test_a_float32_graph_is_differentiated_in_float32_inside_autocast() -> None:
+    x, weight, grad = torch.randn(2, 4, 6, 7, requires_grad=True), torch.randn(4, 4, 3, 3), torch.randn(2, 16, 6, 7)
+    y = ops.spatial_pyramid(x, weight, [1, 2, 3, 1])
+    expected = torch.autograd.grad(y, x, grad, retain_graph=True)
+    with torch.autocast("cpu"):
+        assert torch.equal(*expected, *torch.autograd.grad(y, x, grad))
 
 
 def test_second_derivative_says_what_has_none() -> None:
@@ -188,6 +262,15 @@ def test_compiles_whole(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(a[f"_orig_mod.{key}" if f"_orig_mod.{key}" in a else key], value)
     assert len(graphs) == 1
     assert "espkernels.eesp_training.default" in [str(node.target) for node in graphs[0].graph.nodes]
+
+
+def test_compiled_training_takes_any_size() -> None:
+    layer, graphs = fused.EESP(16, 16).double(), CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=graphs, fullgraph=True, dynamic=True)
+    for size in range(5, 17):
+        compiled(torch.randn(2, 16, size, 2 * size + 1, dtype=torch.float64)).sum().backward()
+    assert graphs.frame_count <= 2
 
 
 # --- without gradients -----------------------------------------------------------------------------------------------

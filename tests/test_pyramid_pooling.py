@@ -7,6 +7,7 @@ import torch
 from operator_tests import DTYPES
 from torch import Tensor
 
+import espkernels
 from espkernels import backends, inference, reference
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling
 
@@ -53,6 +54,21 @@ def test_against_the_reference(isa: str, size: tuple[int, int], channels: int) -
             stored, summed = torch.finfo(dtype).eps / 2, torch.finfo(vector).eps / 2
             error = (actual.double() - exact).abs().max().item()
             assert error <= (5 * stored + 80 * summed) * bound, (name, scales)
+
+
+def test_threads_change_no_bit(isa: str, threads: None) -> None:
+    # Reals: sums of whole numbers would be exact in any order. Rows that strips of two and three threads cut anywhere.
+    generator = torch.Generator().manual_seed(0)
+    block = EfficientPyramidPooling(24, 8, 8).eval()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        x = torch.randn(2, 24, 61, 31, generator=generator.manual_seed(1)).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            frozen = espkernels.freeze(block)
+            results.append((frozen(x), frozen(x[1:])))
+    for whole, second in results:
+        assert torch.equal(whole, results[0][0]) and torch.equal(second, whole[1:])
 
 
 def test_no_channels_are_refused() -> None:

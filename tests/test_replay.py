@@ -6,6 +6,8 @@ import copy
 import io
 import pickle
 import resource
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -495,3 +497,14 @@ def test_replays_take_no_memory(frozen: Any) -> None:
     # In KiB. A thread that the pool starts late takes its working memory late, a few MiB once; a leak of one map of a
     # hundred KiB a call would be 20 MiB.
     assert grown < 16 * 1024, f"{grown} KiB more after 200 replays"
+
+
+def test_a_first_forward_pass_imports_no_compiler() -> None:
+    # Two seconds, for every process that only wants an image classified.
+    code = """
+import sys, torch, espkernels
+with torch.no_grad():
+    espkernels.freeze(espkernels.models.espnetv2(0.5, 5).eval())(torch.zeros(1, 3, 32, 32))
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

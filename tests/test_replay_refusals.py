@@ -134,7 +134,38 @@ class OwnWeights(Body):
     def forward(self, x: Tensor) -> Any:
         y = self.stem(x)
         mean = inference.global_average(y).view(1, -1)[:, :16].flatten()
-        return espkernels.group_pointwise(y, self.mixing, 1, shift=mean)
+        return espkernels.group_pointwise(y, torch.eye(16), 1, shift=mean)
+
+
+class Pairs(Body):
+    """Takes two images at a time."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.stem(x)
+        return self.logits(y.reshape(y.shape[0] // 2, -1, *y.shape[2:])[:, ::2].repeat_interleave(2, 0))
+
+
+class Switched(Body):
+    """Reads a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.stem(x)
+        return self.logits(y) if self.gate > 0 else y
+
+
+class OwnBuffer(Body):
+    """A buffer that load_state_dict changes, and no frozen layer hears of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("own", torch.randn(8, 16))
+
+    def forward(self, x: Tensor) -> Any:
+        return espkernels.group_pointwise(self.stem(x), self.own, 1)
 
 
 class FirstImage(Body):
@@ -175,6 +206,9 @@ REFUSED: dict[type[Body], str] = {
     Swallows: "softmax",
     MeanInDouble: "mean",
     OwnWeights: "shift",
+    Pairs: "one image alone raises RuntimeError: shape",
+    Switched: "reads a parameter or buffer that is not frozen",
+    OwnBuffer: "has a parameter or buffer that is not frozen",
     FirstImage: "slice",
     NoImages: "squeeze",
     TwiceAsManyImages: "cat",
@@ -258,12 +292,16 @@ def test_a_recording_ends_where_forward_raises(error: Any) -> None:
     for _ in range(2):
         with pytest.raises(type(error)):
             frozen(x)
-    # Neither this model nor another finds a recording that still runs, and nothing is recorded of a failed pass.
+    # Neither this model nor another finds a recording that still runs.
     frozen.error = None
     other: Any = espkernels.freeze(Raises().eval())
     for model in (frozen, other):
         assert torch.equal(model(x), layers(model, x))
-        assert the_plan(model).plan is not None
+    assert the_plan(other).plan is not None
+    if isinstance(error, Exception):
+        assert the_plan(frozen).refusal == f"one image alone raises {type(error).__name__}: no"
+    else:
+        assert the_plan(frozen).plan is not None
     library: Any = backends.library
     with pytest.raises(RuntimeError, match="not recording"):
         library.end_recording([(0, 0)])

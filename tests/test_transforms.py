@@ -73,6 +73,15 @@ def test_operators_carry_tangents(operator):
     assert_same(jvp(ours, tuple(given), tuple(tangents))[1], found.tangent)
 
 
+def test_tangents_that_no_kernel_carries_are_refused():
+    x, weight, _ = (a.requires_grad_() for a in arguments())
+    y = espkernels.spatial_pyramid(x, weight, DILATIONS)
+    with forward_ad.dual_level():
+        grad_y = forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
+        with pytest.raises(NotImplementedError, match="spatial_pyramid_backward_input has no forward-mode derivative"):
+            torch.autograd.grad(y, x, grad_y)
+
+
 def test_operators_have_jacobians(operator):
     ours, _ = operator
     x, *weights = (a[:1] if a.dim() == 4 and a.shape[1] == 4 and a.shape[2] == 5 else a for a in arguments())

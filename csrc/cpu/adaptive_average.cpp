@@ -1,6 +1,8 @@
 // Means over windows that share a map out evenly: output i of n takes the inputs from floor(i * size / n) to
-// ceil((i + 1) * size / n). Bytes: the input, read once or, where windows overlap, twice; the result, written once.
+// ceil((i + 1) * size / n). Sums are taken as in global_average.cpp. Bytes: the input, read once or, where windows overlap,
+// twice; the result, written once.
 #include "affine_prelu.h"
+#include "channel_sums.h"
 #include "kernels.h"
 
 namespace espk::ESPK_ISA {
@@ -25,15 +27,20 @@ void run_type(const AdaptiveAverage& p, int64_t begin, int64_t end) {
     T* out = static_cast<T*>(p.out) + unit * p.out_width * p.out_pixel;
     for (int64_t column = 0; column < p.out_width; ++column, out += p.out_pixel) {
       const AdaptiveWindow columns(column, p.width, p.out_width);
-      const auto size = broadcast<C, N>(static_cast<C>(rows.count() * columns.count()));
+      const int64_t rows_summed = most(kSummed / columns.count(), 1);
       for (int64_t c = 0; c < p.channels; c += N) {
         const int64_t valid = least(N, p.channels - c);
-        Vector<C, N> sum{};
-        for (int64_t y = rows.first; y < rows.end; ++y) {
-          const T* from = x + (y * p.width + columns.first) * p.channels + c;
-          for (int64_t i = 0; i < columns.count(); ++i, from += p.channels) sum += load_first<N>(from, valid);
+        double total[N] = {};
+        for (int64_t y = rows.first; y < rows.end;) {
+          Vector<C, N> sum{};
+          for (const int64_t end = least(y + rows_summed, rows.end); y < end; ++y) {
+            const T* from = x + (y * p.width + columns.first) * p.channels + c;
+            for (int64_t i = 0; i < columns.count(); ++i, from += p.channels) sum += load_first<N>(from, valid);
+          }
+          add_to<C, N>(total, sum);
         }
-        store_first<N>(out + c, finish.template operator()<N>(sum / size, c, valid), valid);
+        const Vector<C, N> mean = mean_of<C, N>(total, rows.count() * columns.count());
+        store_first<N>(out + c, finish.template operator()<N>(mean, c, valid), valid);
       }
     }
   }

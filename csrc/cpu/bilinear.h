@@ -14,7 +14,7 @@ struct Between {
   Between(int64_t i, int64_t size, int64_t out_size) {
     const double at = out_size > 1 ? static_cast<double>(i) * static_cast<double>(size - 1) / (out_size - 1) : 0.0;
     first = least(static_cast<int64_t>(at), size - 1);
-    second = least(first + 1, size - 1);
+    second = size == out_size ? first : least(first + 1, size - 1);  // no share of an infinity is 0
     share_of_second = static_cast<C>(at - static_cast<double>(first));
     share_of_first = C(1) - share_of_second;
   }

@@ -20,6 +20,15 @@ inline void add_to(double* sums, Vector<C, N> numbers, int64_t valid) {
   for (int64_t lane = 0; lane < valid; ++lane) sums[lane] += static_cast<double>(numbers[lane]);
 }
 
+// Numbers a lane that are summed in the compute type, at most.
+constexpr int64_t kSummed = 256;
+
+// The mean of `count` numbers from their sum.
+template <class C, int N>
+inline Vector<C, N> mean_of(const double* sums, int64_t count) {
+  return __builtin_convertvector(load<N>(sums) / broadcast<double, N>(static_cast<double>(count)), Vector<C, N>);
+}
+
 // The moments of the pieces of a map: for each piece and channel its mean and its sum of squared deviations, which are
 // sums around the piece's first pixel until finish(). That pixel is one of the sample, so that however far the mean lies
 // from zero, squares cancel only as much as the piece's own spread.

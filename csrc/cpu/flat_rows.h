@@ -156,21 +156,18 @@ template <int Window, int Halves, int Odd, class C, class T>
         V weight[Window];
 #pragma GCC unroll 4
         for (int u = 0; u < Window; ++u) weight[u] = load<N>(w + u * N);
-        // Rows that serve the same sum lie far apart in this order, farther than a multiply-add takes.
+        // Each sum takes its rows from the first on, wherever in these it lies: so its bits do not tell where a strip began.
+        const C* at = p;
+#pragma GCC unroll 20
+        for (int row = 0; row < touched; ++row, at += from.pitch) {
+          asm("" : "+r"(at));  // compilers keep the place of each row in memory, and read it again, if they know it
+          V v = load<N>(at);
+          hold(v);
 #pragma GCC unroll 4
-        for (int start = 0; start < Window; ++start) {
-          const C* at = p + start * from.pitch;
-#pragma GCC unroll 6
-          for (int row = start; row < touched; row += Window, at += Window * from.pitch) {
-            asm("" : "+r"(at));  // compilers keep the place of each row in memory, and read it again, if they know it
-            V v = load<N>(at);
-            hold(v);
-#pragma GCC unroll 4
-            for (int u = 0; u < Window; ++u) {
+          for (int u = 0; u < Window; ++u) {
 #pragma GCC unroll 8
-              for (int r = 0; r < kFlatRows; ++r) {
-                if (window_of<Halves, Odd>(r) + u == row) sum[r] += weight[u] * v;
-              }
+            for (int r = 0; r < kFlatRows; ++r) {
+              if (window_of<Halves, Odd>(r) + u == row) sum[r] += weight[u] * v;
             }
           }
         }

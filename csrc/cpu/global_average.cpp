@@ -1,4 +1,6 @@
-// The mean of each channel, before a classifier or a weighting of channels. Bytes: the map, read once.
+// The mean of each channel, before a classifier or a weighting of channels. Sums of many numbers lose digits, more the more
+// alike those are: they are taken in the compute type over a few hundred and in float64 beyond. Bytes: the map, read once.
+#include "channel_sums.h"
 #include "kernels.h"
 #include "vector.h"
 
@@ -24,22 +26,27 @@ void average_pixels(const GlobalAverage& p, int64_t image, int64_t c, int64_t ch
   T* out = static_cast<T*>(p.out) + image * p.channels + c;
   auto average = [&](auto vectors, int64_t first, int64_t valid) {
     constexpr int J = decltype(vectors)::value, P = J > 2 ? 2 : kSums;
-    Vector<C, N> sum[P][J]{};
-    auto add = [&](int64_t pixel, int to) {
-      const T* from = x + pixel * p.channels + first;
+    double total[J * N] = {};
+    for (int64_t pixel = 0; pixel < p.pixels;) {
+      const int64_t end = least(pixel + kSummed, p.pixels);
+      Vector<C, N> sum[P][J]{};
+      auto add = [&](int64_t at, int to) {
+        const T* from = x + at * p.channels + first;
 #pragma GCC unroll 8
-      for (int j = 0; j < J; ++j) sum[to][j] += J > 1 ? load<N>(from + j * N) : load_first<N>(from, valid);
-    };
-    int64_t pixel = 0;
-    for (; pixel + P <= p.pixels; pixel += P) {
+        for (int j = 0; j < J; ++j) sum[to][j] += J > 1 ? load<N>(from + j * N) : load_first<N>(from, valid);
+      };
+      for (; pixel + P <= end; pixel += P) {
 #pragma GCC unroll 4
-      for (int k = 0; k < P; ++k) add(pixel + k, k);
+        for (int k = 0; k < P; ++k) add(pixel + k, k);
+      }
+      for (; pixel < end; ++pixel) add(pixel, 0);
+      for (int j = 0; j < J; ++j) {
+        for (int k = 1; k < P; ++k) sum[0][j] += sum[k][j];
+        add_to<C, N>(total + j * N, sum[0][j]);
+      }
     }
-    for (; pixel < p.pixels; ++pixel) add(pixel, 0);
     for (int j = 0; j < J; ++j) {
-      for (int k = 1; k < P; ++k) sum[0][j] += sum[k][j];
-      const Vector<C, N> mean = sum[0][j] / broadcast<C, N>(static_cast<C>(p.pixels));
-      store_first<N>(out + first + j * N, mean, valid - j * N);
+      store_first<N>(out + first + j * N, mean_of<C, N>(total + j * N, p.pixels), valid - j * N);
     }
   };
   if (channels == kChannels<T>) return average(Lanes<kVectors<T>>{}, 0, channels);
@@ -51,17 +58,19 @@ void average_plane(const GlobalAverage& p, int64_t plane) {
   using C = Compute<T>;
   constexpr int N = kLanes<C>;
   const T* x = static_cast<const T*>(p.x) + plane * p.pixels;
-  Vector<C, N> sum[kSums]{};
-  int64_t i = 0;
-  for (; i + kSums * N <= p.pixels; i += kSums * N) {
+  double lanes[N] = {}, total = 0;
+  for (int64_t i = 0; i < p.pixels;) {
+    const int64_t end = least(i + kSummed * N, p.pixels);
+    Vector<C, N> sum[kSums]{};
+    for (; i + kSums * N <= end; i += kSums * N) {
 #pragma GCC unroll 4
-    for (int k = 0; k < kSums; ++k) sum[k] += load<N>(x + i + k * N);
+      for (int k = 0; k < kSums; ++k) sum[k] += load<N>(x + i + k * N);
+    }
+    for (; i < end; i += N) sum[0] += load_first<N>(x + i, least(N, end - i));
+    add_to<C, N>(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
-  for (; i < p.pixels; i += N) sum[0] += load_first<N>(x + i, least(N, p.pixels - i));
-  C lanes[N], total = 0;
-  store<N>(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-  for (C lane : lanes) total += lane;
-  store_one(static_cast<T*>(p.out) + plane, total / static_cast<C>(p.pixels));
+  for (double lane : lanes) total += lane;
+  store_one(static_cast<T*>(p.out) + plane, static_cast<C>(total / static_cast<double>(p.pixels)));
 }
 
 template <class T>

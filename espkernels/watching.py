@@ -1,0 +1,18 @@
+"""The base of what looks at every operation of torch's in a block."""
+
+from __future__ import annotations
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Watching"]
+
+
+class Watching(TorchDispatchMode):
+    """A mode whose ``__torch_dispatch__`` torch does not hide from its compiler: for that it would import the compiler.
+
+    Two seconds, in the first forward pass of every process, for code that nobody compiles.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
