@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -61,6 +62,12 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 library, _load_error = _load()
+if library is not None and (_asked_set := os.environ.get("ESPKERNELS_ISA")) not in (None, "", library.isa()):
+    warnings.warn(
+        f"ESPKERNELS_ISA is {_asked_set!r}, expected one of {', '.join(library.available_isas())}, which this binary "
+        f"has and this machine runs: {library.isa()} is in use",
+        stacklevel=2,
+    )
 
 
 def interprets() -> bool:
@@ -124,6 +131,13 @@ def _checked(name: str | None) -> str | None:
     return name
 
 
+def _named_by_environment() -> str | None:
+    try:
+        return _checked(os.environ.get("ESPKERNELS_BACKEND") or None)
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"ESPKERNELS_BACKEND: {error}") from None
+
+
 @dataclass(eq=False)
 class _Choice:
     """What one ``with use_backend(...)`` asks for: two that ask for the same are two."""
@@ -133,7 +147,7 @@ class _Choice:
 
 # The environment's choice, read once as a traced call must not look at it, and those of the blocks entered since; the
 # last one counts. Blocks of several threads end in any order, and a list needs no lock to gain or lose an item.
-_choices = [_Choice(_checked(os.environ.get("ESPKERNELS_BACKEND") or None))]
+_choices = [_Choice(_named_by_environment())]
 
 
 def kernels_for(dispatch_key: str, namespace: str) -> frozenset[str]:
@@ -143,8 +157,8 @@ def kernels_for(dispatch_key: str, namespace: str) -> frozenset[str]:
     return frozenset(name.removeprefix(f"{namespace}::") for name in names if has_kernel(name, dispatch_key))
 
 
-# What a tensor on a GPU gets where nothing was asked for, and what the CUDA C++ library has kernels of, decided once for
-# the same reason.
+# What a tensor on a GPU gets where nothing was asked for, and what the CUDA C++ library has kernels of, decided once
+# for the same reason.
 _gpu_default = next(name for name in DEFAULTS["cuda"].order if _missing(name) is None)
 _cuda_kernels = kernels_for("CUDA", "espkernels_cuda") if _missing("cuda") is None else frozenset()
 

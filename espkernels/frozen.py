@@ -114,6 +114,11 @@ class FrozenConvolution(Frozen):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self.forward(x[None])[0]
+        channels = self.weight.shape[1] * self.groups
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(f"x: shape {tuple(x.shape)}, expected [B, {channels}, H, W]")
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x: dtype {x.dtype}, expected {self.weight.dtype} as the frozen weights")
         if self.pointwise:
             return ops.group_pointwise(
                 inference.channels_last(x),

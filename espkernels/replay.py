@@ -81,9 +81,9 @@ _MAPS = ("x", "residual", "image", "skip", "gate")
 class _Watch(Watching):
     """Lets the library's operators and harmless ones through, translates what can be, and refuses the rest.
 
-    What does not touch the input, nor what was made of it, is a constant and may be anything but a parameter or a buffer
-    of a layer that is not frozen, which may change at any time, a random number, or a tensor that outlives the pass and
-    is changed by it.
+    What does not touch the input, nor what was made of it, is a constant and may be anything but a random number, a
+    parameter or a buffer of a layer that is not frozen, which may change at any time, and a tensor that outlives the
+    pass and is changed by it.
     """
 
     def __init__(self, x: Tensor, changing: Iterable[Tensor] = ()) -> None:

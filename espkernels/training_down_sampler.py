@@ -142,7 +142,8 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 
 def _with_pooled(grad: Tensor, into_pooled: Tensor, x: Tensor) -> Tensor:
     """``grad``, which nobody else holds, with that of the pooling of ``x`` added."""
-    if torch.is_grad_enabled() or grad.device.type != "cpu":
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # as torch.autograd.grad makes of several gradients
+    if torch.is_grad_enabled() or grad.device.type != "cpu" or batched:
         return grad + average_pool_backward(into_pooled, x)
     _ops.add_average_pool_backward.default(grad, into_pooled)
     return grad

@@ -229,6 +229,12 @@ for default in ("cuda", "triton", "reference"):
     assert on_a_gpu(asked).splitlines() == [f"{next_best} False", "triton False", "reference True"]
 
 
+@pytest.mark.parametrize("name", ["ESPKERNELS_ISA", "ESPKERNELS_BACKEND"])
+def test_what_the_environment_misspells_is_said(name: str) -> None:
+    result = in_a_new_process("import espkernels", **{name: "foo"})
+    assert f"{name} is 'foo', expected one of" in result.stderr or f"{name}: backend: got 'foo'" in result.stderr
+
+
 def test_a_schema_alone_is_no_kernel() -> None:
     library = torch.library.Library("espkernels_test", "DEF")
     for name in ("named", "written"):

@@ -320,6 +320,20 @@ def test_frozen_networks_under_autocast(build: Any) -> None:
     assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        (torch.zeros(1, 4, 32, 32), r"x: shape \(1, 4, 32, 32\), expected \[B, 3, H, W\]"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.float64), "x: dtype torch.float64, expected torch.float32"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.int64), "x: dtype torch.int64, expected torch.float32"),
+    ],
+)
+@torch.no_grad()
+def test_images_that_do_not_fit_are_refused(x: Tensor, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        espkernels.freeze(models.espnetv2(0.5, num_classes=5).eval())(x)
+
+
 @torch.no_grad()
 def test_results_lie_where_their_input_does() -> None:
     frozen: Any = espkernels.freeze(trained(models.espnetv2(0.5, num_classes=5)).eval())

@@ -91,6 +91,14 @@ def test_operators_have_jacobians(operator):
     assert_same(jacfwd(lambda x: ours(x, *weights))(x), expected)
 
 
+def test_batched_gradients_of_a_down_sampler():
+    unit = espkernels.nn.DownSampler(4, 12, 2).double()
+    x = arguments()[0]
+    for whole in (True, False):  # without eval mode its gradient is one operator's
+        rows = torch.autograd.functional.jacobian(unit.train(whole), x, vectorize=True)
+        assert_same(rows, torch.autograd.functional.jacobian(unit, x))
+
+
 @pytest.fixture(params=["classification", "segmentation"])
 def plain_network(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
