@@ -1,4 +1,4 @@
-# The two commands are 'make bench' and 'make test'; 'make help' lists the rest.
+# The commands are 'make bench' and 'make test'; 'make help' lists the rest.
 # They work in .venv, which the first one creates (the only step that needs the network).
 
 PYTHON ?= python3

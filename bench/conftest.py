@@ -18,6 +18,7 @@ from bench.cases import check
 from bench.comparison import PEERS, Comparison, Outcome, Provider, WrongResult, measure
 from bench.floor import MODES
 from bench.selection import DTYPES, Selection
+from espkernels.commands.bench import FILES
 from espkernels.info import collect
 from espkernels.probe import probe
 
@@ -43,6 +44,7 @@ class ReplayClock:
         self.now += next(self.samples)
 
 
+RESULTS = Path(__file__).resolve().parent / "results"
 clock = ReplayClock()
 refused: list[dict[str, str]] = []
 
@@ -64,6 +66,15 @@ def pytest_configure(config: pytest.Config) -> None:
         check(config.getoption("cases", ()))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+    batch = config.getoption("batch", 1)
+    if batch < 1:
+        raise pytest.UsageError(f"--batch: got {batch}, expected at least 1")
+    results = config.getoption("benchmark_json", None)
+    whole = {Path(name).stem for name in config.args} >= {f"bench_{name}" for name in FILES}
+    if results is not None and results.resolve().parent == RESULTS and (config.getoption("cases", ()) or not whole):
+        raise pytest.UsageError(
+            f"--output: got {RESULTS}, whose results are of all layers, expected another folder for a part of them"
+        )
 
 
 def _selection(config: pytest.Config) -> Selection:

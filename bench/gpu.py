@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from bench.gpu_engines import RACES
 from bench.gpu_tasks import Gradients, Inference, Task, Training
 from bench.interleave import Run, Timed, interleave
 from bench.layers import network, unit
+from bench.output import make_folder, write_json
 from espkernels.info import collect
 
 __all__ = ["Row", "main", "measured", "results", "rows"]
@@ -188,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not cuda.is_available():
         parser.error("torch finds no GPU here")
+    make_folder(options.output)
     device = "cuda"
     run: dict[str, Any] = {
         "device": cuda.get_device_name(),
@@ -201,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for result in results(rows(options.rows), device, until):
         run["rows"].append(result)
         print(gpu_report.line(result), flush=True)
-        file.with_suffix(".json").write_text(json.dumps(run, indent=1) + "\n")
+        write_json(run, file.with_suffix(".json"))
     gpu_report.write(run, file)
     return int(any(gpu_report.failed(row) for row in run["rows"]))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from bench.comparison import WrongResult
 from bench.interleave import Run, interleave
+from bench.output import make_folder, write_json
 from bench.tables import markdown_table
 from espkernels.info import collect
 from espkernels.models import eru_language_model
@@ -186,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=4.0, help="of samples a row; default 4")
     parser.add_argument("--threads", type=int, nargs="*", help="default: one, and all")
     args = parser.parse_args(arguments)
+    make_folder(args.output)
     rows = []
     for threads in args.threads or sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
@@ -196,8 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 faster = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in rows[-1]["faster"].items())
                 print(f"{kind}, {mode.name}, {threads} threads: faster than {faster}", file=sys.stderr)
     result = {"machine": collect().as_dict(), "rows": rows}
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "language.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, args.output / "language.json")
     (args.output / "language.md").write_text(markdown(result))
     print(f"{args.output}/language.json, language.md")
     return 0

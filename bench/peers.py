@@ -30,6 +30,7 @@ from bench.cases import DETECTION, IMAGES, NETWORKS, SEGMENTATION, matching
 from bench.comparison import Comparison, Provider
 from bench.engines import ENGINES, OURS, why_not
 from bench.layers import Task, detection, network, segmentation, unit
+from bench.output import make_folder
 from bench.race import Race, Row
 from bench.selection import DTYPES
 
@@ -160,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not selection.rows():
         print(f"peers: rows: {args.rows} fit none of {', '.join(row.name for row in ROWS)}", file=sys.stderr)
         return 2
+    make_folder(args.output)
     start = time.perf_counter()
     missing = {name: reason for name in selection.engines if (reason := why_not(name)) is not None}
     for name, reason in missing.items():
@@ -172,7 +174,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in missing
         for package in ENGINES[name].packages
     }
-    args.output.mkdir(parents=True, exist_ok=True)
     if args.add:
         race.added_to(run, args.output / f"{name}.json")
     with tempfile.TemporaryDirectory() as folder:

@@ -22,6 +22,7 @@ from bench.cases import fits
 from bench.comparison import Comparison, Outcome, Provider, measure
 from bench.fma_peak import peak
 from bench.layers import Task
+from bench.output import write_json
 from bench.worker import Lost, Refused, Worker
 from espkernels.backends import use_backend
 from espkernels.info import collect
@@ -159,9 +160,12 @@ def added_to(run: dict[str, Any], file: Path) -> None:
     Of both runs' peaks the greater is the machine's, and so are the floors: in the other run neighbours were busy.
 
     Raises:
-        SystemExit: they were measured on another machine, or with other versions.
+        SystemExit: there is no ``file``, or its rows were measured on another machine, or with other versions.
     """
-    earlier = json.loads(file.read_text())
+    try:
+        earlier = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise SystemExit(f"--add: {file} is not there, expected the results of an earlier run") from None
     for key in ("machine_info", "packages"):
         if earlier.get(key) != run.get(key):
             raise SystemExit(f"{file}: {key} is {earlier.get(key)}, and here {run.get(key)}: measure it all anew")
@@ -202,7 +206,7 @@ def record(
             else:
                 run["rows"].append(row)
             print(line(row), flush=True)
-            file.write_text(json.dumps(run, indent=1))
+            write_json(run, file)
 
 
 def parser(name: str, description: str | None, peers: Iterable[str]) -> argparse.ArgumentParser:

@@ -269,7 +269,7 @@ def markdown(run: dict[str, Any], picture_name: str) -> str:
         lines += ["", f"## {title}", ""]
         lines += markdown_table(COLUMNS, map(_cells, section))
     first = found[0].case if found else "NAME"
-    lines += ["", f"One layer alone: `python -m espkernels bench --cases {first}`.", ""]
+    lines += ["", f"One layer alone: `python -m espkernels bench --cases {first} --output FOLDER`.", ""]
     return "\n".join(lines)
 
 

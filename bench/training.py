@@ -24,6 +24,7 @@ from bench.cases import IMAGES, NETWORKS, matching
 from bench.comparison import Comparison, Provider, WrongResult
 from bench.engines import OURS
 from bench.layers import Task, network, segmentation, unit
+from bench.output import make_folder
 from bench.race import Race, Row, Selection
 from bench.trainers import ALLOCATOR, ENGINES, why_not
 from bench.training_picture import picture
@@ -166,9 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not selection.rows():
         print(f"training: rows: {args.rows} fit none of {', '.join(row.name for row in ROWS)}", file=sys.stderr)
         return 2
+    make_folder(args.output)
     start = time.perf_counter()
     run = race.begun([torch.get_num_threads()]) | {"allocator": ALLOCATOR}
-    args.output.mkdir(parents=True, exist_ok=True)
     if args.add:
         race.added_to(run, args.output / "training.json")
     with tempfile.TemporaryDirectory() as folder:

@@ -58,12 +58,22 @@ class Switches:
 def widths(scale: float) -> tuple[int, int, int, int, int, int]:
     """Channels of levels 1 to 5 and of the last convolution for a width ``scale``: the rule behind Table 2.
 
-    The paper's scales are 0.5, 1, 1.25, 1.5, 1.75, 2 and, in Fig. 3, 3; any other above 0 follows the same rule.
+    The paper's scales are 0.5, 1, 1.25, 1.5, 1.75, 2 and, in Fig. 3, 3. Others follow the same rule where 32 * scale,
+    rounded up to a multiple of 4, is 16, 32 or a larger multiple of 8: so every multiple of 0.25 from 1 on.
+
+    Raises ValueError for another scale: the channels that the strided unit of level 2 adds to its input's would not
+    divide into branches and groups.
     """
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale: got {scale}, expected a number above 0")
     base = math.ceil(32 * scale / GROUPS) * GROUPS
-    return min(base, 32), 2 * base, 4 * base, 8 * base, 16 * base, 1024 if scale <= 1.5 else 1280
+    first = min(base, 32)
+    if (2 * base - first) % GROUPS**2:
+        raise ValueError(
+            f"scale: got {scale}, expected one whose 32 * scale, rounded up to a multiple of {GROUPS}, is 16, 32 or a "
+            f"larger multiple of 8, not {base}: such as 0.5, 1, 1.25, 1.5, 1.75, 2"
+        )
+    return first, 2 * base, 4 * base, 8 * base, 16 * base, 1024 if scale <= 1.5 else 1280
 
 
 class Encoder(nn.Module):
@@ -210,7 +220,7 @@ def espnetv2(
     unit: str = "eesp",
     dropout: float = 0.2,
 ) -> ESPNetv2:
-    """ESPNetv2 for classification at width ``scale``: 0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0 or any other above 0.
+    """ESPNetv2 for classification at width ``scale``: 0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0 or another of :func:`widths`.
 
     Parameters, multiply-adds and state_dict keys (487) are those of the official network, with the parameters that it
     never uses: the last PReLU of each strided EESP and the shortcut of level 5.
@@ -223,7 +233,8 @@ def espnetv2(
     the same parameters. ``unit`` "esp" takes the unit of ESPNet (first row of Table 5) and "eesp_a" that of Fig. 1b in
     the place of EESP. ``dropout`` comes before the classifier.
 
-    Raises ValueError for an unknown unit and for a scale, class or channel count that is not positive.
+    Raises ValueError for an unknown unit, a scale that :func:`widths` does not take, and a class or channel count that
+    is not positive.
     """
     switches = Switches(hff, long_range_shortcut, dilated, plain, unit)
     return ESPNetv2(scale, num_classes, in_channels, switches, dropout)

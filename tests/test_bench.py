@@ -476,3 +476,37 @@ def test_unknown_case_is_a_mistake() -> None:
     )
     assert done.returncode == 4
     assert "'s9-*' fits none" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "part",
+    [["bench/bench_unit.py"], [*(f"bench/bench_{name}.py" for name in command.FILES), "--cases=s1-224x224-level3"]],
+    ids=["only", "cases"],
+)
+def test_a_part_of_the_layers_does_not_replace_the_results_of_all(part: list[str]) -> None:
+    pytest.importorskip("pytest_benchmark")
+    done = subprocess.run(
+        # Nothing is measured, so the results stay where this test fails.
+        [sys.executable, "-m", "pytest", *part, "--collect-only", "--benchmark-json=bench/results/bench.json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert f"--output: got {ROOT / 'bench' / 'results'}" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("batch", ["0", "-1"])
+def test_a_batch_of_no_images_is_a_mistake(batch: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench/bench_unit.py", f"--batch={batch}", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 4
+    assert f"--batch: got {batch}, expected at least 1" in done.stdout + done.stderr

@@ -285,6 +285,18 @@ def test_bad_arguments_are_named(arguments: dict[str, float], named: str):
             models.espnetv2(**arguments)
 
 
+def test_every_scale_makes_networks_or_is_named():
+    for scale in (0.05 * i for i in range(1, 65)):
+        rounded = math.ceil(32 * scale / 4) * 4
+        with torch.device("meta"):
+            for build in (models.espnetv2, models.espnetv2_segmentation):
+                if rounded in (16, 32) or (rounded > 32 and rounded % 8 == 0):
+                    build(scale, 5)
+                else:
+                    with pytest.raises(ValueError, match=rf"^scale: got {scale}, expected .* not {rounded}:"):
+                        build(scale, 5)
+
+
 @needs_pretrained
 @pytest.mark.parametrize("backend", ["reference", None], ids=["reference", "default"])
 @pytest.mark.parametrize("row", LOGITS, ids=[row[0] for row in LOGITS])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import espkernels.info
-from bench import engines, fma_peak, layers, onnx_export, peers, peers_report, race
+from bench import engines, fma_peak, language, layers, onnx_export, peers, peers_report, race, training
 from bench.bounds import bounds
 from bench.cases import Case
 from bench.comparison import Provider, WrongResult
@@ -395,6 +396,45 @@ def test_rows_of_an_earlier_run_on_the_same_machine_stay(tmp_path: Path) -> None
     with pytest.raises(SystemExit, match="machine_info is this, and here that"):
         race.added_to(run("that", x1=1), file)
     assert json.loads(file.read_text()) == kept
+
+
+def test_rows_are_added_to_an_earlier_run_alone(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"--add: .*peers\.json is not there, expected the results of an earlier run"):
+        race.added_to({}, tmp_path / "peers.json")
+
+
+def test_an_interrupted_write_loses_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "peers.json"
+    rows = [{"row": name, "batch": 1, "threads": 1, "flops": 60} for name in "ab"]
+    run: dict[str, Any] = {"peaks": [{"threads": 1, "flops": 10}], "rows": []}
+    race.record(run, rows[:1], str, file)
+    kept, whole = json.loads(file.read_text()), Path.write_text
+
+    def half(path: Path, text: str) -> None:
+        whole(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        race.record(run, rows[1:], str, file)
+    assert json.loads(file.read_text()) == kept
+    assert os.listdir(tmp_path) == ["peers.json"]
+
+
+@pytest.mark.parametrize("main", [peers.main, training.main, language.main])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(
+    main: Callable[[list[str]], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(race, "begun", measured)
+    monkeypatch.setattr(language, "measured", measured)
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "below", Path("/proc"), Path("/proc/x")):
+        with pytest.raises(SystemExit, match=f"--output: got {folder}, expected a folder that can be made and written"):
+            main(["--output", str(folder)])
 
 
 def test_one_row_from_command_to_picture(tmp_path: Path) -> None:
