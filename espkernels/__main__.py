@@ -35,9 +35,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status."""
-    args = parser().parse_args(arguments)
-    return importlib.import_module(f"espkernels.commands.{args.command}").run(args)
+    """Runs one command and returns its exit status, 130 after Ctrl-C."""
+    try:
+        args = parser().parse_args(arguments)
+        return importlib.import_module(f"espkernels.commands.{args.command}").run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from espkernels.models import multilabel
 from espkernels.models.count import Count, count
 from espkernels.models.detection import ESPNetv2Detection, espnetv2_detection
 from espkernels.models.detections import Detections
@@ -28,4 +29,5 @@ __all__ = [
     "espnetv2_segmentation",
     "from_official",
     "load_official",
+    "multilabel",
 ]

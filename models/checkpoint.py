@@ -78,7 +78,7 @@ def read(path: str | PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"path: there is no file {path}")
+        raise FileNotFoundError(f"there is no file {path}")
     tensors, unwrapped = _unwrap(path, content(path))
     stripped = all(name.startswith("module.") for name in tensors)
     if stripped:

@@ -136,7 +136,9 @@ class Encoder(nn.Module):
         return self.switches.plain and type(self.level2_0).forward is plain.DownSampler.forward
 
     def encode(self, image: Tensor) -> list[Tensor]:
-        """The maps of level 1 and of the levels of :meth:`stages`."""
+        """The maps of level 1 and of the levels of :meth:`stages`. Raises ValueError for what is no batch of images."""
+        if image.dim() != 4:
+            raise ValueError(f"image: shape {tuple(image.shape)}, expected [B, C, H, W]")
         maps = [self.level1(image)]
         shortcut = image if self.switches.long_range_shortcut else None
         pool = reference.average_pool if self.runs_plain else inference.average_pool

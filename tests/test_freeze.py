@@ -323,6 +323,7 @@ def test_frozen_networks_under_autocast(build: Any) -> None:
 @pytest.mark.parametrize(
     "x, message",
     [
+        (torch.zeros(3, 32, 32), r"image: shape \(3, 32, 32\), expected \[B, C, H, W\]"),
         (torch.zeros(1, 4, 32, 32), r"x: shape \(1, 4, 32, 32\), expected \[B, 3, H, W\]"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.float64), "x: dtype torch.float64, expected torch.float32"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.int64), "x: dtype torch.int64, expected torch.float32"),

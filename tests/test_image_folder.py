@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,18 @@ def test_ranks_share_out_an_epoch(root: Path) -> None:
         training_batches(samples, 9, 0, 0, Share(0, 2))
     with pytest.raises(ValueError, match="batch: got 40, expected at most the 36 samples"):
         training_batches(samples, 40, 0, 0, Share())
+
+
+def test_an_image_that_a_worker_cannot_read_is_one_line(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(root, data)
+    (data / "train" / "red" / "0.png").write_bytes(b"no image")
+    command = ["train", "classification", "--data", str(data), "--scale", "0.5", "--size", "32", "--batch", "36"]
+    assert main([*command, "--workers", "1", "--folder", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"train: {data / 'train' / 'red' / '0.png'} cannot be read as an image")
 
 
 def test_colours_are_learnt_and_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw
 from plain_layers import assert_same_way
 
 from espkernels.__main__ import main
-from espkernels.models import segment
+from espkernels.models import espnetv2, segment
 from espkernels.models.classes import VOC
 from espkernels.models.data.cityscapes import LABEL_IDS, cityscapes, train_ids
 from espkernels.models.data.label_maps import IGNORED, LabelMaps
@@ -147,6 +148,21 @@ def shapes(voc: Path, **options: Any) -> Segmentation:
 
 def test_plain_layers_go_the_same_way(voc: Path, tmp_path: Path) -> None:
     assert_same_way(lambda plain: shapes(voc, batch=24, plain=plain), tmp_path, 1e-3)
+
+
+def test_the_start_is_opened_once_and_stored_whole(voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(espnetv2(0.5, 10).state_dict(), tmp_path / "start.pth")
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = dict(data=os.path.relpath(voc), batch=24, start="start.pth")
+    rows = engine.train(shapes(voc, **options), tmp_path / "run", engine.Settings(1))
+    (tmp_path / "start.pth").unlink()
+    assert engine.train(shapes(voc, **options), tmp_path / "run", engine.Settings(1)) == rows
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    task, network = engine.trained(tmp_path / "run")
+    assert task.options()["data"] == str(voc) and task.options()["start"] == str(tmp_path / "start.pth")
+    found = engine.scores(task, network, torch.device("cpu"))
+    assert found["miou"] == pytest.approx(rows[0]["miou"])
 
 
 @pytest.mark.slow

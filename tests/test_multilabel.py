@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -59,6 +61,11 @@ def test_scores_by_hand():
 
 def test_nothing_counted_scores_nothing():
     assert MultiLabelCounter(4).scores() == MultiLabelScores(0, 0, 0, 0, 0, 0)
+
+
+def test_the_module_is_there_without_an_import_of_its_own():
+    program = "import espkernels; espkernels.models.multilabel.multilabel_loss"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_loss_is_the_sum_over_labels_of_the_mean_over_images():

@@ -19,6 +19,7 @@ from espkernels.models.data.voc import voc_detection
 from espkernels.models.detections import Detections
 from espkernels.models.recipes import engine
 from espkernels.models.recipes.detection import Detection
+from espkernels.models.recipes.start import load_start
 
 SIZE = 128
 OBJECT = """<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{0}</xmin><ymin>{1}</ymin>
@@ -212,6 +213,8 @@ def test_squares_and_discs_are_found(voc: Path, tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert Image.open(output).size == (SIZE, SIZE) and "->" in printed
     second = Detection("voc", str(voc), scale=0.5, image_size=64, start=str(tmp_path / "run" / "best.safetensors"))
-    own = second.network().state_dict()
+    network = second.network()
+    load_start(network, str(second.start))
+    own = network.state_dict()
     _, first = engine.trained(tmp_path / "run")
     assert all(torch.equal(own[name], value) for name, value in first.state_dict().items())

@@ -16,13 +16,16 @@ import pytest
 import torch
 from plain_layers import assert_same_way
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from espkernels.__main__ import main
+from espkernels.commands import info
+from espkernels.models import espnetv2, espnetv2_detection, espnetv2_segmentation
 from espkernels.models.recipes import engine
 from espkernels.models.recipes.classification import Classification
 from espkernels.models.recipes.events import Events
 from espkernels.models.recipes.run_folder import RunFolder, write_atomically
+from espkernels.models.recipes.start import load_start
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
@@ -76,8 +79,82 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
     # A run that has ended has nothing left to do, and another one does not overwrite it.
     assert without_time(engine.train(small(seed=5), tmp_path / "cut", settings)) == without_time(whole)
-    with pytest.raises(ValueError, match=r"was begun with options .* name another folder"):
+    with pytest.raises(ValueError, match=r"cut was begun with options seed 5, got 6; name another folder$"):
         engine.train(small(seed=6), tmp_path / "cut", settings)
+
+
+def test_a_start_that_failed_leaves_nothing_to_go_on_from(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError):
+        engine.train(small(rate=1e30), tmp_path, engine.Settings(1))
+    engine.train(small(), tmp_path, engine.Settings(1))
+    assert RunFolder(tmp_path).config()["options"]["rate"] == SMALL["rate"]
+
+
+@pytest.mark.parametrize("name", ["batch", "rate", "size"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_options_have_to_be_above_zero(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name}: got {value}, expected a number above 0"):
+        small(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "option, value, least", [("--batch", "0", 1), ("--size", "-3", 1), ("--threads", "0", 1), ("--workers", "two", 0)]
+)
+def test_an_option_that_is_no_whole_number_is_named(
+    option: str, value: str, least: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "classification", "--data", "digits", "--folder", str(tmp_path), option, value])
+    assert f"{option}: got {value}, expected a whole number of at least {least}" in capsys.readouterr().err
+
+
+def test_ctrl_c_prints_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "train", interrupted)
+    monkeypatch.setattr(info, "run", interrupted)
+    assert main(["train", "classification", "--data", "digits", "--folder", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "train: interrupted; the same command goes on from the last whole epoch\n"
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "safetensors", "tqdm"])
+def test_what_training_needs_is_looked_for_first(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    command = ["train", "classification", "--data", "digits", "--scale", "0.5", "--epochs", "1", "--batch", "1024"]
+    assert main([*command, "--folder", str(tmp_path / "run")]) == 2 and not (tmp_path / "run").exists()
+    assert f"train: {module} not found; install" in (err := capsys.readouterr().err)
+    assert "pip install 'espkernels[train]'" in err
+
+
+@pytest.mark.parametrize(
+    "network, backbone",
+    [
+        (espnetv2(0.5, 10), True),
+        (espnetv2_segmentation(0.5, 5), False),
+        (espnetv2_detection(0.5, 5, 64), False),
+        (espnetv2_detection(0.5, 5, 64, configuration="released"), False),
+    ],
+    ids=["multilabel", "segmentation", "detection", "released detection"],
+)
+def test_training_starts_from_classification(network: nn.Module, backbone: bool, tmp_path: Path) -> None:
+    source, path = espnetv2(0.5, 10).state_dict(), tmp_path / "c.pth"
+    torch.save(source, path)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    load_start(network, str(path), backbone=backbone)
+    for name, value in network.state_dict().items():
+        inner = name.removeprefix("base_net.").removeprefix("basenet.")
+        assert torch.equal(value, source[inner] if inner.startswith("level") else before[name]), name
+    with pytest.raises(ValueError, match=r"^start: .*c\.pth does not fit"):
+        load_start(espnetv2(1.0, 10), str(path), backbone=backbone)
+    with pytest.raises(FileNotFoundError, match=r"^start: there is no file .*none\.pth"):
+        load_start(network, str(tmp_path / "none.pth"))
 
 
 def test_tensorboard_has_each_epoch_once(tmp_path: Path) -> None:
@@ -129,6 +206,12 @@ def test_files_are_whole_or_as_they_were(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no space left"):
         write_atomically(path, half)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_files_have_the_mode_that_open_gives(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    RunFolder(tmp_path).save_best({"weight": torch.zeros(2)}, {})
+    assert (tmp_path / "best.safetensors").stat().st_mode == (tmp_path / "file").stat().st_mode
 
 
 def test_damaged_runs_say_so(tmp_path: Path) -> None:

@@ -231,18 +231,29 @@ def test_the_command_on_a_folder_goes_on_after_an_unreadable_image(tmp_path: Pat
     [
         ([IMAGES, "--weights", SMALL, "-o", IMAGES], "name another"),
         ([IMAGES / "none.jpg", "--weights", SMALL, "-o", "{tmp}/o.png"], "there is no"),
-        ([IMAGES / "sample2.jpg", "--weights", "none.pth", "-o", "{tmp}/o.png"], "there is no file none.pth"),
         ([IMAGES / "sample2.jpg", "--weights", SMALL, "-o", "{tmp}/o.doc"], "no ending of an image format"),
         ([IMAGES / "sample2.jpg", "--weights", SMALL, "-o", "{tmp}/o.png", "--classes", "voc"], "20"),
         ([IMAGES / "sample2.jpg", "--weights", SMALL, "-o", "{tmp}/o.png", "--scale", "2"], "another shape"),
-        ([IMAGES / "sample2.jpg", "--weights", SMALL, "-o", "{tmp}/o.png", "--size", "0", "4"], "--size: got 0 4"),
-        ([IMAGES / "sample2.jpg", "--weights", SMALL, "-o", "{tmp}/o.png", "--threads", "0"], "--threads: got 0"),
     ],
 )
 def test_the_command_says_what_it_cannot_do(tmp_path: Path, capsys, arguments: list[str | Path], message: str):
     assert run(*(str(argument).replace("{tmp}", str(tmp_path)) for argument in arguments)) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights", "none.pth"], "--weights: there is no file none.pth"),
+        (["--size", "0", "4"], "--size: got 0, expected"),
+        (["--threads", "0"], "--threads: got 0, expected"),
+    ],
+)
+def test_the_command_names_an_option_that_cannot_be(capsys, arguments: list[str], message: str):
+    with pytest.raises(SystemExit):
+        run("image.png", "-o", "o.png", "--weights", __file__, *arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_a_class_set_of_another_length_is_refused_with_both_lengths():

@@ -15,6 +15,8 @@ import torch
 
 import espkernels
 from espkernels import backends, models
+from espkernels.commands import extras
+from espkernels.models.recipes.arguments import whole_number
 from espkernels.replace import replace
 
 __all__ = ["add_arguments", "run"]
@@ -31,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", action="append", metavar="PATTERN", help="layers by name, such as 's1-224x224-*'")
     parser.add_argument("--modes", action="append", choices=("forward", "backward", "full"))
     parser.add_argument("--dtypes", action="append", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--threads", action="append", type=int, metavar="N")
-    parser.add_argument("--batch", type=int, metavar="N", help="images at once (1)")
+    parser.add_argument("--threads", action="append", type=whole_number(1), metavar="N")
+    parser.add_argument("--batch", type=whole_number(1), metavar="N", help="images at once (1)")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -57,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     json_path = args.output / "bench.json"
     progress = _Progress()
     status = _pytest(args, json_path, progress)
+    if progress.interrupted:
+        raise KeyboardInterrupt
     if not progress.measured:
         print("bench: nothing was measured", file=sys.stderr)
         return int(status) or 1
@@ -77,10 +81,7 @@ def _why_not() -> str | None:
             "the benchmarks are part of the repository, not of an installed package; "
             "clone it and run 'make bench' there"
         )
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"{', '.join(missing)} not found; install the extra 'bench': pip install 'espkernels[bench]'"
-    return backends.why_not("cpu")
+    return extras.why_not("bench", EXTRA) or backends.why_not("cpu")
 
 
 def _warn_if_busy() -> None:
@@ -133,6 +134,7 @@ class _Progress:
     def __init__(self) -> None:
         self.bar: Any = None
         self.measured = 0
+        self.interrupted = False
         self.failures: list[tuple[str, str]] = []
 
     def pytest_collectreport(self, report: Any) -> None:
@@ -156,6 +158,10 @@ class _Progress:
         if report.when == "call":
             self.measured += report.passed
             self.bar.update()
+
+    def pytest_keyboard_interrupt(self, excinfo: Any) -> None:
+        # pytest keeps Ctrl-C to itself, and calls this for its own ends too.
+        self.interrupted = excinfo.type is KeyboardInterrupt
 
     def pytest_sessionfinish(self) -> None:
         if self.bar is not None:

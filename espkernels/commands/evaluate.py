@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from espkernels import backends, freeze
+from espkernels.commands.worker_errors import reason
+from espkernels.models.recipes.arguments import existing_file
 from espkernels.models.recipes.task import TASKS, Task, task_class
 
 __all__ = ["add_arguments", "run"]
@@ -24,7 +26,9 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"espkernels evaluate {name}")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--folder", type=Path, help="a run's folder, whose options are taken")
-    which.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint; the task's options say the rest")
+    which.add_argument(
+        "--weights", type=existing_file, metavar="FILE", help="a checkpoint; the task's options say the rest"
+    )
     parser.add_argument("--layers", action="store_true", help="the layers as they were trained, not frozen")
     parser.add_argument("--backend", choices=backends.NAMES, help="the kernels to run; default: the device's own")
     return parser
@@ -55,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             network = network.to(device)
             found = engine.scores(task, network if own.layers else freeze(network), device)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        print(f"evaluate: {reason(error)}", file=sys.stderr)
         return 2
     for name, value in found.items():
         print(f"{name:<12}{value:10.3f}")

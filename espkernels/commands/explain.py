@@ -14,6 +14,7 @@ from torch import nn
 import espkernels
 from espkernels import models
 from espkernels.models.espnetv2 import Encoder
+from espkernels.models.recipes.arguments import existing_file, whole_number
 
 __all__ = ["add_arguments", "run"]
 
@@ -22,9 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=float, metavar="S", help="the network's width (1.0, or that of --weights)")
     parser.add_argument("--segmentation", action="store_true", help="the network for segmentation")
     parser.add_argument("--classes", type=int, metavar="N", help="outputs (1000, for segmentation 20)")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint, .pth or .safetensors; else random")
+    parser.add_argument(
+        "--weights", type=existing_file, metavar="FILE", help="a checkpoint, .pth or .safetensors; else random"
+    )
     parser.add_argument("--size", type=_size, metavar="HxW", help="of the image (224x224, for segmentation 512x1024)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch")
+    parser.add_argument("--threads", type=whole_number(1), metavar="N", help="threads of torch")
     parser.add_argument("-o", "--output", type=Path, metavar="PICTURE", help="a picture to write, such as explain.png")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the same as JSON")
 
@@ -41,8 +44,6 @@ def run(args: argparse.Namespace) -> int:
     before = torch.get_num_threads()
     try:
         if args.threads is not None:
-            if args.threads < 1:
-                raise ValueError(f"--threads: got {args.threads}, expected at least 1")
             torch.set_num_threads(args.threads)
         for name, path in (("--output", args.output), ("--json", args.json)):
             if path is not None and not path.parent.is_dir():

@@ -15,6 +15,7 @@ from espkernels import backends, freeze
 from espkernels.commands.photographs import Photographs
 from espkernels.models import ESPNetv2Segmentation, classes, load
 from espkernels.models import segment as segmenting
+from espkernels.models.recipes.arguments import existing_file, whole_number
 
 CLASS_SETS = {"cityscapes": classes.CITYSCAPES, "voc": classes.VOC}
 
@@ -23,7 +24,9 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=Path, metavar="IMAGE", help="a photograph, or a folder of photographs")
-    parser.add_argument("--weights", type=Path, required=True, help="a segmentation checkpoint, .pth or .safetensors")
+    parser.add_argument(
+        "--weights", type=existing_file, required=True, help="a segmentation checkpoint, .pth or .safetensors"
+    )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="the picture to write; a folder when IMAGE is one"
     )
@@ -35,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--size",
-        type=int,
+        type=whole_number(1),
         nargs=2,
         metavar=("H", "W"),
         help="what the network sees; default: from the checkpoint's name, else 512 1024 (Cityscapes) or 384 384",
@@ -44,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale", type=_scale, default=None, metavar="S|auto", help="the network's width; auto reads the checkpoint's"
     )
     parser.add_argument("--backend", choices=backends.NAMES, help="the kernels to run; default: the device's own")
-    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--threads", type=whole_number(1), help="threads of torch")
 
 
 def _scale(text: str) -> float | None:
@@ -59,8 +62,6 @@ def run(args: argparse.Namespace) -> int:
     try:
         photographs = Photographs("segment", args.images, args.output)
         if args.threads is not None:
-            if args.threads < 1:
-                raise ValueError(f"--threads: got {args.threads}, expected at least 1")
             torch.set_num_threads(args.threads)
         model = load.from_official(args.weights, scale=args.scale)
         count = _outputs(model, args.weights)
@@ -91,8 +92,6 @@ def _class_set(name: str, count: int) -> classes.ClassSet:
 
 def _size(given: list[int] | None, weights: Path, count: int) -> tuple[int, int]:
     if given is not None:
-        if min(given) < 1:
-            raise ValueError(f"--size: got {given[0]} {given[1]}, expected a height and a width of at least 1")
         return given[0], given[1]
     # Official names end in width x height: espnetv2_s_2.0_city_1024x512.pth.
     named = re.search(r"(\d+)x(\d+)$", weights.stem)

@@ -11,9 +11,15 @@ from pathlib import Path
 
 import torch
 
+from espkernels.commands import extras
+from espkernels.commands.worker_errors import reason
+from espkernels.models.recipes.arguments import whole_number
 from espkernels.models.recipes.task import TASKS, task_class
 
 __all__ = ["add_arguments", "run"]
+
+# What every epoch's weights, curves and progress are written with.
+NEEDED = ("matplotlib", "safetensors", "tqdm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,18 +42,22 @@ def task_parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--average", type=float, metavar="DECAY", help="evaluate and keep a moving average of the weights"
     )
-    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--threads", type=whole_number(1), help="threads of torch")
     parser.add_argument("--tensorboard", action="store_true", help="write events into FOLDER/tensorboard too")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when all epochs ended, 1 when the loss was no number, 2 when nothing could begin."""
+    """0 when all epochs ended, 1 when the loss was no number, 2 when nothing could begin, 130 after Ctrl-C."""
     from espkernels.models.recipes import curves, engine
     from espkernels.models.recipes.distributed import is_first
     from espkernels.models.recipes.events import Events
 
     given = vars(task_parser(args.task).parse_args(args.options))
+    missing = extras.why_not("train", NEEDED)
+    if missing is not None:
+        print(f"train: {missing}", file=sys.stderr)
+        return 2
     folder, threads, tensorboard = (given.pop(name) for name in ("folder", "threads", "tensorboard"))
     settings = {name: given.pop(name) for name in ("epochs", "precision", "average")} | {"seed": given["seed"]}
     try:
@@ -68,8 +78,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"train: {error}", file=sys.stderr)
         return 1
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"train: {error}", file=sys.stderr)
+        print(f"train: {reason(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train: interrupted; the same command goes on from the last whole epoch", file=sys.stderr)
+        return 130
     if is_first():
         print(f"{folder}: config.json, metrics.csv, last.pt, best.safetensors, curves.png")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,9 @@ from espkernels.models.data.image_folder import ImageFolder
 from espkernels.models.data.loading import evaluation_batches, training_batches
 from espkernels.models.espnetv2 import espnetv2
 from espkernels.models.recipes import schedules
+from espkernels.models.recipes.arguments import whole_number
 from espkernels.models.recipes.schedules import Schedule
-from espkernels.models.recipes.task import Share, Task
+from espkernels.models.recipes.task import Share, Task, check_positive
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,13 +68,15 @@ class Classification(Task):
     ) -> None:
         if schedule not in ("cyclic", "released", "steps", "fixed"):
             raise ValueError(f"schedule: got {schedule!r}, expected cyclic, released, steps or fixed")
+        check_positive(size=size, batch=batch, rate=rate)
+        data = data if data == "digits" else os.path.abspath(data)
         self.given: dict[str, Any] = dict(
             data=data, scale=scale, size=size, batch=batch, schedule=schedule, rate=rate, workers=workers, seed=seed,
             plain=plain,
         )  # fmt: skip
         self.data, self.scale, self.batch, self.workers = data, scale, batch, workers
         self.kind, self.rate, self.seed, self.plain = schedule, rate, seed, plain
-        self.size = size or (64 if data == "digits" else 224)
+        self.size = (64 if data == "digits" else 224) if size is None else size
         self.labels = list(self.validation.classes if labels is None else labels)
 
     @functools.cached_property
@@ -105,11 +109,15 @@ class Classification(Task):
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--data", required=True, help="'digits', or a folder with train/<class>/ and val/<class>/")
         parser.add_argument("--scale", type=float, default=1.0, help="the network's width; default 1.0")
-        parser.add_argument("--size", type=int, help="height and width of an image; default 224, of digits 64")
-        parser.add_argument("--batch", type=int, default=512, help="images a step, over all processes; default 512")
+        parser.add_argument(
+            "--size", type=whole_number(1), help="height and width of an image; default 224, of digits 64"
+        )
+        parser.add_argument(
+            "--batch", type=whole_number(1), default=512, help="images a step, over all processes; default 512"
+        )
         parser.add_argument("--schedule", default="cyclic", choices=["cyclic", "released", "steps", "fixed"])
         parser.add_argument("--rate", type=float, help="the highest rate of learning; default: the paper's")
-        parser.add_argument("--workers", type=int, default=2, help="processes that read images; default 2")
+        parser.add_argument("--workers", type=whole_number(0), default=2, help="processes that read images; default 2")
 
     def options(self) -> dict[str, Any]:
         return self.given | {"labels": self.labels}
@@ -118,12 +126,13 @@ class Classification(Task):
         return espnetv2(self.scale, num_classes=len(self.labels), plain=self.plain)
 
     def schedule(self, epochs: int) -> Schedule:
+        stepwise = self.kind in ("fixed", "steps")
+        highest = (0.1 if stepwise else 0.5) if self.rate is None else self.rate
         if self.kind == "fixed":
-            return schedules.fixed(self.rate or 0.1)
+            return schedules.fixed(highest)
         if self.kind == "steps":
-            return schedules.steps(self.rate or 0.1, every=max(epochs // 3, 1))
+            return schedules.steps(highest, every=max(epochs // 3, 1))
         released = self.kind == "released"
-        highest = self.rate or 0.5
         halved_at = [max(round(at * epochs / 300), 1) for at in schedules.HALVED_AT]
         return schedules.cyclic(highest, highest / 5, halved_at=halved_at, released=released)
 

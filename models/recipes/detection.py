@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espkernels.models import load
 from espkernels.models.average_precision import COCO_THRESHOLDS, AveragePrecision
 from espkernels.models.classes import VOC
 from espkernels.models.data.coco import coco_detection
 from espkernels.models.data.loading import evaluation_batches, training_batches
 from espkernels.models.data.objects import Objects, Scene
 from espkernels.models.data.voc import voc_detection
-from espkernels.models.detection import CONFIGURATIONS, ESPNetv2Detection, espnetv2_detection
+from espkernels.models.detection import CONFIGURATIONS, espnetv2_detection
 from espkernels.models.detections import Detections
 from espkernels.models.multibox_loss import multibox_loss
 from espkernels.models.priors import prior_boxes
 from espkernels.models.recipes import schedules
+from espkernels.models.recipes.arguments import whole_number
 from espkernels.models.recipes.schedules import Schedule
-from espkernels.models.recipes.task import Share, Task
+from espkernels.models.recipes.task import Share, Task, check_positive
 
 __all__ = ["Detection"]
 
@@ -69,6 +70,9 @@ class Detection(Task):
     ) -> None:
         if dataset not in ("voc", "coco"):
             raise ValueError(f"dataset: got {dataset!r}, expected voc or coco")
+        check_positive(image_size=image_size, batch=batch, rate=rate)
+        data = os.path.abspath(data)
+        start = None if start is None else os.path.abspath(start)
         self.given: dict[str, Any] = dict(
             dataset=dataset, data=data, year=year, scale=scale, image_size=image_size, batch=batch, rate=rate,
             configuration=configuration, start=start, workers=workers, seed=seed, plain=plain,
@@ -118,35 +122,22 @@ class Detection(Task):
         )
         parser.add_argument("--year", type=int, default=2017, choices=[2014, 2017], help="of MS-COCO; default 2017")
         parser.add_argument("--scale", type=float, default=2.0, help="the network's width; default 2.0")
-        parser.add_argument("--image-size", type=int, default=300, help="the side of an image; default 300")
-        parser.add_argument("--batch", type=int, default=32, help="images a step, over all processes; default 32")
+        parser.add_argument("--image-size", type=whole_number(1), default=300, help="the side of an image; default 300")
+        parser.add_argument(
+            "--batch", type=whole_number(1), default=32, help="images a step, over all processes; default 32"
+        )
         parser.add_argument("--rate", type=float, default=0.005, help="the base rate of learning; default 0.005")
         parser.add_argument("--configuration", default="paper", choices=["paper", "released"])
         parser.add_argument("--start", metavar="FILE", help="a checkpoint to start from")
-        parser.add_argument("--workers", type=int, default=2, help="processes that read images; default 2")
+        parser.add_argument("--workers", type=whole_number(0), default=2, help="processes that read images; default 2")
 
     def options(self) -> dict[str, Any]:
         return self.given | {"labels": self.labels}
 
-    def _network(self) -> ESPNetv2Detection:
+    def network(self) -> nn.Module:
         return espnetv2_detection(
             self.scale, len(self.labels) + 1, self.image_size, configuration=self.configuration, plain=self.plain
         )
-
-    def network(self) -> nn.Module:
-        network = self._network()
-        if self.start is not None:
-            found = load.from_official(self.start, image_size=self.image_size)
-            part: nn.Module = network if isinstance(found, ESPNetv2Detection) else network.base_net.basenet
-            wanted, given = part.state_dict(), found.state_dict()
-            # A classification network ends with a classifier, and its level 5 has no shortcut to the image.
-            fitting = {
-                name: given[name] for name in wanted if name in given and given[name].shape == wanted[name].shape
-            }
-            if (part is network and len(fitting) < len(wanted)) or not fitting:
-                raise ValueError(f"start: {self.start} holds no weights that fit this network")
-            part.load_state_dict(wanted | fitting)
-        return network
 
     def schedule(self, epochs: int) -> Schedule:
         return schedules.hybrid(self.rate, epochs, cyclic_epochs=epochs // 2)

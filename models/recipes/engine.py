@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import reprlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Sized
@@ -24,11 +25,16 @@ from espkernels.models import checkpoint
 from espkernels.models.recipes.distributed import from_first, process_group
 from espkernels.models.recipes.run_folder import RunFolder
 from espkernels.models.recipes.seeds import seed_everything
+from espkernels.models.recipes.start import load_start
 from espkernels.models.recipes.task import Share, Task, task_class
 
 __all__ = ["Settings", "progress_bar", "said", "scores", "train", "trained", "trained_as"]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# A vocabulary has thousands of words, a path is of use whole.
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = 500
 
 T = TypeVar("T", bound=Task)
 
@@ -58,11 +64,17 @@ class Settings:
 
 
 class _Run:
-    """What changes while a task is trained, and its way into a checkpoint and back."""
+    """What changes while a task is trained, and its way into a checkpoint and back.
 
-    def __init__(self, task: Task, settings: Settings, share: Share, device: torch.device) -> None:
+    With ``start`` the network begins with the weights of the task's start, else with some that are to be restored.
+    """
+
+    def __init__(self, task: Task, settings: Settings, share: Share, device: torch.device, start: bool) -> None:
         seed_everything(settings.seed)
-        self.network = task.network().to(device)
+        self.network = task.network()
+        if start and task.start is not None:
+            load_start(self.network, task.start, backbone=task.starts_with_backbone)
+        self.network.to(device)
         self.schedule = task.schedule(settings.epochs)
         self.optimizer = task.optimizer(self.network, self.schedule(0))
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
@@ -130,8 +142,8 @@ def train(
     config = {"task": task.name, "options": task.options(), "settings": asdict(settings)}
     with process_group() as (share, device):
         _check_same(folder, config)
-        run = _Run(task, settings, share, device)
         state = folder.load()
+        run = _Run(task, settings, share, device, start=state is None)
         if state is not None:
             run.restore(state, folder)
         elif share.rank == 0:
@@ -151,18 +163,33 @@ def train(
 
 
 def _check_same(folder: RunFolder, config: dict[str, Any]) -> None:
-    """A run goes on as it began: other options would give a curve that no command gives."""
-    try:
-        before = folder.config()
-    except FileNotFoundError:
-        if folder.last.exists():
-            raise ValueError(f"run: {folder.path} has a checkpoint and no config.json; name another folder") from None
+    """A run goes on as it began: other options would give a curve that no command gives.
+
+    One of which no epoch has ended leaves nothing to go on from, and begins anew.
+    """
+    if not folder.last.exists():
         return
-    for part in ("task", "options", "settings"):
-        if before[part] != config[part]:
-            raise ValueError(
-                f"run: {folder.path} was begun with {part} {before[part]}, got {config[part]}; name another folder"
-            )
+    try:
+        before = _entries(folder.config())
+    except FileNotFoundError:
+        raise ValueError(f"run: {folder.path} has a checkpoint and no config.json; name another folder") from None
+    now = _entries(config)
+    differing = [
+        f"{name} {_BRIEF.repr(before.get(name))}, got {_BRIEF.repr(now.get(name))}"
+        for name in before | now
+        if before.get(name) != now.get(name)
+    ]
+    if differing:
+        raise ValueError(f"run: {folder.path} was begun with {'; '.join(differing)}; name another folder")
+
+
+def _entries(config: dict[str, Any]) -> dict[str, Any]:
+    """The task of a configuration, and each of its options and settings."""
+    entries = {"task": config["task"]}
+    for part in ("options", "settings"):
+        values = config[part]
+        entries |= {f"{part} {k}": v for k, v in values.items()} if isinstance(values, dict) else {part: values}
+    return entries
 
 
 def _epoch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from espkernels.models.data.text import Vocabulary, chunks, columns, parts_of
 from espkernels.models.eru import State
 from espkernels.models.language_model import eru_language_model
 from espkernels.models.recipes import schedules
+from espkernels.models.recipes.arguments import whole_number
 from espkernels.models.recipes.schedules import Schedule
-from espkernels.models.recipes.task import Share, Task
+from espkernels.models.recipes.task import Share, Task, check_positive
 
 __all__ = ["Language", "non_monotonic", "perplexity"]
 
@@ -84,9 +86,8 @@ class Language(Task):
         plain: bool = False,
         words: Sequence[str] | None = None,
     ) -> None:
-        for name, value in (("batch", batch), ("steps", steps), ("patience", patience)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
+        check_positive(batch=batch, steps=steps, rate=rate, patience=patience)
+        data = os.path.abspath(data)
         self.given: dict[str, Any] = dict(
             data=data, characters=characters, embedding=embedding, hidden=hidden, layers=layers, axis=axis,
             dropout=dropout, batch=batch, steps=steps, rate=rate, patience=patience, decay=decay, seed=seed,
@@ -115,7 +116,7 @@ class Language(Task):
         parser.add_argument("--layers", type=int, default=3, help="default 3")
         parser.add_argument("--axis", default="step", choices=["step", "features", "time"])
         parser.add_argument("--dropout", type=float, default=0.5, help="default 0.5")
-        parser.add_argument("--batch", type=int, default=20, help="runs of text side by side; default 20")
+        parser.add_argument("--batch", type=whole_number(1), default=20, help="runs of text side by side; default 20")
         parser.add_argument("--steps", type=int, default=70, help="tokens that the gradient goes back; default 70")
         parser.add_argument("--rate", type=float, default=30.0, help="of learning; default 30")
         parser.add_argument("--patience", type=int, default=5, help="epochs before averaging may begin; default 5")

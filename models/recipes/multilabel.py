@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espkernels.models import load
 from espkernels.models.data.coco import ImageLabels, coco_labels
 from espkernels.models.data.loading import evaluation_batches, training_batches
-from espkernels.models.espnetv2 import ESPNetv2, espnetv2
+from espkernels.models.espnetv2 import espnetv2
 from espkernels.models.multilabel import MultiLabelCounter, multilabel_loss
 from espkernels.models.recipes import schedules
+from espkernels.models.recipes.arguments import whole_number
 from espkernels.models.recipes.schedules import Schedule
-from espkernels.models.recipes.task import Share, Task
+from espkernels.models.recipes.task import Share, Task, check_positive
 
 __all__ = ["MultiLabel"]
 
@@ -42,6 +43,7 @@ class MultiLabel(Task):
 
     name = "multilabel"
     score = "overall_f1"
+    starts_with_backbone = True
 
     def __init__(
         self,
@@ -57,6 +59,9 @@ class MultiLabel(Task):
         plain: bool = False,
         labels: Sequence[str] | None = None,
     ) -> None:
+        check_positive(size=size, batch=batch, rate=rate)
+        data = os.path.abspath(data)
+        start = None if start is None else os.path.abspath(start)
         self.given: dict[str, Any] = dict(
             data=data, year=year, scale=scale, size=size, batch=batch, rate=rate, start=start, workers=workers,
             seed=seed, plain=plain,
@@ -86,24 +91,21 @@ class MultiLabel(Task):
         parser.add_argument("--data", required=True, help="the folder with annotations/, train<year>/ and val<year>/")
         parser.add_argument("--year", type=int, default=2014, choices=[2014, 2017], help="default 2014")
         parser.add_argument("--scale", type=float, default=2.0, help="the network's width; default 2.0")
-        parser.add_argument("--size", type=int, default=224, help="height and width of an image; default 224")
-        parser.add_argument("--batch", type=int, default=64, help="images a step, over all processes; default 64")
+        parser.add_argument(
+            "--size", type=whole_number(1), default=224, help="height and width of an image; default 224"
+        )
+        parser.add_argument(
+            "--batch", type=whole_number(1), default=64, help="images a step, over all processes; default 64"
+        )
         parser.add_argument("--rate", type=float, default=0.005, help="the highest rate of learning; default 0.005")
         parser.add_argument("--start", metavar="FILE", help="a checkpoint for classification to start from")
-        parser.add_argument("--workers", type=int, default=2, help="processes that read images; default 2")
+        parser.add_argument("--workers", type=whole_number(0), default=2, help="processes that read images; default 2")
 
     def options(self) -> dict[str, Any]:
         return self.given | {"labels": self.labels}
 
     def network(self) -> nn.Module:
-        network = espnetv2(self.scale, num_classes=len(self.labels), plain=self.plain)
-        if self.start is not None:
-            found = load.from_official(self.start)
-            if not isinstance(found, ESPNetv2) or found.scale != self.scale:
-                raise ValueError(f"start: {self.start} is of no classification network of width {self.scale}")
-            own = {name: value for name, value in network.state_dict().items() if name.startswith("classifier.")}
-            network.load_state_dict(found.state_dict() | own)
-        return network
+        return espnetv2(self.scale, num_classes=len(self.labels), plain=self.plain)
 
     def schedule(self, epochs: int) -> Schedule:
         halved_at = [max(round(at * epochs / 100), 1) for at in HALVED_AT]

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import shlex
+import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,11 +32,17 @@ __all__ = ["RunFolder", "write_atomically"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Has ``write`` fill a file beside ``path``, with its ending, that takes its place when whole and on the disk."""
+    """Has ``write`` fill a file beside ``path``, with its ending, that takes its place when whole and on the disk.
+
+    Its mode is that of a file that open() made, also where ``write`` puts a private file in its place.
+    """
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        with open(beside, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
         write(beside)
         with open(beside, "rb+") as file:
+            os.fchmod(file.fileno(), stat.S_IMODE(mode))
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espkernels.models import classes, load
+from espkernels.models import classes
 from espkernels.models.data.cityscapes import CLASS_WEIGHTS, cityscapes
 from espkernels.models.data.label_maps import IGNORED, LabelMaps
 from espkernels.models.data.loading import evaluation_batches, training_batches
 from espkernels.models.data.voc import voc_segmentation
 from espkernels.models.mean_iou import ConfusionCounter
 from espkernels.models.recipes import schedules
+from espkernels.models.recipes.arguments import whole_number
 from espkernels.models.recipes.schedules import Schedule
-from espkernels.models.recipes.task import Share, Task
-from espkernels.models.segmentation import ESPNetv2Segmentation, espnetv2_segmentation
+from espkernels.models.recipes.task import Share, Task, check_positive
+from espkernels.models.segmentation import espnetv2_segmentation
 
 __all__ = ["Segmentation"]
 
@@ -69,6 +71,9 @@ class Segmentation(Task):
     ) -> None:
         if dataset not in SCORED:
             raise ValueError(f"dataset: got {dataset!r}, expected {' or '.join(SCORED)}")
+        check_positive(size=min(size), batch=batch, rate=rate)
+        data = os.path.abspath(data)
+        start = None if start is None else os.path.abspath(start)
         self.given: dict[str, Any] = dict(
             dataset=dataset, data=data, scale=scale, size=list(size), batch=batch, rate=rate,
             zoom=None if zoom is None else list(zoom), start=start, frozen_norms=frozen_norms, workers=workers,
@@ -105,22 +110,23 @@ class Segmentation(Task):
         parser.add_argument("--dataset", required=True, choices=SCORED)
         parser.add_argument("--data", required=True, help="the data set's folder")
         parser.add_argument("--scale", type=float, default=2.0, help="the network's width; default 2.0")
-        parser.add_argument("--size", type=int, nargs=2, default=[256, 512], metavar=("H", "W"), help="default 256 512")
-        parser.add_argument("--batch", type=int, default=25, help="images a step, over all processes; default 25")
+        parser.add_argument(
+            "--size", type=whole_number(1), nargs=2, default=[256, 512], metavar=("H", "W"), help="default 256 512"
+        )
+        parser.add_argument(
+            "--batch", type=whole_number(1), default=25, help="images a step, over all processes; default 25"
+        )
         parser.add_argument("--rate", type=float, default=0.007, help="the base rate of learning; default 0.007")
         parser.add_argument("--zoom", type=float, nargs=2, metavar=("LOW", "HIGH"), help="training resizes by")
         parser.add_argument("--start", metavar="FILE", help="a checkpoint to start from")
         parser.add_argument("--frozen-norms", action="store_true", help="scale and shift of batch norms stay")
-        parser.add_argument("--workers", type=int, default=2, help="processes that read images; default 2")
+        parser.add_argument("--workers", type=whole_number(0), default=2, help="processes that read images; default 2")
 
     def options(self) -> dict[str, Any]:
         return dict(self.given)
 
     def network(self) -> nn.Module:
-        network = espnetv2_segmentation(self.scale, len(self.class_set), plain=self.plain)
-        if self.start is not None:
-            _start_from(network, self.start)
-        return network
+        return espnetv2_segmentation(self.scale, len(self.class_set), plain=self.plain)
 
     def schedule(self, epochs: int) -> Schedule:
         return schedules.hybrid(self.rate, epochs, cyclic_epochs=epochs // 2)
@@ -154,17 +160,3 @@ class Segmentation(Task):
             given = network(images.to(device))[:, :scored].argmax(dim=1, keepdim=True).float()
             counter.add(F.interpolate(given, true.shape[1:], mode="nearest")[:, 0].cpu(), true)
         return {"miou": 100 * counter.mean(), "pixels": 100 * counter.accuracy()}
-
-
-def _start_from(network: ESPNetv2Segmentation, start: str) -> None:
-    """Takes the weights of a segmentation network, or levels 1 to 4 of one for classification."""
-    found = load.from_official(start)
-    if isinstance(found, ESPNetv2Segmentation):
-        network.load_state_dict(found.state_dict())
-        return
-    wanted = network.base_net.state_dict()
-    given = {name: value for name, value in found.state_dict().items() if name in wanted}
-    missing = [name for name in wanted if name not in given or given[name].shape != wanted[name].shape]
-    if missing:
-        raise ValueError(f"start: {start} has no {missing[0]} of {list(wanted[missing[0]].shape)}")
-    network.base_net.load_state_dict(given)

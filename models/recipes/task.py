@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from espkernels.models.recipes.schedules import Schedule
 
-__all__ = ["TASKS", "Share", "Task", "task_class"]
+__all__ = ["TASKS", "Share", "Task", "check_positive", "task_class"]
 
 # Each is imported when it is asked for; the sentence is its line in the help.
 TASKS = {
@@ -50,6 +50,9 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
     # What the gradient of all parameters together is cut down to, or None.
     longest_gradient: ClassVar[float | None] = None
+    # The checkpoint that training starts from, or None, and whether its backbone alone is taken in any case.
+    start: str | None = None
+    starts_with_backbone: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -94,6 +97,13 @@ class Task(ABC):
         A group of parameters may have a ``factor`` of its own that the schedule's rate is multiplied by.
         """
         return torch.optim.SGD(network.parameters(), rate, momentum=0.9, weight_decay=4e-5)
+
+
+def check_positive(**options: float | None) -> None:
+    """Raises ValueError for the first of the options that is not above 0; None stands for a default."""
+    for name, value in options.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: got {value}, expected a number above 0")
 
 
 def task_class(name: str) -> type[Task]:
