@@ -235,13 +235,14 @@ def gpu_backend(operator: str) -> str:
 
 def runs_reference(device: torch.device) -> bool:
     """Whether a call with tensors on ``device`` runs the reference; raises where the named backend cannot."""
-    if current() == "reference":
+    asked = current()
+    if asked == "reference":
         return True
     if device.type in ("cpu", "meta"):
-        if device.type == "cpu" and current() in ("cuda", "triton") and not _interpreting():
-            advice = ", which it takes only with TRITON_INTERPRET=1" if current() == "triton" else ""
-            raise RuntimeError(f"backend {current()!r} was asked for, but the tensors are on the CPU{advice}")
+        if device.type == "cpu" and asked in ("cuda", "triton") and not _interpreting():
+            advice = ", which it takes only with TRITON_INTERPRET=1" if asked == "triton" else ""
+            raise RuntimeError(f"backend {asked!r} was asked for, but the tensors are on the CPU{advice}")
         return library is None
-    if current() == "cpu":
+    if asked == "cpu":
         raise RuntimeError(f"backend 'cpu' was asked for, but the tensors are on {device}")
-    return library is None or device.type != "cuda" or (current() is None and _gpu_default == "reference")
+    return library is None or device.type != "cuda" or (asked is None and _gpu_default == "reference")

@@ -27,19 +27,27 @@ void run_type(const AdaptiveAverage& p, int64_t begin, int64_t end) {
     T* out = static_cast<T*>(p.out) + unit * p.out_width * p.out_pixel;
     for (int64_t column = 0; column < p.out_width; ++column, out += p.out_pixel) {
       const AdaptiveWindow columns(column, p.width, p.out_width);
-      const int64_t rows_summed = most(kSummed / columns.count(), 1);
+      const int64_t count = rows.count() * columns.count(), rows_summed = most(kSummed / columns.count(), 1);
       for (int64_t c = 0; c < p.channels; c += N) {
         const int64_t valid = least(N, p.channels - c);
-        double total[N] = {};
-        for (int64_t y = rows.first; y < rows.end;) {
+        auto sum_of = [&](int64_t y, int64_t end) {
           Vector<C, N> sum{};
-          for (const int64_t end = least(y + rows_summed, rows.end); y < end; ++y) {
+          for (; y < end; ++y) {
             const T* from = x + (y * p.width + columns.first) * p.channels + c;
             for (int64_t i = 0; i < columns.count(); ++i, from += p.channels) sum += load_first<N>(from, valid);
           }
-          add_to<C, N>(total, sum);
+          return sum;
+        };
+        Vector<C, N> mean;
+        if (count <= kSummed) {
+          mean = sum_of(rows.first, rows.end) / broadcast<C, N>(static_cast<C>(count));
+        } else {
+          double total[N] = {};
+          for (int64_t y = rows.first; y < rows.end; y += rows_summed) {
+            add_to<C, N>(total, sum_of(y, least(y + rows_summed, rows.end)));
+          }
+          mean = mean_of<C, N>(total, count);
         }
-        const Vector<C, N> mean = mean_of<C, N>(total, rows.count() * columns.count());
         store_first<N>(out + c, finish.template operator()<N>(mean, c, valid), valid);
       }
     }

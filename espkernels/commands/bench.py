@@ -53,9 +53,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"bench: {reason}", file=sys.stderr)
         return 2
     start = time.perf_counter()
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"bench: --output: got {args.output}, expected a folder ({error.strerror})", file=sys.stderr)
+        return 2
     _warn_if_busy()
     _verify()
-    args.output.mkdir(parents=True, exist_ok=True)
     json_path = args.output / "bench.json"
     progress = _Progress()
     status = _pytest(args, json_path, progress)
