@@ -225,9 +225,9 @@ class Recorded:
 
     plan: Any = None
     results: tuple[Result, ...] = ()
-    structure: TreeSpec | None = None
+    structure: TreeSpec | None = field(default=None, repr=False)
     refusal: str = ""
-    layers: Layers = field(default_factory=Layers)
+    layers: Layers = field(default_factory=Layers, repr=False)
 
     def run(self, x: Tensor) -> Any:
         """What forward returns for images ``x`` [B, C, H, W]."""

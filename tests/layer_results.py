@@ -37,7 +37,7 @@ def results(layer: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
     layer.zero_grad()
     output = layer(*leaves)
     grad = torch.linspace(-1, 1, output.numel()).to(output.dtype).reshape(output.shape).cos()
-    output.backward(grad)
+    output.backward(grad.to(output.device))
     found = {f"input {i}": leaf.grad for i, leaf in enumerate(leaves)}
     found |= {name: p.grad for name, p in layer.named_parameters()}
     found |= {name: b.clone() for name, b in layer.named_buffers()}

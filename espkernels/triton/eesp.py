@@ -2,10 +2,11 @@
 
 Bytes, in maps of the unit's own size (N = M channels at stride 1, d = N / K): two launches move 1 read of x, 1 / K
 written and 1 / K read of the reduced map, 1 read of the residual and 1 written, 3.5 at K = 4. One launch moves 3, and
-2 where the residual is x and still in L2. It holds the reduced map of a whole image in one program, K times over, one
-program a group, so it is for maps of at most 64 pixels, 7 x 7 at the end of the network: 256 pixels in registers
+2 where the residual is x and still in L2. It holds the reduced map of a whole image in each program, of at most
+16 outputs of a branch, so it is for maps of at most 64 pixels, 7 x 7 at the end of the network: 256 pixels in registers
 spilled a kilobyte a thread, and a tile of a larger map would have to reduce its halo again, (16 + 8)^2 / 16^2 = 2.25
-times the pixels at dilation 4, and read x as often, for half a map of traffic saved.
+times the pixels at dilation 4, and read x as often, for half a map of traffic saved. Not measured yet: with many images
+and channels the programs' 16 to 64 reductions of one map may take longer than a second launch.
 """
 
 from __future__ import annotations
@@ -93,8 +94,9 @@ def eesp_kernel(
 ):
     """OUTPUTS channels of branch k of one image: the reduced map lives in registers, its taps are gathered from there.
 
-    Bytes: see the top of the file; x is read K times, all but once from L2. Multiply-adds: K times the reduction's
-    M * d / reduce_groups a pixel, (K + 1) / 2 times the pyramid's 9 * K * d, and N * d once.
+    Bytes: see the top of the file; x is read once a program, all but once from L2. Multiply-adds: with b blocks of
+    OUTPUTS a branch, b * K times the reduction's M * d / reduce_groups a pixel, b * (K + 1) / 2 times the pyramid's
+    9 * K * d, and N * d once.
     """
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(outputs, OUTPUTS)

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from espkernels.layout import empty_map, layout_of
+from espkernels.layout import empty_map
 from espkernels.triton.configuration import Tile, pointwise_tile
 from espkernels.triton.epilogue import epilogue
-from espkernels.triton.launch import compute_type, dense_vector, flat_map, launch
+from espkernels.triton.launch import compute_type, dense_vector, flat_map, launch, product_layout
 from espkernels.triton.moments import Moments, leave_moments, room_for_moments
 from espkernels.triton.norm_sums import BehindPrelu, in_front_of_prelu, room_for_sums
 from espkernels.triton.normalise import Norm, loaded, normalised
@@ -159,7 +159,7 @@ class _Problem:
     """The maps of one call as the kernel sees them, and its tile."""
 
     def __init__(self, x: Tensor, channels: int, groups: int, out: Tensor) -> None:
-        self.layout, self.groups = layout_of(out), groups
+        self.layout, self.groups = product_layout(out), groups
         self.x, self.out = flat_map(x, self.layout), flat_map(out, self.layout)
         self.images, inputs, self.pixels = self.x.shape
         self.inputs, self.outputs = inputs // groups, channels // groups

@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from espkernels.layout import layout_of
 from espkernels.triton.configuration import gradient_chunks, gradient_tile
-from espkernels.triton.launch import compute_type, flat_map, launch
+from espkernels.triton.launch import compute_type, flat_map, launch, product_layout
 from espkernels.triton.normalise import Norm, loaded, normalised
 from espkernels.triton.partial_sums import add_partials
 from espkernels.triton.product import multiply_add, way
@@ -85,7 +84,7 @@ def group_pointwise_backward_weight(
 
     In ``out`` where it is given, which may be of a wider type than the maps.
     """
-    layout = layout_of(x)
+    layout = product_layout(x)
     flat_grad, flat_x = flat_map(grad, layout), flat_map(x, layout)
     images, channels, pixels = flat_x.shape
     inputs, outputs = channels // groups, grad.shape[1] // groups

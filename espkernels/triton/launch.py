@@ -10,9 +10,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from espkernels.layout import layout_of
 from espkernels.triton.configuration import Tile
 
-__all__ = ["compute_type", "dense_vector", "flat_map", "launch", "leaders", "tiles", "within"]
+__all__ = ["compute_type", "dense_vector", "flat_map", "launch", "leaders", "product_layout", "tiles", "within"]
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
@@ -32,6 +33,11 @@ def compute_type(x: Tensor) -> Any:
 def dense_vector(vector: Tensor | None) -> Tensor | None:
     """One number a channel without gaps, as every kernel reads its vectors; a copy only where it has some."""
     return None if vector is None else vector.contiguous()
+
+
+def product_layout(x: Tensor) -> torch.memory_format:
+    """The format to read a map in for products of pixels: a classifier's images, of one pixel, are one run of them."""
+    return torch.channels_last if x.shape[2] * x.shape[3] == 1 else layout_of(x)
 
 
 def flat_map(x: Tensor, layout: torch.memory_format) -> Tensor:
