@@ -117,7 +117,7 @@ class FrozenConvolution(Frozen):
         channels = self.weight.shape[1] * self.groups
         if x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(f"x: shape {tuple(x.shape)}, expected [B, {channels}, H, W]")
-        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != self.weight.dtype and not inference.lowers(x.device):
             raise TypeError(f"x: dtype {x.dtype}, expected {self.weight.dtype} as the frozen weights")
         if self.pointwise:
             return ops.group_pointwise(

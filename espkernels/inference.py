@@ -26,11 +26,17 @@ __all__ = [
     "down_sampler",
     "eesp",
     "global_average",
+    "lowers",
     "pack_eesp",
     "pyramid_pooling",
     "resize",
     "resized_argmax",
 ]
+
+
+def lowers(device: torch.device) -> bool:
+    """Whether an autocast is active for tensors on ``device``; there is none for some, as meta."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _runs_kernel(x: Tensor, *others: object) -> bool:
@@ -41,7 +47,7 @@ def _runs_kernel(x: Tensor, *others: object) -> bool:
     given = [a for a in (x, *others) if isinstance(a, Tensor)]
     if torch.is_grad_enabled() and any(a.requires_grad for a in given):
         return False
-    if torch.is_autocast_enabled(x.device.type) and any(a.dim() > 1 and a.dtype != x.dtype for a in given):
+    if lowers(x.device) and any(a.dim() > 1 and a.dtype != x.dtype for a in given):
         return False
     return not backends.runs_reference(x.device)
 
