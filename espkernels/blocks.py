@@ -6,7 +6,6 @@ them is tried: a block and its frozen form get the same map in float64, and only
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -17,7 +16,7 @@ from espkernels.checks import MAX_BRANCHES
 from espkernels.frozen import FrozenAffine, FrozenConvolution
 from espkernels.frozen_decoder import FrozenPyramidPooling
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling
-from espkernels.trial import agree, copied
+from espkernels.trial import agree, copied, inputs_of
 
 __all__ = ["frozen", "is_pyramid_pooling", "proven", "pyramid_pooling"]
 
@@ -43,14 +42,9 @@ def proven(module: M, make: Callable[[M], nn.Module], *inputs: Sequence[int]) ->
         ours = make(theirs)
     except Exception:  # parts that do not fit together
         return None
-    if _named_inputs(module) > _named_inputs(ours):
+    if len(inputs_of(type(module).forward)) > len(inputs_of(type(ours).forward)):
         return None
     return make(module) if all(agree(theirs, ours, *channels) for channels in inputs or [()]) else None
-
-
-def _named_inputs(module: nn.Module) -> int:
-    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
-    return sum(kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for kind in kinds)
 
 
 def _maker(module: nn.Module) -> Callable[[nn.Module], nn.Module] | None:

@@ -50,12 +50,12 @@ class UnitLayers:
     norms: tuple[Norm, Norm, Norm]
     activations: Sequence[nn.PReLU]  # behind the first two norms, and behind the last where one ends the unit
     containers: Sequence[nn.Module]  # of the modules above, called with them
-    as_known: bool = True  # they are of the classes whose forward does no more than call those
-    dilations: Sequence[int] = ()
+    dilations: Sequence[int]
     stride: int = 1
     hff: bool = True
     adds_input: bool = False  # where shapes are equal
     memory: str = "save"
+    as_known: bool = True  # the containers are of classes whose forward does no more than call their modules
 
 
 class Unit(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -185,6 +185,11 @@ class CDilated(nn.Module):
         return self.conv(x)
 
 
+def containers(unit: Any) -> list[nn.Module]:
+    """The modules of an EESP unit, of whatever class, that its layers lie in."""
+    return [unit.proj_1x1, unit.br_after_cat, unit.conv_1x1_exp, *unit.spp_dw]
+
+
 class EESP(nn.Module):
     """Extremely efficient spatial pyramid of depthwise dilated separable convolutions (paper section 3.1, Fig. 1c).
 
@@ -257,15 +262,12 @@ class EESP(nn.Module):
         self.conv_1x1_exp = CB(out_channels, out_channels, 1, groups=k)
         self.br_after_cat = self.br_type(out_channels)
         self.module_act = nn.PReLU(out_channels)
-        self.container_types = tuple(map(type, self._containers()))
+        self.container_types = tuple(map(type, containers(self)))
         init_parameters(self)
-
-    def _containers(self) -> list[nn.Module]:
-        return [self.proj_1x1, self.br_after_cat, self.conv_1x1_exp, *self.spp_dw]
 
     def _as_known(self) -> bool:
         """Whether the parts are of the classes that they had when the unit was built, or replaced."""
-        return tuple(map(type, self._containers())) == self.container_types
+        return tuple(map(type, containers(self))) == self.container_types
 
     def pyramid_weight(self) -> Tensor:
         """The weights of the K branches as one tensor [K, d, 3, 3]; gradients reach the branches through it."""
@@ -283,7 +285,7 @@ class EESP(nn.Module):
             expand=self.conv_1x1_exp.conv,
             norms=(self.proj_1x1.bn, self.br_after_cat.bn, self.conv_1x1_exp.bn),
             activations=[*inner, self.module_act] if ends_with_prelu else inner,
-            containers=self._containers(),
+            containers=containers(self),
             as_known=self._as_known(),
             dilations=self.dilations,
             stride=self.stride,

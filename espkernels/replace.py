@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from espkernels.models import plain
 from espkernels.models.pyramid_pooling import FusedJoin, FusedPyramidPooling
 from espkernels.structure import Layer, recognise
 from espkernels.training_blocks import recognise_blocks
-from espkernels.trial import agree, copied
+from espkernels.trial import agree, copied, inputs_of
 from espkernels.verification import Comparison, compare
 
 __all__ = ["Replacement", "Report", "as_written", "replace", "replace_units", "restore"]
@@ -114,15 +113,11 @@ def _blank(original: type[nn.Module], kind: str) -> nn.Module:
     return replaced.__new__(replaced)
 
 
-def _inputs(forward: Callable[..., Any]) -> list[str]:
-    return [p.name for p in inspect.signature(forward).parameters.values() if p.kind != p.VAR_KEYWORD][1:]
-
-
 def _forward(ours: type[nn.Module], original: type[nn.Module]) -> Callable[..., Tensor]:
     """Our forward, taking its inputs by the original's names too."""
-    names = _inputs(original.forward)
+    names = inputs_of(original.forward)
     forward: Callable[..., Tensor] = ours.forward
-    if names == _inputs(forward):
+    if names == inputs_of(forward):
         return forward
 
     def renamed(self: nn.Module, *inputs: Any, **named: Any) -> Tensor:
@@ -204,8 +199,8 @@ def _why_not(layer: Layer) -> str:
         return "its class has no forward: a container, as tracing leaves it"
     if "forward" in vars(module):
         return "its forward was replaced on the object itself"
-    if len(_inputs(original.forward)) > len(_inputs(ours.forward)):
-        return f"its forward takes {', '.join(_inputs(original.forward))}"
+    if len(inputs_of(original.forward)) > len(inputs_of(ours.forward)):
+        return f"its forward takes {', '.join(inputs_of(original.forward))}"
     try:
         with _swapped(layer):
             return ""

@@ -14,18 +14,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from espkernels.fused_shortcut import pooling_difference
+from espkernels.nn import containers
 
 __all__ = ["Layer", "is_unit", "recognise"]
 
 _EESP = {"proj_1x1", "spp_dw", "conv_1x1_exp", "br_after_cat", "module_act"}
 _DOWN_SAMPLER = {"eesp", "avg", "act"}
-_READ = (
-    "stride",
-    "dilations",
-    "down_method",
-    "hff",
-    "container_types",
-)  # what the forward of our EESP reads from its module
+# What the forward of our EESP reads from its module.
+_READ = ("stride", "dilations", "down_method", "hff", "container_types")
 
 
 class _Different(Exception):
@@ -207,10 +203,13 @@ def _eesp(unit: nn.Module, in_down_sampler: bool) -> dict[str, object]:
     for name in _READ:
         _require(not isinstance(getattr(type(unit), name, None), property), f"its class computes {name} itself")
     down_method = _down_method(unit, stride, in_down_sampler)
-    containers = map(unit.get_submodule, ("proj_1x1", "br_after_cat", "conv_1x1_exp"))
-    types = tuple(map(type, (*containers, *unit.get_submodule("spp_dw").children())))
-    attributes = {"stride": stride, "dilations": tuple(dilations), "down_method": down_method, "hff": _hff(unit)}
-    return attributes | {"container_types": types}
+    return {
+        "stride": stride,
+        "dilations": tuple(dilations),
+        "down_method": down_method,
+        "hff": _hff(unit),
+        "container_types": tuple(map(type, containers(unit))),
+    }
 
 
 def _down_method(unit: nn.Module, stride: int, in_down_sampler: bool) -> str:

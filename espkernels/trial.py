@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from espkernels import backends
 
-__all__ = ["agree", "copied"]
+__all__ = ["agree", "copied", "inputs_of"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,14 +55,11 @@ def agree(theirs: nn.Module, ours: Callable[..., Tensor], *channels: int) -> boo
         generator = torch.Generator().manual_seed(0)
         counts = channels or (_in_channels(theirs),)
         for height, width, deviation in TRIALS:
-            inputs = [
-                torch.empty((2, count, height, width), dtype=torch.float64, device="cpu")
-                .normal_(0, deviation, generator=generator)
-                .to(like.device)
-                if count
-                else None
+            maps = [
+                torch.empty((2, count, height, width), dtype=torch.float64, device="cpu").normal_(generator=generator)
                 for count in counts
             ]
+            inputs = [(deviation * map_).to(like.device) if len(map_[0]) else None for map_ in maps]
             with torch.no_grad():
                 expected = theirs(*inputs)
                 same = (ours(*inputs) - expected).abs().max() <= TOLERANCE * expected.abs().max()
@@ -70,6 +68,11 @@ def agree(theirs: nn.Module, ours: Callable[..., Tensor], *channels: int) -> boo
         return True
     except Exception:
         return False
+
+
+def inputs_of(forward: Callable[..., Any]) -> list[str]:
+    """The names of what the ``forward`` of a class takes, but for named ones that it does not list."""
+    return [p.name for p in inspect.signature(forward).parameters.values() if p.kind != p.VAR_KEYWORD][1:]
 
 
 def _in_channels(module: nn.Module) -> int:

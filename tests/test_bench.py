@@ -465,15 +465,19 @@ def test_one_case_from_command_to_picture(tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").stat().st_size > 5000
 
 
-def test_unknown_case_is_a_mistake() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "bench/bench_spatial_pyramid.py", "--cases", "s9-*", "-p", "no:cacheprovider"],
+def pytest_of_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
     )
+
+
+def test_unknown_case_is_a_mistake() -> None:
+    done = pytest_of_benchmarks("bench/bench_spatial_pyramid.py", "--cases", "s9-*")
     assert done.returncode == 4
     assert "'s9-*' fits none" in done.stdout + done.stderr
 
@@ -485,28 +489,14 @@ def test_unknown_case_is_a_mistake() -> None:
 )
 def test_a_part_of_the_layers_does_not_replace_the_results_of_all(part: list[str]) -> None:
     pytest.importorskip("pytest_benchmark")
-    done = subprocess.run(
-        # Nothing is measured, so the results stay where this test fails.
-        [sys.executable, "-m", "pytest", *part, "--collect-only", "--benchmark-json=bench/results/bench.json"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    # Nothing is measured, so the results stay where this test fails.
+    done = pytest_of_benchmarks(*part, "--collect-only", "--benchmark-json=bench/results/bench.json")
     assert done.returncode == 4, done.stdout + done.stderr
     assert f"--output: got {ROOT / 'bench' / 'results'}" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("batch", ["0", "-1"])
 def test_a_batch_of_no_images_is_a_mistake(batch: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "bench/bench_unit.py", f"--batch={batch}", "-p", "no:cacheprovider"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = pytest_of_benchmarks("bench/bench_unit.py", f"--batch={batch}")
     assert done.returncode == 4
     assert f"--batch: got {batch}, expected at least 1" in done.stdout + done.stderr

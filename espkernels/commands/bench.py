@@ -53,11 +53,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"bench: {reason}", file=sys.stderr)
         return 2
     start = time.perf_counter()
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"bench: --output: got {args.output}, expected a folder ({error.strerror})", file=sys.stderr)
-        return 2
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    from bench.output import make_folder
+
+    make_folder(args.output)
     _warn_if_busy()
     _verify()
     json_path = args.output / "bench.json"
@@ -110,8 +110,6 @@ def _verify() -> None:
 def _pytest(args: argparse.Namespace, json_path: Path, progress: _Progress) -> int:
     import pytest
 
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
     given = [f"{FOLDER}/bench_{name}.py" for name in args.only or FILES]
     for option in ("cases", "modes", "dtypes", "threads"):
         for value in getattr(args, option) or ():
