@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from bench.floor import Floor
 from bench.interleave import Samples, Timed, interleave
+from espkernels import backends
 
-__all__ = ["LAYOUTS", "PEERS", "Comparison", "Outcome", "Provider", "WrongResult", "measure"]
+__all__ = [
+    "LAYOUTS",
+    "PEERS",
+    "Comparison",
+    "Outcome",
+    "Provider",
+    "WrongResult",
+    "largest_error",
+    "measure",
+    "require_kernels",
+]
 
 # What others run; everything else is ours.
 PEERS = ("eager", "compile")
@@ -20,6 +33,21 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 class WrongResult(AssertionError):
     """A provider's result differs from the float64 reference; it is not timed."""
+
+
+def largest_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest relative error of any of the tensors, each in the root mean square of its numbers.
+
+    Not that of all together: the gradient of one bias can hold 99 % of what those of a network sum to.
+    """
+
+    def error(result: Tensor, right: Tensor) -> float:
+        off, size = (result.double() - right).norm().item(), right.norm().item()
+        return off / size if size else math.inf if off else 0.0
+
+    errors = [error(*pair) for pair in zip(results, exact, strict=True)]
+    # max() would lose a NaN that comes second.
+    return sum(errors) if any(map(math.isnan, errors)) else max(errors)
 
 
 @dataclass(frozen=True)
@@ -92,3 +120,13 @@ def measure(comparison: Comparison) -> Outcome:
         return Outcome(interleave(runs, comparison.seconds), refused, floor, memory)
     finally:
         torch.set_num_threads(threads)
+
+
+def require_kernels() -> None:
+    """Refuses to time the reference under this library's name.
+
+    Raises:
+        SystemExit: it is the backend that the environment asks for.
+    """
+    if backends.current() == "reference":
+        raise SystemExit("ESPKERNELS_BACKEND: got 'reference', expected none or one with kernels of ours to time")

@@ -17,6 +17,7 @@ import pytest
 from bench.cases import check
 from bench.comparison import PEERS, Comparison, Outcome, Provider, WrongResult, measure
 from bench.floor import MODES
+from bench.output import keep_whole
 from bench.selection import DTYPES, Selection
 from espkernels.commands.bench import FILES
 from espkernels.info import collect
@@ -44,7 +45,6 @@ class ReplayClock:
         self.now += next(self.samples)
 
 
-RESULTS = Path(__file__).resolve().parent / "results"
 clock = ReplayClock()
 refused: list[dict[str, str]] = []
 
@@ -71,10 +71,13 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--batch: got {batch}, expected at least 1")
     results = config.getoption("benchmark_json", None)
     whole = {Path(name).stem for name in config.args} >= {f"bench_{name}" for name in FILES}
-    if results is not None and results.resolve().parent == RESULTS and (config.getoption("cases", ()) or not whole):
-        raise pytest.UsageError(
-            f"--output: got {RESULTS}, whose results are of all layers, expected another folder for a part of them"
-        )
+    narrowed = any(config.getoption(name, ()) for name in ("cases", "modes", "dtypes", "threads"))
+    if results is not None:
+        try:
+            without_compile = config.getoption("compile", None) is False
+            keep_whole(results.parent, narrowed or batch > 1 or without_compile or not whole)
+        except SystemExit as refusal:
+            raise pytest.UsageError(str(refusal)) from None
 
 
 def _selection(config: pytest.Config) -> Selection:

@@ -27,12 +27,11 @@ from bench.gpu_engines import RACES
 from bench.gpu_tasks import Gradients, Inference, Task, Training
 from bench.interleave import Run, Timed, interleave
 from bench.layers import network, unit
-from bench.output import make_folder, write_json
+from bench.output import RESULTS, keep_whole, make_folder, write_json
 from espkernels.info import collect
 
 __all__ = ["Row", "main", "measured", "results", "rows"]
 
-RESULTS = Path(__file__).parent / "results"
 COPIED = 1 << 30  # bytes of the copy that measures the bandwidth
 
 
@@ -127,6 +126,7 @@ def measured(row: Row, race: str, device: str, until: float, seconds: float = 0.
     task = row.task(device)
     calls: dict[str, Callable[[], Any]] = {}
     engines: dict[str, dict[str, Any]] = {}
+    task.prepare()
     for name in (*task.ours, *task.races[race]):
         if time.monotonic() > until:
             engines[name] = {"refused": gpu_report.NO_TIME}
@@ -188,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not cuda.is_available():
         parser.error("torch finds no GPU here")
+    keep_whole(options.output, bool(options.rows))
     make_folder(options.output)
     device = "cuda"
     run: dict[str, Any] = {

@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.comparison import WrongResult
+from bench.comparison import WrongResult, require_kernels
 from bench.interleave import Run, interleave
-from bench.output import make_folder, write_json
+from bench.output import RESULTS, keep_whole, make_folder, write_json
 from bench.tables import markdown_table
 from espkernels.info import collect
 from espkernels.models import eru_language_model
 from espkernels.models.eru import ERU
+from espkernels.models.recipes.arguments import whole_number
 from espkernels.quantities import duration
 
 __all__ = ["main"]
@@ -182,11 +183,13 @@ def markdown(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures every row, writes language.json and language.md, and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.language", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder; default bench/results")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder; default bench/results")
     parser.add_argument("--seconds", type=float, default=4.0, help="of samples a row; default 4")
-    parser.add_argument("--threads", type=int, nargs="*", help="default: one, and all")
+    parser.add_argument("--threads", type=whole_number(1), nargs="*", help="default: one, and all")
     args = parser.parse_args(arguments)
+    keep_whole(args.output, bool(args.threads))
     make_folder(args.output)
+    require_kernels()
     rows = []
     for threads in args.threads or sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)

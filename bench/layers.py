@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from bench.cases import Case
-from bench.comparison import LAYOUTS, Provider, WrongResult
+from bench.comparison import LAYOUTS, Provider, WrongResult, largest_error
 from bench.floor import Floor
 from bench.interleave import Run
 from bench.training_step import Step
@@ -130,16 +130,17 @@ class Task:
 
     @functools.cached_property
     def _allowed(self) -> float:
-        eager = self._results(*self._cast("eager", torch.contiguous_format))
+        eager = self._results(*self.cast("eager", torch.contiguous_format))
         epsilon, numbers = torch.finfo(self.dtype).eps, self.input.numel()
-        rounding = 8 * max(_error(eager, self.exact), epsilon)
+        rounding = 8 * max(largest_error(eager, self.exact), epsilon)
         # In front of a PReLU rounding, here of some 16 steps, turns the sign of one number in 1 / (16 eps), and the
         # gradient there changes by up to itself. Four of n, twice as large as most, change the whole by 4 / sqrt(n); a
         # map in which not even a tenth of a sign is expected to turn has none.
         signs_turn = self.mode != "forward" and 16 * epsilon * numbers > 0.1
         return rounding + (4 / math.sqrt(numbers) if signs_turn else 0)
 
-    def _cast(self, implementation: str, layout: torch.memory_format) -> tuple[nn.Module, Tensor]:
+    def cast(self, implementation: str, layout: torch.memory_format) -> tuple[nn.Module, Tensor]:
+        """The model as ``implementation`` (:func:`variant`), and the input, both in the task's dtype and a layout."""
         model = copy.deepcopy(self.model).to(self.dtype)
         # A person who wants channels_last converts both, so that no convolution has to.
         model = variant(model.to(memory_format=layout), implementation)  # type: ignore[call-overload]
@@ -166,7 +167,7 @@ class Task:
 
     def build(self, provider: Provider) -> Run:
         """Checks the provider's result, and returns what is timed."""
-        model, x = self._cast(provider.implementation, LAYOUTS[provider.layout])
+        model, x = self.cast(provider.implementation, LAYOUTS[provider.layout])
         self.check(provider, self._results(model, x))
         return Run(self.step(model, x))
 
@@ -175,7 +176,7 @@ class Task:
         shapes, expected = ([tuple(tensor.shape) for tensor in tensors] for tensors in (results, self.exact))
         if shapes != expected:
             raise WrongResult(f"{provider}: results of shapes {shapes}, expected {expected}")
-        error = _error(results, self.exact)
+        error = largest_error(results, self.exact)
         if not error <= self._allowed:
             raise WrongResult(
                 f"{provider}: off by {error:.2g} in the root mean square, expected at most {self._allowed:.2g}"
@@ -183,32 +184,19 @@ class Task:
 
     def run(self, provider: Provider) -> Callable[[], object]:
         """One unchecked step of the provider, for a process that only looks at memory."""
-        return self.step(*self._cast(provider.implementation, LAYOUTS[provider.layout]))
+        return self.step(*self.cast(provider.implementation, LAYOUTS[provider.layout]))
 
     def step(self, model: nn.Module, x: Tensor) -> Callable[[], object]:
         """One inference, or one training step up to the gradients."""
         return torch.no_grad()(functools.partial(model, x)) if self.mode == "forward" else self._step(model, x)
 
     def floor(self) -> Floor:
-        """Parameters and input read once, the output written once; training three times the multiply-adds."""
+        """Parameters and input read once, the output written once; training three times the multiply-adds.
+
+        In training the gradients of parameters are written, and "inside" that of the result read, the input's written.
+        """
         counted = models.count(self.make(), (self.shape[2], self.shape[3]), in_channels=self.shape[1])
-        macs = counted.macs * self.shape[0] * (1 if self.mode == "forward" else 3)
-        values = counted.parameters * (1 if self.mode == "forward" else 2) + self.input.numel()
-        return Floor(values * self.dtype.itemsize, 2 * macs)
-
-
-def _error(results: list[Tensor], exact: list[Tensor]) -> float:
-    """The largest of the relative errors of the output and of all gradients together."""
-
-    def relative(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:
-        error = size = 0.0
-        for result, right in pairs:
-            error += (result.double() - right).square().sum().item()
-            size += right.square().sum().item()
-        return (error / size) ** 0.5 if size else 0.0
-
-    if len(results) != len(exact):
-        return float("inf")
-    errors = [relative(iter([(results[0], exact[0])])), relative(zip(results[1:], exact[1:], strict=True))]
-    # max() would lose a NaN that comes second.
-    return sum(errors) if any(error != error for error in errors) else max(errors)
+        training = self.mode != "forward"
+        maps = self.input.numel() + math.prod(output_shape(self.model, self.input))
+        values = counted.parameters * (2 if training else 1) + maps * (2 if self.mode == "inside" else 1)
+        return Floor(values * self.dtype.itemsize, 2 * counted.macs * self.shape[0] * (3 if training else 1))

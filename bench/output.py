@@ -9,7 +9,10 @@ from typing import Any
 
 from espkernels.models.recipes.run_folder import write_atomically
 
-__all__ = ["make_folder", "write_json"]
+__all__ = ["RESULTS", "keep_whole", "make_folder", "write_json"]
+
+# What is stored with the project.
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def make_folder(folder: Path) -> None:
@@ -26,6 +29,18 @@ def make_folder(folder: Path) -> None:
         raise SystemExit(
             f"--output: got {folder}, expected a folder that can be made and written ({error.strerror})"
         ) from None
+
+
+def keep_whole(folder: Path, part: bool) -> None:
+    """Refuses the folder of the stored results for a ``part`` of what they hold, which would replace them.
+
+    Raises:
+        SystemExit: it is that folder.
+    """
+    if part and folder.resolve() == RESULTS:
+        raise SystemExit(
+            f"--output: got {folder}, whose results are of all rows, expected another folder for a part of them"
+        )
 
 
 def write_json(run: dict[str, Any], file: Path) -> None:

@@ -11,7 +11,6 @@ listed with its reason. Then all are timed in turn, round after round
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import importlib.metadata
 import sys
@@ -27,12 +26,13 @@ import torch
 from bench import peers_report, race
 from bench.bounds import bounds
 from bench.cases import DETECTION, IMAGES, NETWORKS, SEGMENTATION, matching
-from bench.comparison import Comparison, Provider
+from bench.comparison import LAYOUTS, Comparison, Provider
 from bench.engines import ENGINES, OURS, why_not
 from bench.layers import Task, detection, network, segmentation, unit
-from bench.output import make_folder
+from bench.output import keep_whole, make_folder
 from bench.race import Race, Row
 from bench.selection import DTYPES
+from espkernels.models.recipes.arguments import whole_number
 
 __all__ = ["ROWS", "Selection", "main"]
 
@@ -129,17 +129,22 @@ def _measure(selection: Selection, racing: Race, row: Row, task: Task, files: Pa
     }
     # Of a batch, image by image goes through the same kernels.
     short = batch == 1 and peers_report.judge(found).reached is False
-    found["bounds"] = (
-        bounds(copy.deepcopy(task.model).to(task.dtype), task.input.to(task.dtype), threads) if short else []
-    )
+    found["bounds"] = bounds(*task.cast("eager", LAYOUTS[fastest[OURS]]), threads) if short else []
     return found
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of ``python -m bench.peers``."""
     result = race.parser("peers", __doc__, [*ENGINES][1:])
-    result.add_argument("--batch", action="append", default=[], type=int, metavar="N", help="may be repeated")
-    result.add_argument("--threads", action="append", default=[], type=int, metavar="N", help="may be repeated")
+    several: dict[str, Any] = {
+        "action": "append",
+        "default": [],
+        "type": whole_number(1),
+        "metavar": "N",
+        "help": "may be repeated",
+    }
+    result.add_argument("--batch", **several)
+    result.add_argument("--threads", **several)
     result.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     result.add_argument("--full", action="store_true", help="every row and batch, one thread and all of them: hours")
     return result
@@ -161,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not selection.rows():
         print(f"peers: rows: {args.rows} fit none of {', '.join(row.name for row in ROWS)}", file=sys.stderr)
         return 2
+    keep_whole(args.output, not args.add and bool(args.rows or args.engines or args.batch or args.threads))
     make_folder(args.output)
     start = time.perf_counter()
     missing = {name: reason for name in selection.engines if (reason := why_not(name)) is not None}

@@ -1,7 +1,7 @@
 """What the run of :mod:`bench.peers` says: a line a row, Markdown with every loss, a chart.
 
 An engine's figure is the median of the fastest way of giving it the model, ours like the others'. Ratios are medians of
-the ratios within a round; the best engine is the one with the least median.
+the ratios within a round; the best engine is the one whose ratio is worst for us.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class Verdict:
 
 def judge(row: dict[str, Any]) -> Verdict:
     """The verdict on a row of the JSON. The floor is that of float32, and so no goal of another dtype."""
-    times = {engine: row["engines"][engine][way]["seconds"] for engine, way in row["fastest"].items()}
-    best = min((engine for engine in times if engine != OURS), key=times.__getitem__, default=None)
+    best = max(row["over"], key=row["over"].__getitem__, default=None)
     of_best = row["over"].get(best)
-    of_floor = times[OURS] / row["floor"] if OURS in times else None
+    way = row["fastest"].get(OURS)
+    of_floor = None if way is None else row["engines"][OURS][way]["seconds"] / row["floor"]
     goal = goal_of(row["kind"], row["dtype"])
     return Verdict(best, of_best, of_floor, goal.reached(of_best, of_floor))
 
@@ -160,7 +160,8 @@ def markdown(run: dict[str, Any], picture_name: str) -> str:
     if reasons:
         lines += ["", "NOT TIMED:", ""]
         lines += [f"* {reason} ({', '.join(dict.fromkeys(names))})" for reason, names in reasons.items()]
-    return "\n".join([*lines, "", "One row alone: `python -m bench.peers --rows 's1-224x224-network' --batch 1`.", ""])
+    alone = "One row alone: `python -m bench.peers --rows 's1-224x224-network' --batch 1 --output FOLDER`."
+    return "\n".join([*lines, "", alone, ""])
 
 
 def _peak(peak: dict[str, Any]) -> str:

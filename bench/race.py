@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from bench.cases import fits
-from bench.comparison import Comparison, Outcome, Provider, measure
+from bench.comparison import Comparison, Outcome, Provider, measure, require_kernels
 from bench.fma_peak import peak
 from bench.layers import Task
-from bench.output import write_json
+from bench.output import RESULTS, write_json
 from bench.worker import Lost, Refused, Worker
 from espkernels.backends import use_backend
 from espkernels.info import collect
@@ -145,7 +145,12 @@ def described(row: Row, batch: int, threads: int, outcome: Outcome, refused: dic
 
 
 def begun(thread_counts: Iterable[int]) -> dict[str, Any]:
-    """The JSON of a run before its first row: when and where it runs, and the machine's peaks."""
+    """The JSON of a run before its first row: when and where it runs, and the machine's peaks.
+
+    Raises:
+        SystemExit: the environment asks for the reference in place of our kernels.
+    """
+    require_kernels()
     return {
         "datetime": datetime.datetime.now().isoformat(timespec="seconds"),
         "machine_info": {"espkernels": collect().as_dict()},
@@ -221,7 +226,5 @@ def parser(name: str, description: str | None, peers: Iterable[str]) -> argparse
         help="torch.compile in every row, or in none; by default in the units alone, where it fits the time",
     )
     result.add_argument("--add", action="store_true", help="keep the rows that are in the output and not measured now")
-    result.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results", help=f"folder of {name}.json, .md and .png"
-    )
+    result.add_argument("--output", type=Path, default=RESULTS, help=f"folder of {name}.json, .md and .png")
     return result

@@ -24,7 +24,7 @@ from bench.cases import IMAGES, NETWORKS, matching
 from bench.comparison import Comparison, Provider, WrongResult
 from bench.engines import OURS
 from bench.layers import Task, network, segmentation, unit
-from bench.output import make_folder
+from bench.output import keep_whole, make_folder
 from bench.race import Race, Row, Selection
 from bench.trainers import ALLOCATOR, ENGINES, why_not
 from bench.training_picture import picture
@@ -167,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not selection.rows():
         print(f"training: rows: {args.rows} fit none of {', '.join(row.name for row in ROWS)}", file=sys.stderr)
         return 2
+    keep_whole(args.output, not args.add and bool(args.rows or args.engines))
     make_folder(args.output)
     start = time.perf_counter()
     run = race.begun([torch.get_num_threads()]) | {"allocator": ALLOCATOR}

@@ -1,7 +1,7 @@
 """What the run of :mod:`bench.training` says: a line a row, Markdown with all that falls short, a chart.
 
 A trainer's time is the median of its faster layout. Ratios are medians of the ratios within a round; the fastest peer
-is the one with the least median. Activation memory is compared with the least that eager keeps in either layout.
+is the one that ours gains least over. Activation memory is compared with the least that eager keeps in either layout.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def judge(row: dict[str, Any]) -> list[Verdict]:
     times = {engine: row["engines"][engine][way]["seconds"] for engine, way in row["fastest"].items()}
     found = []
     for ours, over in row["over"].items():
-        best = min(over, key=times.__getitem__, default=None)
+        best = min(over, key=over.__getitem__, default=None)
         kept, eager = figure_of(row, ours, "kept"), figure_of(row, "eager", "kept")
         found.append(
             Verdict(
@@ -143,7 +143,8 @@ def markdown(run: dict[str, Any], picture_name: str) -> str:
         "another one is timed; a round takes one sample of each in turn, and ratios are medians of the ratios within",
         "a round. Outputs and all gradients were compared with a float64 run of the plain model before anything was",
         "timed, and ours, bit for bit, with those of a second step. Each figure is that of the faster layout, named",
-        "beside it; eager, checkpointing (each unit on its own) and torch.compile (default mode) run the plain layers.",
+        "beside it (in brackets the slower one's; a network's is the least of three steps in a heat, which decided);",
+        "eager, checkpointing (each unit on its own) and torch.compile (default mode) run the plain layers.",
         "",
         f"Every process has the same allocator setting, `{allocator}`:",
         "freed blocks are kept, without which the page faults of large maps take longer than the arithmetic, for the",
@@ -199,7 +200,8 @@ def markdown(run: dict[str, Any], picture_name: str) -> str:
             "",
             *(f"* {row['row']}, batch {row['batch']}: {training_bounds.sentence(row['bounds'])}" for row in bounded),
         ]
-    return "\n".join([*lines, "", "One row alone: `python -m bench.training --rows 's1-224x224-level3'`.", ""])
+    alone = "One row alone: `python -m bench.training --rows 's1-224x224-level3' --output FOLDER`."
+    return "\n".join([*lines, "", alone, ""])
 
 
 def _columns(names: list[str], *first: str) -> list[tuple[str, str]]:

@@ -45,7 +45,7 @@ class Refused(Exception):
 
 
 class Lost(Refused):
-    """The process of ``worker`` is gone: it crashed or gave no answer."""
+    """The model of ``worker`` is gone: the process crashed, gave no answer, or raised while it was timed."""
 
     def __init__(self, worker: Worker, message: str) -> None:
         super().__init__(message)
@@ -111,7 +111,8 @@ class Worker:
         # The next engine starts only when every thread of this one has stopped.
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         if not done:
-            raise Refused(str(answer))
+            # Its process lives, but what it had opened is gone.
+            raise Lost(self, str(answer)) if request[0] == "time" else Refused(str(answer))
         return answer
 
     def _last_words(self) -> str:
@@ -149,8 +150,9 @@ def main(room: str, engine: str, number: str, parent: str) -> None:
                 gc.disable()
             elif request == "memory":
                 opened = engines[engine].open(_job(*arguments))
-                kept = None if opened.kept is None else opened.kept()
-                answer = {"held": held(opened.call), "peak": peak(opened.call), "kept": kept}
+                # In this order: what comes later finds memory that earlier calls have left to the allocator.
+                answer = {"held": held(opened.call), "peak": peak(opened.call)}
+                answer["kept"] = None if opened.kept is None else opened.kept()
             else:
                 assert run is not None
                 if longest < FEELS_COLD:

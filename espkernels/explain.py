@@ -169,14 +169,15 @@ def _planned(
 def _ideal(steps: list[Any], sizes: list[int], span: range) -> int:
     """Bytes that the steps in ``span`` must move, were they one kernel.
 
-    A map that one of them writes and only they read need not reach memory; the last step of a plan writes its result.
+    A map that one of them writes and only they read need not reach memory; one that no step reads is a result.
     """
     total = sum(steps[i][2] for i in span)
     outside = {buffer for i, step in enumerate(steps) if i not in span for buffer in step[3]}
     used = {buffer for i in span for buffer in steps[i][3]}
+    read = {buffer for step in steps for buffer in step[3][:-1]}
     for buffer in used:
         touched = sum(n for i in span for b, n in zip(steps[i][3], steps[i][4], strict=True) if b == buffer)
-        if buffer == 0 or buffer in outside or buffer == steps[-1][3][-1]:
+        if buffer == 0 or buffer in outside or buffer not in read:
             total += min(touched, sizes[buffer])
     return total
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import espkernels.__main__
 import espkernels.info
 from bench import layers, memory, providers, report
 from bench.cases import CASES, DEFAULT, IMAGES, SCALES, Case, check, matching, units, widths
-from bench.comparison import Comparison, Provider, WrongResult, measure
+from bench.comparison import Comparison, Provider, WrongResult, largest_error, measure, require_kernels
 from bench.floor import Floor, operator_floor, operator_memory
 from bench.interleave import Run, Samples, interleave
 from bench.selection import Selection, Variant
@@ -155,6 +156,15 @@ def test_floor_of_a_network_is_the_papers() -> None:
     assert round(task.floor().flops / 2e6, 2) == 85.72
 
 
+@pytest.mark.parametrize(("mode", "maps", "parameters"), [("forward", 1, 1), ("training", 1, 2), ("inside", 2, 2)])
+def test_bytes_of_a_strided_unit_by_hand(mode: str, maps: int, parameters: int) -> None:
+    case = Case("small", 16, 32, (1, 1, 2, 3), 2, 6, 5)
+    task = layers.Task(functools.partial(layers.unit, case), (2, 16, 6, 5), torch.float32, mode)
+    counted = models.count(layers.unit(case), (6, 5), in_channels=16)
+    values = maps * 2 * (16 * 30 + 32 * 9) + parameters * counted.parameters
+    assert task.floor() == Floor(4 * values, 2 * 2 * counted.macs * (1 if mode == "forward" else 3))
+
+
 def test_the_slower_ceiling_counts() -> None:
     ceilings = Ceilings(1, flops=1e9, bandwidth={1000: 4e9, 2000: 1e9})
     assert ceilings.least_seconds(900, 0) == pytest.approx(900 / 4e9)
@@ -251,6 +261,23 @@ def test_wrong_operator_is_refused(
     monkeypatch.setattr(providers, "function", lambda *names: spoil(right(*names)))
     with pytest.raises(WrongResult, match="eager-contiguous: "):
         providers.build(EAGER, one, torch.float32, mode)
+
+
+def test_one_wrong_gradient_is_not_hidden_by_larger_ones() -> None:
+    large, small = torch.full((8,), 1e3, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    assert largest_error([large.float(), small.float()], [large, small]) == 0
+    assert largest_error([large, 0 * small], [large, small]) == 1
+    assert largest_error([1.5 * large, small], [large, small]) == 0.5
+    assert largest_error([large, 0 * small], [large, 0 * small]) == 0
+    assert largest_error([large, small], [large, 0 * small]) == math.inf
+    for wrong in ([math.nan * large, small], [large, math.nan * small]):
+        assert math.isnan(largest_error(wrong, [large, small]))
+
+
+def test_the_reference_is_not_timed_under_our_name() -> None:
+    require_kernels()
+    with backends.use_backend("reference"), pytest.raises(SystemExit, match="ESPKERNELS_BACKEND: got 'reference'"):
+        require_kernels()
 
 
 def test_wrong_provider_is_not_timed_and_the_others_are() -> None:
@@ -484,15 +511,21 @@ def test_unknown_case_is_a_mistake() -> None:
 
 @pytest.mark.parametrize(
     "part",
-    [["bench/bench_unit.py"], [*(f"bench/bench_{name}.py" for name in command.FILES), "--cases=s1-224x224-level3"]],
-    ids=["only", "cases"],
+    [
+        ["bench/bench_unit.py"],
+        *(
+            [*(f"bench/bench_{name}.py" for name in command.FILES), part]
+            for part in ("--cases=s1-224x224-level3", "--modes=forward", "--threads=1", "--batch=4", "--no-compile")
+        ),
+    ],
+    ids=["only", "cases", "modes", "threads", "batch", "no-compile"],
 )
 def test_a_part_of_the_layers_does_not_replace_the_results_of_all(part: list[str]) -> None:
     pytest.importorskip("pytest_benchmark")
     # Nothing is measured, so the results stay where this test fails.
     done = pytest_of_benchmarks(*part, "--collect-only", "--benchmark-json=bench/results/bench.json")
     assert done.returncode == 4, done.stdout + done.stderr
-    assert f"--output: got {ROOT / 'bench' / 'results'}" in done.stdout + done.stderr
+    assert "--output: got bench/results, whose" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("batch", ["0", "-1"])

@@ -151,6 +151,20 @@ def test_halves_of_a_down_sampler_count_their_own_channels() -> None:
 
 
 @compiled
+def test_every_result_is_to_be_written() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = espkernels.nn.EESP(16, 16), espkernels.nn.EESP(16, 16)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.one(x), self.two(x)
+
+    rows = espkernels.explain(espkernels.freeze(Twice()), map_of(16, 40, 60)).rows
+    assert rows[0].ideal == rows[1].ideal
+
+
+@compiled
 def test_roof_is_the_slower_ceiling() -> None:
     found = espkernels.explain(espkernels.freeze(network()), photograph(64, 64))
     for row in found.rows:

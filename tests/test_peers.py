@@ -22,7 +22,7 @@ import espkernels.info
 from bench import engines, fma_peak, language, layers, onnx_export, peers, peers_report, race, training
 from bench.bounds import bounds
 from bench.cases import Case
-from bench.comparison import Provider, WrongResult
+from bench.comparison import LAYOUTS, Provider, WrongResult
 from bench.engines import ENGINES, OURS
 from bench.fma_peak import Peak
 from bench.peers_report import Goal, judge
@@ -154,6 +154,12 @@ def test_dead_or_silent_process_is_lost(files: tuple[layers.Task, Path]) -> None
     try:
         with pytest.raises(Lost, match="no answer within 0 s"):
             worker.open(folder, 1, "contiguous", 0)
+    finally:
+        worker.close()
+    worker = Worker("eager", folder / "log")
+    try:
+        with pytest.raises(Lost, match="AssertionError"):
+            worker.time(1)  # nothing is open: the call raises, the process lives
     finally:
         worker.close()
     worker = Worker("eager", folder / "log")
@@ -308,6 +314,10 @@ def test_rows_are_judged(run: dict[str, Any]) -> None:
     assert (first.best, first.of_best, first.of_floor, str(first)) == ("ncnn", 0.5, 4.0, "reached")
     assert (second.of_best, str(second)) == (2.0, "SLOWER than ncnn")
     assert (third.of_best, str(third)) == (0.5, "missed")
+    # The engine that we gain least over, be its median the second.
+    close = _row("classification", 1e-3, {"ncnn": 2e-3, "eager": 2.1e-3}, 1e-4)
+    close["over"] = {"ncnn": 0.45, "eager": 0.55}
+    assert (judge(close).best, judge(close).of_best) == ("eager", 0.55)
     alone = judge(_row("segmentation", 3e-2, {}, 1e-2))
     assert (alone.best, str(alone)) == (None, "not measured")
     # Within 1.35 of the floor, which is none of bfloat16.
@@ -335,6 +345,21 @@ def test_bounds_add_up_to_the_replayed_kernels() -> None:
     assert sum(one["calls"] for one in found) == len(recorded.plan.steps())
     # No convolution is left out.
     assert sum(one["multiply_adds"] for one in found) >= models.count(model, (64, 64)).macs
+
+
+@pytest.mark.skipif(backends.library is None, reason="the compiled library is not built")
+def test_bounds_are_of_the_layout_that_was_given() -> None:
+    task = layers.Task(lambda: torch.nn.Sequential(models.plain.EESP(16, 16)), (1, 16, 9, 8), torch.float32, "forward")
+    kernels = {
+        name: {one["kernel"] for one in bounds(*task.cast("eager", layout), 1)} for name, layout in LAYOUTS.items()
+    }
+    assert kernels["contiguous"] - kernels["channels_last"] == {"change_layout"}
+
+
+@pytest.mark.parametrize("part", [["--rows", "s1-*"], ["--engines", "ncnn"], ["--batch", "1"], ["--threads", "1"]])
+def test_a_part_of_the_rows_does_not_replace_the_results_of_all(part: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r"--output: got .*results, whose results are of all rows"):
+        peers.main(part)
 
 
 def test_report_shows_losses_and_what_was_not_timed(run: dict[str, Any], tmp_path: Path) -> None:
