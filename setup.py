@@ -17,6 +17,7 @@ import fcntl
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -397,11 +398,12 @@ def ninja_text(libraries: list[Library]) -> str:
         return shlex.join(words).replace("$", "$$")
 
     cxx, toolkit = compiler(), cuda_toolkit()
+    *launcher, host = itertools.takewhile(lambda word: not word.startswith("-"), cxx)  # CXX may be "ccache g++ -m64"
     text = RULES.format(
         build=BUILD,
         cxx=quote(cxx),
         flags=quote(shlex.split(os.environ.get("CXXFLAGS", "")) + FLAGS),
-        nvcc=quote([str(toolkit / "bin" / "nvcc") if toolkit else "nvcc", "-ccbin", cxx[0]]),
+        nvcc=quote([*launcher, str(toolkit / "bin" / "nvcc") if toolkit else "nvcc", "-ccbin", host]),
         nvcc_flags=quote(NVCC_FLAGS),
         ldflags=quote(shlex.split(os.environ.get("LDFLAGS", ""))),
     )
@@ -439,6 +441,9 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
                 target = Path(self.get_ext_fullpath(f"espkernels.{library.name}"))
                 self.mkpath(str(target.parent))
                 self.copy_file(library.file, str(target))
+        if os.environ.get("ESPKERNELS_BUILD_CUDA") == "0":
+            # One of an earlier build would go on serving GPUs.
+            Path(self.get_ext_fullpath("espkernels._C_cuda")).unlink(missing_ok=True)
         if wants_cuda() and not torch_has_cuda():
             self.warn("torch is a CPU build here: espkernels._C_cuda is complete, but loads beside a CUDA build only.")
 

@@ -92,6 +92,14 @@ ESPK_LIBRARY(ESPK_NAMESPACE, m) {
       "long_range_shortcut_backward(Tensor grad, Tensor pooled, Tensor expanded, Tensor? image, Tensor? weight, "
       "Tensor? "
       "shift, Tensor slope, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // A whole down-sampler: average_pool, a unit in steps of 2 as eesp_training takes it, and long_range_shortcut with the
+  // image as small as the result. -> its result, and what the backward pass reads, or [0] each without `save`
+  m.def(
+      "down_sampler_training(Tensor x, Tensor? image, Tensor reduce_weight, int reduce_groups, Tensor weight, int[] "
+      "dilations, Tensor expand_weight, int groups, Tensor norm_weight, Tensor norm_bias, Tensor slope, Tensor? "
+      "running_mean, Tensor? running_variance, float[] eps, bool[] batch_statistics, bool hff, Tensor? shortcut_weight, "
+      "Tensor? shortcut_shift, Tensor last_slope, bool save) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // A recurrent layer: gates [T, B, 4 H], weight [4 H, H], bias [4 H], hidden and cell [B, H] -> outputs [T, B, H] and the
   // last cell [B, H]; with `save` also the gates behind their functions [T, B, 4 H] and all cells [T, B, H], else [0]

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -80,13 +81,13 @@ def _cuda_library_missing() -> str | None:
     """Loads the CUDA C++ kernels; the reason where that fails. Only a torch built for CUDA has what they link to."""
     if torch.version.cuda is None:
         return "this torch is not built for CUDA"
-    files = sorted(Path(__file__).parent.glob("_C_cuda*.so"))
-    if not files:
+    file = Path(__file__).parent / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not file.exists():
         return "the library espkernels/_C_cuda is not built; build it with ESPKERNELS_BUILD_CUDA=1, which needs nvcc"
     try:
-        torch.ops.load_library(str(files[-1]))
+        torch.ops.load_library(str(file))
     except OSError as error:
-        return f"the library {files[-1].name} does not load ({error})"
+        return f"the library {file.name} does not load ({error})"
     return None
 
 

@@ -17,7 +17,7 @@ from espkernels.freeze import freeze
 from espkernels.frozen import Frozen
 from espkernels.probe import Ceilings, probe
 from espkernels.running import running
-from espkernels.watching import Watching
+from espkernels.watching import ALONE, Watching
 
 __all__ = ["explain"]
 
@@ -200,7 +200,7 @@ class _Operators(Watching):
 
 def _hooked(model: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> list[Row]:
     """Seconds of each module's own operations, in the order in which the modules first come to them."""
-    with running(model) as names, _Operators(names) as operators:
+    with ALONE, running(model) as names, _Operators(names) as operators:
         forward(x)
     spent: dict[str, float] = {}
     then = 0.0

@@ -45,6 +45,7 @@ class Frozen(nn.Module):
     """
 
     tells_changes = True  # to replay.forget
+    packed: Tensor | None = None  # made for the addresses of this process
 
     def _register(self, weights: dict[str, Tensor], vectors: dict[str, Tensor], dtype: torch.dtype) -> None:
         for name, weight in weights.items():
@@ -59,6 +60,13 @@ class Frozen(nn.Module):
     def _changed(self) -> None:
         self._pack()
         replay.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "packed"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

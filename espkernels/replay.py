@@ -29,7 +29,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from espkernels import backends
 from espkernels.result_memory import KEPT_BYTES, ResultMemory
 from espkernels.translation import Translation
-from espkernels.watching import Watching
+from espkernels.watching import ALONE, Watching
 
 __all__ = ["Layers", "Recorded", "Replayed", "Result", "changing", "forget", "generation", "record", "replayed"]
 
@@ -94,6 +94,7 @@ class _Watch(Watching):
         self.alive: list[Any] = []  # what was made of such as change: no other tensor gets its memory meanwhile
         self.translation = Translation()
         self.refusal = ""
+        self.done = False  # an interrupt can leave this on torch's stack of modes
 
     def refuse(self, reason: str) -> None:
         """Raises, and keeps the reason for where the model catches it."""
@@ -102,6 +103,8 @@ class _Watch(Watching):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.done:
+            return func(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # of several operations, which come one by one except in inference mode
                 return func.decompose(*args, **kwargs)
@@ -150,7 +153,7 @@ class _WatchReads(TorchFunctionMode):
         self.watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__):
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__) and not self.watch.done:
             self.watch.refuse(f"{func.__name__} reads a tensor of shape {list(args[0].shape)}")
         return func(*args, **(kwargs or {}))
 
@@ -220,13 +223,15 @@ class Layers:
 class Recorded:
     """What is known of one input shape: a plan, or why there is none.
 
-    ``structure`` is how the ``results`` lie in what forward returns: alone, or in tuples, lists and dictionaries.
+    ``structure`` is how the ``results`` lie in what forward returns: alone, or in tuples, lists and dictionaries. A
+    refusal that is not ``for_good`` is of one call.
     """
 
     plan: Any = None
     results: tuple[Result, ...] = ()
     structure: TreeSpec | None = field(default=None, repr=False)
     refusal: str = ""
+    for_good: bool = True
     layers: Layers = field(default_factory=Layers, repr=False)
 
     def run(self, x: Tensor) -> Any:
@@ -264,9 +269,10 @@ def record(forward: Callable[[Tensor], Any], x: Tensor, changing: Iterable[Tenso
     assert library is not None
     image = x[:1]
     watch = _Watch(image, changing)
-    library.begin_recording(image.data_ptr(), image.numel() * image.element_size())
+    functions = torch._C._len_torch_function_stack()
     try:
-        with _WatchReads(watch), watch:
+        library.begin_recording(image.data_ptr(), image.numel() * image.element_size())
+        with ALONE, _WatchReads(watch), watch:
             returned = forward(image)
         if watch.refusal:
             raise _Refused(watch.refusal)
@@ -279,9 +285,21 @@ def record(forward: Callable[[Tensor], Any], x: Tensor, changing: Iterable[Tenso
         return Recorded(plan, results, structure)
     except Exception as reason:
         own = "" if isinstance(reason, _Refused) else f"one image alone raises {type(reason).__name__}: "
-        return Recorded(refusal=watch.refusal or f"{own}{reason}")
+        return Recorded(refusal=watch.refusal or f"{own}{reason}", for_good=not _no_memory(reason))
     finally:
+        watch.done = True
+        while torch._C._len_torch_dispatch_stack() > 0:  # a recording begins with none
+            torch._C._pop_torch_dispatch_stack(None)
+        while torch._C._len_torch_function_stack() > functions:
+            torch._C._pop_torch_function_stack()
         library.drop_recording()
+
+
+def _no_memory(reason: Exception) -> bool:
+    """Whether memory was short, which it need not be the next time; torch says so in words alone."""
+    return isinstance(reason, MemoryError) or (
+        isinstance(reason, RuntimeError) and any(word in str(reason) for word in ("alloc", "aten::empty"))
+    )
 
 
 def _result(result: Any, watch: _Watch) -> Result:
@@ -346,12 +364,13 @@ class Replayed(nn.Module):
         if any(layers.hooks):
             return forward(x)
         if recorded is None:
-            current = [(k, plan) for k, plan in self.plans.items() if k[-1] == _generation]
+            current = [(k, plan) for k, plan in self.plans.copy().items() if k[-1] == _generation]
             self.plans = dict(current[-(KEPT - 1) :])
             recorded = replace(record(forward, x, changing(self)), layers=layers)
             if recorded.plan is not None:
                 self._prepare(recorded.plan, x)
-            self.plans[key] = recorded
+            if recorded.for_good:
+                self.plans[key] = recorded
         return forward(x) if recorded.plan is None else recorded.run(x)
 
     def _prepare(self, plan: Any, x: Tensor) -> None:

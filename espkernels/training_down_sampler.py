@@ -151,13 +151,6 @@ def _with_pooled(grad: Tensor, into_pooled: Tensor, x: Tensor) -> Tensor:
 
 if backends.library is not None:
     _library = Library("espkernels", "FRAGMENT")
-    _library.define(
-        "down_sampler_training(Tensor x, Tensor? image, Tensor reduce_weight, int reduce_groups, Tensor weight, "
-        "int[] dilations, Tensor expand_weight, int groups, Tensor norm_weight, Tensor norm_bias, Tensor slope, "
-        "Tensor? running_mean, Tensor? running_variance, float[] eps, bool[] batch_statistics, bool hff, "
-        "Tensor? shortcut_weight, Tensor? shortcut_shift, Tensor last_slope, bool save) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    )
     _library.impl("down_sampler_training", _forward, "CompositeExplicitAutograd")
     register_fake("espkernels::down_sampler_training", _forward)
     register_autograd("espkernels::down_sampler_training", _backward, setup_context=_save)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Watching"]
+__all__ = ["ALONE", "Watching"]
+
+# Held while a mode of these is on: torch notes in flags of the whole process that some mode is, and leaving one puts
+# back what entering it found. Two threads by turns would leave them set, and torch's compiler may then refuse all code.
+ALONE = threading.RLock()
 
 
 class Watching(TorchDispatchMode):

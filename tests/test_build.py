@@ -294,6 +294,16 @@ def test_with_cuda_asked_for(machine: Machine) -> None:
     )
 
 
+@pytest.mark.skipif(not COMPILERS, reason="g++ is not installed here")
+@pytest.mark.parametrize(("cxx", "nvcc"), [("g++ -m64", "nvcc -ccbin g++"), ("env A=1 g++", "env A=1 nvcc -ccbin g++")])
+def test_a_launcher_in_front_of_the_compiler_starts_nvcc_too(
+    cxx: str, nvcc: str, machine: Machine, tmp_path: Path
+) -> None:
+    machine([*EVERYTHING, "ninja"], COMPILERS, PATH=os.environ["PATH"], CXX=cxx, CUDA_HOME="/does/not/exist")
+    lines = (tmp_path / "build" / "ninja" / "build.ninja").read_text().splitlines()
+    assert any(line.strip().endswith(nvcc) or f"= {nvcc} " in line for line in lines), lines[:12]
+
+
 def test_with_a_wrong_switch(machine: Machine) -> None:
     said = machine(EVERYTHING, COMPILERS, ESPKERNELS_BUILD_CUDA="yes")
     assert said == "error: ESPKERNELS_BUILD_CUDA is 'yes'; it can be 0 or 1."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ def why_not() -> str | None:
     """Why the operators cannot run here; loads their library where it is."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    files = sorted(Path(espkernels.__file__).parent.glob("_C_cuda*.so"))
+    files = list(Path(espkernels.__file__).parent.glob(f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"))
     if not files:
         return "espkernels/_C_cuda is not built (ESPKERNELS_BUILD_CUDA=1)"
     torch.ops.load_library(str(files[-1]))

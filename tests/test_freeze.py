@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import pickle
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -423,6 +424,20 @@ def test_units_use_their_packs(name: str) -> None:
     assert another.packed is not None
     unit.packed = torch.zeros_like(another.packed)  # of no machine: not used
     assert torch.equal(layer_by_layer(one, *inputs), layer_by_layer(other, *inputs))
+
+
+@torch.no_grad()
+def test_packs_are_made_where_a_copy_is_not_stored_with_it() -> None:
+    if espkernels.backends.library is None:
+        pytest.skip("the compiled library is not there")
+    unit = espkernels.freeze(trained(plain.EESP(64, 64)).eval())
+    x = image(1, 64, 9, 9, dtype=torch.float32)
+    for made in (pickle.loads(pickle.dumps(unit)), copy.deepcopy(unit)):
+        (packed,) = packed_units(made)
+        packed.expand_weight.zero_()  # an edit in place, which no pack follows
+        assert torch.equal(layer_by_layer(made, x), layer_by_layer(unit, x))
+    weights = sum(tensor.numel() * tensor.itemsize for tensor in unit.state_dict().values())
+    assert len(pickle.dumps(unit)) < 1.2 * weights + 10_000
 
 
 def test_gradients_reach_the_input() -> None:

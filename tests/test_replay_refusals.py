@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from replaying import layers, own, photograph, stem, the_plan
 from test_freeze import trained
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import espkernels
 from espkernels import backends, inference
@@ -283,7 +287,10 @@ class Raises(Body):
         return self.logits(y)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no"), ValueError("no"), KeyboardInterrupt()], ids=repr)
+SHORT = (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), ValueError("no"), KeyboardInterrupt(), *SHORT], ids=repr)
 @torch.no_grad()
 def test_a_recording_ends_where_forward_raises(error: Any) -> None:
     frozen: Any = espkernels.freeze(Raises().eval())
@@ -298,13 +305,80 @@ def test_a_recording_ends_where_forward_raises(error: Any) -> None:
     for model in (frozen, other):
         assert torch.equal(model(x), layers(model, x))
     assert the_plan(other).plan is not None
-    if isinstance(error, Exception):
+    if isinstance(error, Exception) and error not in SHORT:
         assert the_plan(frozen).refusal == f"one image alone raises {type(error).__name__}: no"
     else:
         assert the_plan(frozen).plan is not None
     library: Any = backends.library
     with pytest.raises(RuntimeError, match="not recording"):
         library.end_recording([(0, 0)])
+
+
+@pytest.mark.parametrize("where", ["beginning", "end"])
+@torch.no_grad()
+def test_an_interrupted_recording_leaves_nothing_behind(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watched(Raises):
+        at_end: Any = None
+
+        def forward(self, x: Tensor) -> Any:
+            result = super().forward(x)
+            if self.at_end is not None:
+                self.at_end()
+            return result
+
+    frozen: Any = espkernels.freeze(Watched().eval())
+    x = photograph(1, 3, 9, 9)
+    library: Any = backends.library
+
+    def begin(*given: int) -> None:
+        library.begin_recording(*given)
+        raise KeyboardInterrupt
+
+    def leave(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def about_to_leave() -> None:
+        for module in ("torch.utils._python_dispatch", "torch.overrides"):
+            patch.setattr(f"{module}._pop_mode", leave)
+
+    functions = torch._C._len_torch_function_stack()
+    with monkeypatch.context() as patch:
+        if where == "beginning":
+            patch.setattr(backends, "library", SimpleNamespace(**{**vars(library), "begin_recording": begin}))
+        else:
+            frozen.at_end = about_to_leave
+        with pytest.raises(KeyboardInterrupt):
+            frozen(x)
+    frozen.at_end = None
+    assert torch._C._len_torch_dispatch_stack() == 0
+    assert torch._C._len_torch_function_stack() == functions
+    assert torch.equal(frozen(x), layers(frozen, x))
+    assert the_plan(frozen).plan is not None
+
+
+@torch.no_grad()
+def test_recordings_of_two_threads_leave_no_mode_on() -> None:
+    class Slow(Raises):
+        def forward(self, x: Tensor) -> Any:
+            inside.set()
+            time.sleep(0.02)
+            return super().forward(x)
+
+    frozen: Any = espkernels.freeze(Slow().eval())
+    inside = threading.Event()
+
+    @torch.no_grad()
+    def call(size: int) -> None:
+        frozen(photograph(1, 3, 9, size))
+
+    first, second = (threading.Thread(target=call, args=(size,)) for size in (9, 10))
+    first.start()
+    assert inside.wait(30)
+    second.start()  # while the first one records
+    for thread in (first, second):
+        thread.join(30)
+    assert len(frozen.plans) == 2
+    assert not is_in_torch_dispatch_mode()
 
 
 class Tuned(Body):
