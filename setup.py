@@ -42,6 +42,7 @@ TORCH_SOURCES = [
     "csrc/cpu_inference_door.cpp",
     "csrc/cpu_pixel_door.cpp",
     "csrc/cpu_training_door.cpp",
+    "csrc/cpu_training_norms_door.cpp",
     "csrc/cpu_training_layers_door.cpp",
     "csrc/cpu_recurrence_door.cpp",
 ]

@@ -97,7 +97,8 @@ ESPK_LIBRARY(ESPK_NAMESPACE, m) {
   m.def(
       "down_sampler_training(Tensor x, Tensor? image, Tensor reduce_weight, int reduce_groups, Tensor weight, int[] "
       "dilations, Tensor expand_weight, int groups, Tensor norm_weight, Tensor norm_bias, Tensor slope, Tensor? "
-      "running_mean, Tensor? running_variance, float[] eps, bool[] batch_statistics, bool hff, Tensor? shortcut_weight, "
+      "running_mean, Tensor? running_variance, float[] eps, bool[] batch_statistics, bool hff, Tensor? "
+      "shortcut_weight, "
       "Tensor? shortcut_shift, Tensor last_slope, bool save) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 

@@ -48,4 +48,17 @@ inline Tensor vector_of(const std::vector<const std::vector<double>*>& parts, co
   return result;
 }
 
+inline int64_t pixels_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
+
+inline Tensor map_like(const Tensor& x) {
+  return empty_map({x.size(0), x.size(1), x.size(2), x.size(3)}, x, Layout::channels_last);
+}
+
+inline void check_like(const Tensor& grad, const Tensor& x, int64_t channels, const char* name) {
+  check_same_type(x, grad);
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == x.size(0) && grad.size(1) == channels &&
+                      grad.size(2) == x.size(2) && grad.size(3) == x.size(3),
+                  name, ": expected a map of the result's shape");
+}
+
 }  // namespace espk

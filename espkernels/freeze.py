@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from espkernels import blocks, frozen, frozen_decoder, graphs, replay, tuning
 from espkernels import nn as layers
 from espkernels.checks import DTYPES, MAX_BRANCHES
-from espkernels.fused_unit import hooked, is_global_average
+from espkernels.fused_unit import has_hooks, is_global_average
 from espkernels.models.eru import EESP1d, FrozenEESP1d
 from espkernels.models.espnetv2 import Encoder
 from espkernels.models.pyramid_pooling import EfficientPyramidPooling, FusedJoin, Join
@@ -149,7 +149,7 @@ def _foldable(part: nn.Module) -> bool:
 
     That is a normalisation not torch's, and one without statistics.
     """
-    if hooked(part):
+    if has_hooks(part):
         return False
     if isinstance(part, _BatchNorm):
         return part.running_mean is not None

@@ -20,11 +20,13 @@ from espkernels.norms import NORMS, Norm, affine_of, bias_of, running, takes_bat
 from espkernels.training import eesp_training
 
 __all__ = [
+    "GLOBAL_HOOKS",
     "Unit",
     "UnitLayers",
     "arguments",
     "convolves",
     "fits",
+    "has_hooks",
     "hooked",
     "infer",
     "is_global_average",
@@ -67,13 +69,24 @@ class Unit(Protocol):
         """The weights of the branches, [K, d, 3, 3]."""
 
 
+# Hooks that torch calls for every module there is.
+GLOBAL_HOOKS = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_backward_hooks,
+    nn.modules.module._global_backward_pre_hooks,
+)
+
+
 def hooked(*modules: nn.Module) -> bool:
     """Whether calling one of ``modules`` would do more than the forward of its class: then it must be called."""
-    for module in modules:
-        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-        if hooks or module._backward_pre_hooks or "forward" in vars(module):
-            return True
-    return False
+    return any(GLOBAL_HOOKS) or any(map(has_hooks, modules))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether ``module`` has hooks, or a forward, of its own."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return bool(hooks or module._backward_pre_hooks or "forward" in vars(module))
 
 
 def is_global_average(module: nn.Module) -> bool:

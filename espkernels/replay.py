@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from espkernels import backends
+from espkernels.fused_unit import GLOBAL_HOOKS
 from espkernels.result_memory import KEPT_BYTES, ResultMemory
 from espkernels.translation import Translation
 from espkernels.watching import ALONE, Watching
@@ -199,7 +200,8 @@ class Result:
 class Layers:
     """The layers of a model when it was recorded.
 
-    ``hooks`` are the dictionaries of all layers' hooks. A replay calls none: while one is not empty the layers run.
+    ``hooks`` are the dictionaries of all layers' hooks and of those that torch calls for every module. A replay calls
+    none: while one is not empty the layers run.
     ``parts`` are the dictionaries of the layers in each of them that had any, and ``parts_then`` what they held.
     """
 
@@ -212,7 +214,7 @@ class Layers:
         layers = [layer for layer in model.modules() if layer is not model]
         hooks = tuple(hooks for layer in layers for hooks in (layer._forward_hooks, layer._forward_pre_hooks))
         parts = tuple(layer._modules for layer in (model, *layers) if layer._modules)
-        return Layers(hooks, parts, tuple(map(dict, parts)))
+        return Layers((*hooks, *GLOBAL_HOOKS), parts, tuple(map(dict, parts)))
 
     def exchanged(self) -> bool:
         """Whether one of them was put in, taken out or exchanged since."""

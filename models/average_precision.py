@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from espkernels.models.boxes import overlaps
+from espkernels.models.boxes import inside, overlaps
 from espkernels.models.detections import Detections
 
 __all__ = ["COCO_THRESHOLDS", "AveragePrecision"]
 
 COCO_THRESHOLDS = tuple(0.5 + 0.05 * i for i in range(10))
+COCO_MOST = 100
 RULES = ("eleven", "area", "coco")
 
 
@@ -23,7 +24,9 @@ class AveragePrecision:
     of those best precisions (VOC 2010 and later); or "coco", their mean at 101 recalls, where a detection may also take
     its second-best object if the best is taken. ``thresholds`` are the overlaps from which a detection is right.
 
-    Objects that are too hard count neither as found nor as missed, nor do detections of them.
+    Objects that are too hard count neither as found nor as missed, nor do detections of them. Of "coco" these are
+    crowds: what lies in one with the overlap's share of its own area is of it, and no more than the best 100 detections
+    of an image and class count.
     """
 
     def __init__(self, num_classes: int, thresholds: Sequence[float] = (0.5,), rule: str = "area") -> None:
@@ -42,7 +45,12 @@ class AveragePrecision:
             mine, theirs = found.labels == number + 1, labels == number + 1
             self.objects[number] += int((theirs & ~difficult).sum())
             scores, order = found.scores[mine].sort(descending=True, stable=True)
-            overlap = overlaps(found.boxes[mine][order].double(), boxes[theirs].double())
+            if self.rule == "coco":
+                scores, order = scores[:COCO_MOST], order[:COCO_MOST]
+            corners = found.boxes[mine][order].double(), boxes[theirs].double()
+            overlap = overlaps(*corners)
+            if self.rule == "coco":
+                overlap = torch.where(difficult[theirs], inside(*corners), overlap)
             outcomes = [self._outcomes(overlap, difficult[theirs], threshold) for threshold in self.thresholds]
             self.scores[number].append(scores)
             self.outcomes[number].append(torch.stack(outcomes))

@@ -59,15 +59,25 @@ def _pillow() -> Any:
 def read_image(path: str | PathLike[str]) -> Image:
     """The photograph at ``path`` in RGB, turned the way its EXIF data says.
 
-    Raises ValueError, naming the file, for one that is missing, damaged or no image.
+    Of 16 bits a channel the upper 8 are taken. Raises ValueError, naming the file, for one that is missing, damaged or
+    no image, and for numbers that have no known range, of 32 bits or floating point.
     """
     pil = _pillow()
     try:
         with pil.Image.open(path) as image:
-            upright: Image = pil.ImageOps.exif_transpose(image).convert("RGB")
+            upright: Image = _of_bytes(pil.ImageOps.exif_transpose(image)).convert("RGB")
     except (OSError, SyntaxError, ValueError, pil.Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
     return upright
+
+
+def _of_bytes(image: Image) -> Image:
+    """``image`` with numbers to 255; Pillow's own conversion cuts larger ones off there."""
+    if image.mode.startswith("I;16"):
+        return _pillow().Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {image.mode}, expected 8 or 16 bits a channel")
+    return image
 
 
 def preprocess(image: Image, size: tuple[int, int]) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from espkernels.models.data.coco import coco_detection, coco_labels
 from espkernels.models.recipes import engine
+from espkernels.models.recipes.detection import Detection
 from espkernels.models.recipes.multilabel import MultiLabel
 
 # Ids have gaps in the real annotations too; a category's number is its place among them.
@@ -71,6 +74,21 @@ def test_layout(root: Path, tmp_path: Path) -> None:
     path.write_text("[1]")
     with pytest.raises(ValueError, match="is no annotation of MS-COCO"):
         coco_labels(tmp_path, "val", 2014, 32)
+
+
+@pytest.mark.parametrize("task", [MultiLabel, functools.partial(Detection, "coco", year=2014)], ids=["labels", "boxes"])
+def test_train_and_val_have_the_same_categories(root: Path, tmp_path: Path, task: Any) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "annotations" / "instances_train2014.json"
+    content = json.loads(path.read_text())
+    next(one for one in content["categories"] if one["name"] == "blue")["name"] = "azure"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="train and val have other classes, such as azure"):
+        task(data=str(tmp_path)).check()
+    with pytest.raises(ValueError, match="the run and val have other classes, such as azure"):
+        _ = task(data=str(root), labels=["red", "green", "azure"]).validation
+    with pytest.raises(ValueError, match="the run and val have other classes, such as their order"):
+        _ = task(data=str(root), labels=["green", "red", "blue"]).validation
 
 
 @pytest.mark.slow

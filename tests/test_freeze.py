@@ -92,6 +92,23 @@ def test_convolution_blocks() -> None:
     assert_same(frozen(x), block(x), 1e-13)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda: [nn.Conv2d(6, 9, 1, padding=1)],
+        lambda: [nn.Conv2d(6, 9, 1, padding=1), nn.BatchNorm2d(9)],
+        lambda: [nn.Conv2d(6, 9, 3, padding=1), nn.PReLU()],
+    ],
+    ids=["padded", "padded, with a norm", "one slope"],
+)
+def test_padded_products_and_slopes_alone(parts: Any) -> None:
+    block = trained(nn.Sequential(*parts())).double().eval()
+    x = image(2, 6, 9, 7)
+    frozen = espkernels.freeze(block)
+    assert frozen(x).shape == block(x).shape
+    assert_same(frozen(x), block(x), 1e-13)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_convolutions_that_do_not_pad_with_zeros(size: int) -> None:
     conv = nn.Conv2d(6, 9, size, padding=1, padding_mode="reflect")

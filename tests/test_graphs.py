@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import espkernels
-from espkernels import graphs, models
+from espkernels import backends, graphs, models
 from espkernels.graphs import Graphed
 from espkernels.models import plain
 
@@ -143,6 +143,7 @@ def test_captured_once_and_replayed(cuda: Cuda, network: nn.Module) -> None:
         assert torch.equal(result, layers(frozen, x))
     (graph,) = cuda.graphs
     assert graph.replays == 3
+    assert cuda.calls.count("wait for the last run") == 3
     # The side stream waits for the caller's, the caller's for the warm-up, and only then is the capture.
     capture = cuda.calls.index("capture")
     before, behind = cuda.calls[:capture], cuda.calls[capture + 1 : capture + 4]
@@ -165,6 +166,15 @@ def test_tf32_has_graphs_of_its_own(cuda: Cuda, network: nn.Module, monkeypatch:
     frozen: Any = espkernels.freeze(network, graph=True)
     for allowed in (False, True, False):
         monkeypatch.setattr(graphs, "allows_tf32", lambda allowed=allowed: allowed)
+        frozen(image(32, 48))
+    assert len(cuda.graphs) == 2
+
+
+@torch.no_grad()
+def test_a_backend_has_graphs_of_its_own(cuda: Cuda, network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: Any = espkernels.freeze(network, graph=True)
+    for name in (None, "cpu", None):
+        monkeypatch.setattr(backends, "current", lambda name=name: name)
         frozen(image(32, 48))
     assert len(cuda.graphs) == 2
 

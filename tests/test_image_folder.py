@@ -144,3 +144,18 @@ def test_train_and_val_have_the_same_classes(root: Path, tmp_path: Path) -> None
         Image.new("RGB", (40, 40)).save(tmp_path / part / name / "0.png")
     with pytest.raises(ValueError, match="train and val have other classes, such as teal"):
         Classification(str(tmp_path)).check()
+
+
+def test_a_run_is_not_scored_by_renumbered_classes(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "data")
+    task = Classification(str(tmp_path / "data"), 0.5, size=32)
+    again = Classification(**task.options())
+    assert again.validation.classes == ["blue", "green", "red"]
+    shutil.copytree(root / "val" / "red", tmp_path / "data" / "val" / "cyan")
+    with pytest.raises(ValueError, match="the run and val have other classes, such as cyan"):
+        _ = Classification(**task.options()).validation
+
+
+@pytest.mark.parametrize(("scale", "least"), [(0.5, 0.2), (2.0, 0.08)])
+def test_small_networks_see_larger_crops(root: Path, scale: float, least: float) -> None:
+    assert Classification(str(root), scale).training.share == (least, 1.0)  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from plain_layers import assert_same_way
 from espkernels.__main__ import main
 from espkernels.models import espnetv2, segment
 from espkernels.models.classes import VOC
-from espkernels.models.data.cityscapes import LABEL_IDS, cityscapes, train_ids
+from espkernels.models.data.cityscapes import CLASS_WEIGHTS, LABEL_IDS, cityscapes, train_ids
 from espkernels.models.data.label_maps import IGNORED, LabelMaps
 from espkernels.models.data.voc import voc_segmentation
 from espkernels.models.mean_iou import ConfusionCounter
@@ -104,7 +105,7 @@ def test_image_and_classes_go_through_the_same(tmp_path: Path) -> None:
     Image.fromarray(np.stack([50 * classes + 5] * 3, -1).astype(np.uint8)).save(tmp_path / "image.png")
     Image.fromarray(classes).save(tmp_path / "map.png")
     files = [(tmp_path / "image.png", tmp_path / "map.png")]
-    samples = LabelMaps(files, (70, 90), (0.5, 2.0), lambda numbers: numbers)
+    samples = LabelMaps(files, (70, 90), (0.5, 2.0), lambda numbers: numbers, 255)
     padded = 0
     for seed in range(20):
         image, labels = samples.sample(0, torch.Generator().manual_seed(seed))
@@ -165,6 +166,46 @@ def test_the_start_is_opened_once_and_stored_whole(voc: Path, tmp_path: Path, mo
     assert found["miou"] == pytest.approx(rows[0]["miou"])
 
 
+def test_a_batch_without_a_pixel_that_counts_is_no_loss(voc: Path) -> None:
+    task, network = shapes(voc), torch.nn.Conv2d(3, 21, 1)
+    images = torch.randn(2, 3, 4, 4)
+    loss = task.loss(network, (images, torch.full((2, 4, 4), 255)), torch.device("cpu"))
+    loss.backward()
+    assert loss.item() == 0 and network.weight.grad is not None and not network.weight.grad.any()
+
+
+def test_a_class_that_the_network_lacks_is_named(voc: Path, tmp_path: Path) -> None:
+    shutil.copytree(voc, tmp_path, dirs_exist_ok=True)
+    map_ = tmp_path / "SegmentationClass" / "train0.png"
+    Image.fromarray(np.full((SIZE, SIZE), 30, np.uint8)).save(map_)
+    with pytest.raises(ValueError, match=r"train0\.png has class 30, expected 0 to 20 or 255"):
+        voc_segmentation(tmp_path, "train", (32, 48), (0.5, 2.0)).sample(0, None)
+
+
+def test_the_loss_and_the_descent_of_cityscapes() -> None:
+    task = Segmentation("cityscapes", "none", scale=0.5)
+    logits, labels = torch.randn(2, 20, 3, 4), torch.randint(0, 19, (2, 3, 4))
+    labels[0, 0] = 255
+    network: Any = lambda images: logits  # noqa: E731
+    found = task.loss(network, (logits, labels), torch.device("cpu"))
+    counted = labels != 255
+    weight = torch.tensor(CLASS_WEIGHTS)[labels[counted]]
+    right = logits.permute(0, 2, 3, 1).log_softmax(-1)[counted].gather(1, labels[counted][:, None])[:, 0]
+    torch.testing.assert_close(found, -(weight * right).sum() / weight.sum())
+    whole = task.network()
+    groups = task.optimizer(whole, 1.0).param_groups
+    assert [group["factor"] for group in groups] == [1.0, 10.0]
+    assert sum(len(group["params"]) for group in groups) == len(list(whole.parameters()))
+
+
+def test_every_norm_of_the_second_stage_is_frozen() -> None:
+    task = Segmentation("voc", "none", scale=0.5, frozen_norms=True)
+    network = task.network()
+    learnt = {id(p) for group in task.optimizer(network, 0.1).param_groups for p in group["params"]}
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) > 60 and not any(id(p) in learnt for norm in norms for p in norm.parameters())
+
+
 @pytest.mark.slow
 def test_shapes_are_learnt(voc: Path, tmp_path: Path) -> None:
     rows = engine.train(shapes(voc), tmp_path / "run", engine.Settings(24))
@@ -177,9 +218,9 @@ def test_shapes_are_learnt(voc: Path, tmp_path: Path) -> None:
     assert rows[0]["miou"] > 50
     _, before = engine.trained(tmp_path / "run")
     _, after = engine.trained(tmp_path / "second")
-    norm = "bu_dec_l1.merge_layer.0.bn.weight"
+    norms = [name for name, part in after.named_modules() if isinstance(part, torch.nn.BatchNorm2d)]
     changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
-    assert not any(name.endswith(("bn.weight", "bn.bias")) for name in changed) and norm not in changed
+    assert norms and not any({f"{name}.weight", f"{name}.bias"} & changed for name in norms)
     assert any(name.endswith("conv.weight") for name in changed)
     # The weights are those of any checkpoint.
     output = tmp_path / "overlay.png"

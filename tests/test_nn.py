@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from layer_results import randomised, results, twin
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from espkernels import nn as fused
 from espkernels import ops
@@ -582,3 +583,33 @@ def test_compiles_whole_and_once() -> None:
             x, image = torch.randn(2, 8, height, width), torch.randn(2, 3, 4 * height, 4 * width)
             torch.testing.assert_close(compiled(x, image), layer(x, image))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_of_a_down_sampler_fire(training: bool) -> None:
+    torch.manual_seed(0)
+    layer = fused.DownSampler(8, 24).double().train(training)
+    other = copy.deepcopy(layer)
+    inputs = torch.randn(2, 8, 8, 6, dtype=torch.float64), torch.randn(2, 3, 16, 12, dtype=torch.float64)
+    for name in ("inp_reinf", "inp_reinf.0", "inp_reinf.1", "inp_reinf.1.bn", "inp_reinf.1.conv", "avg", "act", "eesp"):
+        calls: list[str] = []
+        hook = layer.get_submodule(name).register_forward_hook(lambda *_, calls=calls: calls.append("called"))
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(layer(*inputs), other(*inputs), rtol=1e-12, atol=1e-12)
+        assert calls == ["called"], name
+        hook.remove()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("build", [lambda: fused.EESP(16, 16), lambda: fused.DownSampler(16, 48)])
+def test_hooks_of_every_module_fire(build: Any, grad: bool) -> None:
+    layer = build()
+    x = torch.randn(1, 16, 8, 8), *([torch.randn(1, 3, 16, 16)] if hasattr(layer, "inp_reinf") else [])
+
+    def called(one: nn.Module) -> set[str]:
+        names, found = {part: name for name, part in one.named_modules()}, set()
+        with torch.set_grad_enabled(grad), register_module_forward_hook(lambda part, *_: found.add(names[part])):
+            one(*x)
+        return found
+
+    assert called(layer) == called(twin(layer)) and len(called(layer)) > 10

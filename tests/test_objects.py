@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from plain_layers import assert_same_way
 from espkernels.__main__ import main
 from espkernels.models.average_precision import COCO_THRESHOLDS, AveragePrecision
 from espkernels.models.classes import VOC
+from espkernels.models.data.objects import Scene
 from espkernels.models.data.ssd_augmentation import augmented
 from espkernels.models.data.voc import voc_detection
 from espkernels.models.detections import Detections
-from espkernels.models.recipes import engine
+from espkernels.models.recipes import detection, engine
 from espkernels.models.recipes.detection import Detection
 from espkernels.models.recipes.start import load_start
 
@@ -193,6 +195,49 @@ def test_coco_rule_in_closed_form() -> None:
     assert AveragePrecision(3).mean() == 0
     with pytest.raises(ValueError, match="rule: got 'mean'"):
         AveragePrecision(1, rule="mean")
+
+
+def test_crowds_of_coco() -> None:
+    ones = torch.ones(2, dtype=torch.int64)
+    crowd, easy = torch.tensor([[0.0, 0, 200, 200], [300, 300, 320, 320]]), torch.tensor([True, False])
+    found = Detections(torch.tensor([[10.0, 10, 30, 30], [300, 300, 320, 320]]), torch.tensor([0.9, 0.8]), ones)
+    # Inside a crowd of a hundred times its area: neither right nor wrong. Outside of it, or by VOC's rule, wrong.
+    for rule, boxes, expected in (("coco", crowd, 1.0), ("coco", crowd + 31, 0.5), ("area", crowd, 0.5)):
+        counter = AveragePrecision(1, [0.5], rule)
+        there = torch.cat([boxes[:1], crowd[1:]])
+        counter.add(found, there, ones, easy)
+        assert counter.mean() == pytest.approx(expected), rule
+    # An object that counts is taken before one that does not, though that one fits better.
+    near = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9]])
+    counter = AveragePrecision(1, [0.5], "coco")
+    counter.add(Detections(near[1:], torch.tensor([0.9]), ones[:1]), near, ones, torch.tensor([False, True]))
+    assert counter.mean() == pytest.approx(1.0)
+
+
+def test_coco_counts_the_best_hundred_of_an_image() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10]])
+    for wrong, expected in ((99, 1 / 100), (100, 0.0)):
+        found = torch.cat([torch.full((wrong, 4), 50.0) + torch.tensor([0.0, 0, 9, 9]), boxes])
+        counter = AveragePrecision(1, [0.5], "coco")
+        labels = torch.ones(wrong + 1, dtype=torch.int64)
+        counter.add(Detections(found, torch.linspace(1, 0.5, wrong + 1), labels), boxes, torch.tensor([1]))
+        assert counter.mean() == pytest.approx(expected)
+
+
+def test_the_score_and_the_descent_of_voc(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Detection("voc", "none", labels=["a", "b"])
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]])
+    scene = Scene(Path("x"), boxes, torch.ones(3).long(), torch.tensor([False, False, True]))
+    task.__dict__["validation"] = SimpleNamespace(scenes=[scene])
+    batches = [(torch.zeros(1, 3, 4, 4), torch.tensor([[60, 60]]), torch.tensor([0]))]
+    monkeypatch.setattr(detection, "evaluation_batches", lambda *_: batches)
+    network: Any = SimpleNamespace(
+        detect=lambda x, sizes: [Detections(boxes[:1], torch.tensor([0.9]), torch.tensor([1]))]
+    )
+    # One of two objects that count: precision 1 at recalls 0 to 0.5, six of eleven.
+    assert task.evaluate(network, torch.device("cpu"))["map"] == pytest.approx(600 / 11)
+    (group,) = task.optimizer(torch.nn.Linear(1, 1), 0.1).param_groups
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
 
 
 def test_plain_layers_go_the_same_way(voc: Path, tmp_path: Path) -> None:

@@ -90,6 +90,27 @@ def test_a_start_that_failed_leaves_nothing_to_go_on_from(tmp_path: Path) -> Non
     assert RunFolder(tmp_path).config()["options"]["rate"] == SMALL["rate"]
 
 
+def test_a_folder_of_something_else_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=r"is no configuration of a run: .*; name another folder"):
+        engine.train(small(), tmp_path, engine.Settings(1))
+    assert (tmp_path / "config.json").read_text() == '{"mine": 1}'
+    (tmp_path / "config.json").unlink()
+    engine.train(small(), tmp_path, engine.Settings(1))
+    (tmp_path / "last.pt").unlink()  # the largest file of a run that is over
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for task in (small(seed=6), small()):
+        with pytest.raises(ValueError, match=r"has scores of a run and not its last\.pt; name another folder"):
+            engine.train(task, tmp_path, engine.Settings(1))
+    (tmp_path / "metrics.csv").unlink()
+    with pytest.raises(ValueError, match="was begun with options seed 0, got 6"):
+        engine.train(small(seed=6), tmp_path, engine.Settings(1))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        name: content for name, content in before.items() if name != "metrics.csv"
+    }
+    engine.train(small(), tmp_path, engine.Settings(1))  # as one that was killed in its first epoch
+
+
 @pytest.mark.parametrize("name", ["batch", "rate", "size"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_options_have_to_be_above_zero(name: str, value: int) -> None:
@@ -284,14 +305,15 @@ def test_only_the_first_process_draws_the_curves(tmp_path: Path, monkeypatch: py
     assert main(command) == 0 and os.listdir(folder) == ["curves.png"]
 
 
-def two_processes(folder: Path, epochs: int, *options: str) -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-    command += ["-m", "espkernels", "train", "classification", "--data", "digits", "--scale", "0.5", "--batch", "512"]
+def processes(count: int, folder: Path, epochs: int, *options: str) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *options]
+    command += ["-m", "espkernels", "train", "classification", "--data", "digits", "--scale", "0.5"]
+    command += ["--batch", str(512 // count * count)]
     return [*command, "--workers", "0", "--epochs", str(epochs), "--threads", "1", "--folder", str(folder)]
 
 
 def test_two_processes_end_with_one_network(tmp_path: Path) -> None:
-    command = two_processes(tmp_path / "run", 2)
+    command = processes(2, tmp_path / "run", 2)
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-2000:]
     state = RunFolder(tmp_path / "run").load()
@@ -311,13 +333,18 @@ def _rank(process: Path) -> str:
 
 
 def test_an_elastic_restart_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    """One of two processes is killed in the middle of the run: torchrun starts both again, and they go on."""
-    whole = subprocess.run(two_processes(tmp_path / "whole", 3), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    """One of three processes is killed in the middle of the run: torchrun starts all again, and they go on.
+
+    Of two, gloo would sum in the same order whatever it sums together.
+    """
+    command = processes(3, tmp_path / "whole", 3)
+    whole = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert whole.returncode == 0, whole.stderr[-2000:]
 
     folder = RunFolder(tmp_path / "run")
     with (tmp_path / "log").open("w") as log:
-        agent = subprocess.Popen(two_processes(folder.path, 3, "--max-restarts", "1"), cwd=ROOT, stdout=log, stderr=log)
+        command = processes(3, folder.path, 3, "--max-restarts=1")
+        agent = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         deadline = time.monotonic() + 120
         while not folder.last.exists() and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -17,6 +17,7 @@ import torch
 from replaying import layers, own, photograph, stem, the_plan
 from test_freeze import trained
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import espkernels
 from espkernels import backends, models, replay
@@ -436,6 +437,27 @@ def test_python_threads_call_at_once(frozen: Any) -> None:
         assert not thread.is_alive()
     assert not failures
     assert len(frozen.plans) == 2
+
+
+@torch.no_grad()
+def test_an_empty_batch_first(network: nn.Module) -> None:
+    frozen: Any = espkernels.freeze(network)
+    assert frozen(photograph(1, 3, 32, 48)[:0]).shape[0] == 0
+    x = photograph(1, 3, 32, 48)
+    assert torch.equal(frozen(x), layers(frozen, x))
+    assert the_plan(frozen).plan is not None
+
+
+@torch.no_grad()
+def test_hooks_of_every_module_are_called(frozen: Any) -> None:
+    x, names = photograph(1, 3, 32, 48), []
+    frozen(x)
+    with register_module_forward_hook(lambda module, *_: names.append(type(module).__name__)):
+        frozen(x)
+    assert names.count("FrozenEESP") > 10 and "FrozenConvolution" in names
+    names.clear()
+    frozen(x)
+    assert names == []
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

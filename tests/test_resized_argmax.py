@@ -112,3 +112,18 @@ def test_wrong_arguments_are_refused() -> None:
     for wrong in ((x[0], 2, 2), (x, 0, 2), (x, 2, -1), (x[:, :0], 2, 2), (x[:, :, :0], 2, 2), (x.int(), 2, 2)):
         with pytest.raises(RuntimeError, match="expected"):
             operator(*wrong)
+
+
+@needs_library
+@pytest.mark.parametrize("classes", [256, 257])
+@torch.no_grad()
+def test_the_last_of_256_classes_and_one_more(classes: int) -> None:
+    head = torch.nn.Conv2d(3, classes, 1)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+    head.bias[-1] = 1  # type: ignore[index]
+    frozen = espkernels.freeze(torch.nn.Sequential(head).eval())
+    for name in ("cpu", "reference"):
+        with backends.use_backend(name):
+            found = frozen.classes(torch.randn(1, 3, 4, 5))  # type: ignore[operator]
+        assert (found == classes - 1).all() and found.dtype == (torch.uint8 if classes == 256 else torch.int64)

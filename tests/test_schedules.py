@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from espkernels.__main__ import main
+from espkernels.models.recipes.classification import Classification
 from espkernels.models.recipes.schedules import cyclic, fixed, hybrid, steps
 
 
@@ -68,3 +69,15 @@ def test_what_cannot_be() -> None:
         hybrid(0.1, 10)
     with pytest.raises(ValueError, match="every: got 0"):
         steps(0.1, 0)
+
+
+@pytest.mark.parametrize(("epochs", "at"), [(90, (30, 60)), (12, (4, 8)), (100, (34, 68)), (11, (4, 8)), (5, (2, 4))])
+def test_steps_are_two_whatever_the_epochs(epochs: int, at: tuple[int, int]) -> None:
+    schedule = Classification("digits", schedule="steps", labels="0123456789").schedule(epochs)
+    expected = [0.1 * 0.1 ** sum(epoch >= step for step in at) for epoch in range(epochs)]
+    assert [schedule(epoch) for epoch in range(epochs)] == pytest.approx(expected)
+
+
+def test_300_epochs_are_the_papers() -> None:
+    schedule, expected = Classification("digits", labels="0123456789").schedule(300), cyclic()
+    assert [schedule(epoch) for epoch in range(300)] == [expected(epoch) for epoch in range(300)]

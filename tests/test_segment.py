@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import espkernels
 from espkernels.commands import segment as command
+from espkernels.commands.photographs import Photographs
 from espkernels.models import classes, espnetv2_segmentation, from_official
 from espkernels.models.segment import OPACITY, overlay, preprocess, read_image, save, segment
 
@@ -70,6 +71,30 @@ def test_grey_transparent_and_turned_photographs_are_read(tmp_path: Path):
     exif[0x0112] = 6
     Image.new("RGB", (5, 4)).save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg").size == (4, 5)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bits_are_scaled_and_numbers_without_a_range_refused(tmp_path: Path, ending: str):
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / f"ramp.{ending}")
+    found = np.asarray(read_image(tmp_path / f"ramp.{ending}"))
+    assert (found == (ramp >> 8)[:, :, None]).all()
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match=r"float\.tif cannot be read as an image: its pixels are of mode F"):
+        read_image(tmp_path / "float.tif")
+
+
+def test_no_picture_takes_the_place_of_a_photograph_or_of_another_picture(tmp_path: Path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for name in ("a.jpg", "a.png", "a.jpg.png"):
+        Image.new("RGB", (4, 4)).save(photos / name)
+    targets = [target.name for _, target in Photographs("segment", photos, out).jobs]
+    assert sorted(targets) == ["a.jpg.png", "a.jpg.png.png", "a.png.png"]
+    with pytest.raises(ValueError, match=r"a\.png is there already, beside the photograph"):
+        Photographs("segment", photos / "a.jpg", photos)
+    ((_, target),) = Photographs("segment", photos / "a.jpg", out).jobs
+    assert target == out / "a.png"
 
 
 def test_classes_and_shares_of_a_known_answer():

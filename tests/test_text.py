@@ -17,6 +17,7 @@ from espkernels.models.data.text import END_OF_LINE, UNKNOWN, Vocabulary, chunks
 from espkernels.models.generate import generate
 from espkernels.models.recipes import engine
 from espkernels.models.recipes.language import Language, non_monotonic, perplexity
+from espkernels.models.recipes.task import Share
 
 SMALL: dict[str, Any] = dict(embedding=32, hidden=32, layers=2, dropout=0.1, steps=20)
 
@@ -160,6 +161,50 @@ def test_generation() -> None:
             generate(network, prompt, **dict(length=1) | wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prompt: got shape"):
         generate(network, prompt[:0], 1)
+
+
+def test_a_chunk_of_a_single_value_is_left_out(corpus: Path) -> None:
+    tokens = len(parts_of(corpus, characters=True)["train"])
+    steps = next(steps for steps in range(5, 60) if (tokens - 1) % steps == 1)
+    task = Language(str(corpus), characters=True, batch=1, **SMALL | {"steps": steps})
+    batches = list(task.batches(0, Share()))
+    assert len(batches) == (tokens - 1) // steps and all(len(given) == steps for given, _ in batches)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_gradients_are_cut_to_a_length(
+    precision: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, float]] = []
+    step = torch.optim.SGD.step
+
+    def watched(self: torch.optim.SGD, *arguments: Any, **options: Any) -> Any:
+        (group,) = self.param_groups
+        lengths = [parameter.grad.norm() for parameter in group["params"] if parameter.grad is not None]
+        seen.append((float(torch.stack(lengths).norm()), group["weight_decay"]))
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    task = Language(str(corpus), characters=True, batch=40, rate=4.0, **SMALL)
+    engine.train(task, tmp_path, engine.Settings(1, precision=precision))
+    lengths = [length for length, _ in seen]
+    # The length of many is cut in float32, whose sum of squares rounds.
+    assert max(lengths) == pytest.approx(0.25, rel=1e-4) and min(lengths) > 0.01
+    assert {decay for _, decay in seen} == {1.2e-6}
+
+
+def test_a_checkpoint_of_other_layers_is_scored(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data", str(corpus), "--characters", "--embedding", "8", "--hidden", "8", "--layers", "2"]
+    run, weights = str(tmp_path / "run"), str(tmp_path / "run" / "best.safetensors")
+    assert main(["train", "language", *options, "--epochs", "1", "--rate", "1", "--folder", run]) == 0
+    scores = []
+    for given in (["--folder", run], ["--weights", weights, *options], ["--weights", weights, "--unfrozen", *options]):
+        capsys.readouterr()
+        assert main(["evaluate", "language", *given]) == 0
+        scores.append(float(capsys.readouterr().out.split()[-1]))
+    assert scores == pytest.approx(scores[:1] * 3, rel=1e-3)
 
 
 def test_plain_layers_go_the_same_way(corpus: Path, tmp_path: Path) -> None:

@@ -109,6 +109,20 @@ def test_what_recompute_keeps_of_maps() -> None:
     assert kept(in_parts(layers[1]), inputs) > recompute
 
 
+@pytest.mark.parametrize("memory", ["save", "recompute"])
+def test_each_norm_has_its_eps(memory: str, whole_calls: list[str]) -> None:
+    torch.manual_seed(0)
+    layer = randomised(fused.DownSampler(8, 24, r_lim=5)).double()
+    layer.memory = layer.eesp.memory = memory  # type: ignore[assignment]
+    unit = layer.eesp
+    unit.proj_1x1.bn.eps, unit.br_after_cat.bn.eps, unit.conv_1x1_exp.bn.eps = 0.5, 0.01, 0.1
+    inputs = pixels(2, 8, 7, 6), pixels(2, 3, 14, 12)
+    expected, actual = results(twin(layer), *inputs), results(layer, *inputs)
+    assert whole_calls
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_gradcheck_and_second_derivative() -> None:
     layer = randomised(fused.DownSampler(4, 20, memory="recompute")).double()
     x, image = (map_.requires_grad_() for map_ in given((4, 20, 3, 4), torch.float64))

@@ -97,6 +97,11 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "the largest anywhere": (lambda m, x: x.argmax(2), "argmax"),
     "a constant added": (lambda m, x: x + 1.0, "add"),
     "the map of one image": (lambda m, x: x + torch.ones(1, 8, *x.shape[2:]), "affine"),
+    "a pooling that counts no padding": (
+        lambda m, x: F.avg_pool2d(m.norm(x), 3, 2, 1, count_include_pad=False),
+        "avg_pool2d",
+    ),
+    "a pooling with a divisor": (lambda m, x: F.avg_pool2d(m.norm(x), 3, 2, 1, divisor_override=5), "avg_pool2d"),
 }
 
 

@@ -38,3 +38,12 @@ def test_exact_on_integers(steps: tuple[str, ...], shape: tuple[int, ...]) -> No
             output = inference.affine(x.to(DEVICE, dtype).contiguous(memory_format=layout), **there)
         assert output.is_contiguous(memory_format=torch.channels_last)
         assert_exact(str(dtype), output.cpu(), expected)
+
+
+def test_vectors_that_are_columns_of_a_matrix() -> None:
+    draw = torch.Generator().manual_seed(1)
+    x, columns = torch.randn(2, 7, 3, 4, generator=draw), torch.randn(7, 3, generator=draw)
+    with espkernels.use_backend("triton"):
+        output = inference.affine(x.to(DEVICE), *columns.to(DEVICE).unbind(1)[:2], slope=columns.to(DEVICE)[:, 2])
+    expected = reference.epilogue(x, *columns.unbind(1)[:2], slope=columns[:, 2])
+    torch.testing.assert_close(output.cpu(), expected, rtol=1e-6, atol=1e-6)

@@ -60,6 +60,35 @@ def test_running_statistics() -> None:
             torch.testing.assert_close(actual[key], value, rtol=1e-10, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}")
 
 
+def test_only_norms_and_slopes_learn() -> None:
+    torch.manual_seed(0)
+    layer, x = randomised(fused.EESP(8, 8, k=2)).double(), torch.randn(2, 8, 4, 5, dtype=torch.float64)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(".bn." in name or name.endswith("act.weight"))
+    other = twin(layer)
+    layer = layer.to(DEVICE)
+    with espkernels.use_backend("triton"):
+        assert fits(layer.layers(), x.to(DEVICE))
+        layer(x.to(DEVICE)).square().sum().backward()
+    other(x).square().sum().backward()
+    learnt = 0
+    for found, expected in zip(layer.parameters(), other.parameters(), strict=True):
+        if expected.grad is not None:
+            learnt += 1
+            assert found.grad is not None
+            torch.testing.assert_close(found.grad.cpu(), expected.grad, rtol=1e-9, atol=1e-9)
+    assert learnt == 9
+
+
+def test_each_norm_has_its_eps() -> None:
+    torch.manual_seed(0)
+    layer, x = randomised(fused.EESP(8, 8, k=2)).double(), torch.randn(2, 8, 4, 5, dtype=torch.float64)
+    layer.proj_1x1.bn.eps, layer.br_after_cat.bn.eps, layer.conv_1x1_exp.bn.eps = 0.5, 0.01, 0.1
+    expected, actual = results(twin(layer), x), there(layer, x)
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=1e-10, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}")
+
+
 def test_variance_far_from_zero() -> None:
     """Mean 1e4 and variance about 1 in float32; the bounds are those of tests/test_eesp_training.py."""
     torch.manual_seed(0)

@@ -23,13 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"espkernels evaluate {name}")
+    # Without abbreviations: what it does not know is the task's.
+    parser = argparse.ArgumentParser(prog=f"espkernels evaluate {name}", allow_abbrev=False)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--folder", type=Path, help="a run's folder, whose options are taken")
     which.add_argument(
         "--weights", type=existing_file, metavar="FILE", help="a checkpoint; the task's options say the rest"
     )
-    parser.add_argument("--layers", action="store_true", help="the layers as they were trained, not frozen")
+    parser.add_argument("--unfrozen", action="store_true", help="the layers as they were trained, not frozen")
     parser.add_argument("--backend", choices=backends.NAMES, help="the kernels to run; default: the device's own")
     return parser
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             load_official(network, own.weights)
         with backends.use_backend(own.backend) if own.backend else nullcontext():
             network = network.to(device)
-            found = engine.scores(task, network if own.layers else freeze(network), device)
+            found = engine.scores(task, network if own.unfrozen else freeze(network), device)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"evaluate: {reason(error)}", file=sys.stderr)
         return 2

@@ -54,7 +54,9 @@ def _jobs_of(source: Path, output: Path) -> list[tuple[Path, Path]]:
         raise ValueError(f"IMAGE: there is no {source}")
     if not source.is_dir():
         if output.is_dir():
-            output = output / f"{source.stem}.png"
+            folder, output = output, output / f"{source.stem}.png"
+            if output.exists() and folder.resolve() == source.parent.resolve():
+                raise ValueError(f"--output: {output} is there already, beside the photograph; name the file")
         if output.suffix.lower() not in ENDINGS:
             raise ValueError(f"--output: {output} has no ending of an image format ({', '.join(ENDINGS)})")
         if output.resolve() == source.resolve():
@@ -68,4 +70,7 @@ def _jobs_of(source: Path, output: Path) -> list[tuple[Path, Path]]:
         raise ValueError(f"IMAGE: the folder {source} holds no images ({', '.join(ENDINGS)})")
     output.mkdir(parents=True, exist_ok=True)
     stems = [path.stem for path in images]
-    return [(path, output / f"{path.stem if stems.count(path.stem) == 1 else path.name}.png") for path in images]
+    names = [path.stem if stems.count(path.stem) == 1 else path.name for path in images]
+    if len(set(names)) < len(names):  # a.jpg.png is alone with its stem, a.jpg is not
+        names = [path.name for path in images]
+    return [(path, output / f"{name}.png") for path, name in zip(images, names, strict=True)]

@@ -46,4 +46,4 @@ def cityscapes(root: Path, part: str, size: tuple[int, int], zoom: tuple[float, 
         files.append((image, map_))
     if not files:
         raise FileNotFoundError(f"data: {images} has no <city>/*_leftImg8bit.png. {HOW_TO_GET}")
-    return LabelMaps(files, size, zoom, train_ids)
+    return LabelMaps(files, size, zoom, train_ids, len(LABEL_IDS))

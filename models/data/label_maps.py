@@ -33,13 +33,14 @@ class LabelMaps:
     time, resized by a factor drawn from ``zoom`` so that its logarithm is uniform, and cropped; where the resized image
     ends, black and IGNORED follow. Without one the image is resized to ``size``, and the classes are those of the file.
 
-    ``decode`` turns what the file of a map holds into classes.
+    ``decode`` turns what the file of a map holds into so many ``classes``; others raise ValueError.
     """
 
     files: Sequence[tuple[Path, Path]]
     size: tuple[int, int]
     zoom: tuple[float, float]
     decode: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
+    classes: int
 
     def __len__(self) -> int:
         return len(self.files)
@@ -49,7 +50,11 @@ class LabelMaps:
 
         photograph, map_ = self.files[index]
         image = read_image(photograph)
-        classes = Image.fromarray(self.decode(_numbers(map_)))
+        numbers = self.decode(_numbers(map_))
+        beyond = numbers[(numbers >= self.classes) & (numbers != IGNORED)]
+        if beyond.size:
+            raise ValueError(f"data: {map_} has class {beyond[0]}, expected 0 to {self.classes - 1} or {IGNORED}")
+        classes = Image.fromarray(numbers)
         if classes.size != image.size:
             raise ValueError(f"data: {map_} is {classes.size[0]}x{classes.size[1]}, {photograph} {image.size}")
         height, width = self.size

@@ -32,7 +32,7 @@ def voc_segmentation(root: Path, part: str, size: tuple[int, int], zoom: tuple[f
     files = _pairs(root, names, maps, ".png")
     if not files:
         raise ValueError(f"data: {names} lists no image")
-    return LabelMaps(files, size, zoom, _as_they_are)
+    return LabelMaps(files, size, zoom, _as_they_are, len(VOC))
 
 
 def _as_they_are(numbers: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

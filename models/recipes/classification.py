@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from espkernels.models.espnetv2 import espnetv2
 from espkernels.models.recipes import schedules
 from espkernels.models.recipes.arguments import whole_number
 from espkernels.models.recipes.schedules import Schedule
-from espkernels.models.recipes.task import Share, Task, check_positive
+from espkernels.models.recipes.task import Share, Task, check_names, check_positive
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,7 +78,7 @@ class Classification(Task):
         self.data, self.scale, self.batch, self.workers = data, scale, batch, workers
         self.kind, self.rate, self.seed, self.plain = schedule, rate, seed, plain
         self.size = (64 if data == "digits" else 224) if size is None else size
-        self.labels = list(self.validation.classes if labels is None else labels)
+        self.labels = list(self._scored.classes if labels is None else labels)
 
     @functools.cached_property
     def training(self) -> Digits | ImageFolder:
@@ -86,14 +87,17 @@ class Classification(Task):
             return Digits("train", self.size)
         macs = count(self.network(), (self.size, self.size)).macs
         samples = ImageFolder(Path(self.data), "train", self.size, (0.2 if macs < SMALL_NETWORK else 0.08, 1.0))
-        if samples.classes != self.validation.classes:
-            differing = sorted(set(samples.classes) ^ set(self.validation.classes))
-            raise ValueError(f"data: train and val have other classes, such as {differing[0]}")
+        check_names("train and val", samples.classes, self.validation.classes)
         return samples
 
     @functools.cached_property
     def validation(self) -> Digits | ImageFolder:
-        """The images that are scored; as :attr:`training`."""
+        """The images that are scored; as :attr:`training`, and ValueError where their classes are not the run's."""
+        check_names("the run and val", self.labels, self._scored.classes)
+        return self._scored
+
+    @functools.cached_property
+    def _scored(self) -> Digits | ImageFolder:
         if self.data == "digits":
             return Digits("val", self.size)
         return ImageFolder(Path(self.data), "val", self.size)
@@ -131,7 +135,7 @@ class Classification(Task):
         if self.kind == "fixed":
             return schedules.fixed(highest)
         if self.kind == "steps":
-            return schedules.steps(highest, every=max(epochs // 3, 1))
+            return schedules.steps(highest, every=math.ceil(epochs / 3))
         released = self.kind == "released"
         halved_at = [max(round(at * epochs / 300), 1) for at in schedules.HALVED_AT]
         return schedules.cyclic(highest, highest / 5, halved_at=halved_at, released=released)

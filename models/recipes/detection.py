@@ -25,7 +25,7 @@ from espkernels.models.priors import prior_boxes
 from espkernels.models.recipes import schedules
 from espkernels.models.recipes.arguments import whole_number
 from espkernels.models.recipes.schedules import Schedule
-from espkernels.models.recipes.task import Share, Task, check_positive
+from espkernels.models.recipes.task import Share, Task, check_names, check_positive
 
 __all__ = ["Detection"]
 
@@ -103,12 +103,15 @@ class Detection(Task):
 
     @functools.cached_property
     def training(self) -> Objects:
-        """The training images; FileNotFoundError says which file is missing."""
-        return Objects(self._scenes("train")[0], self.image_size, self.priors)
+        """The training images; FileNotFoundError says which file is missing, ValueError which classes differ."""
+        scenes, names = self._scenes("train")
+        check_names("train and val", names, self._scored[1])
+        return Objects(scenes, self.image_size, self.priors)
 
     @functools.cached_property
     def validation(self) -> Objects:
         """The images that are scored."""
+        check_names("the run and val", self.labels, self._scored[1])
         return Objects(self._scored[0], self.image_size, self.priors)
 
     def check(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,8 +39,13 @@ def process_group() -> Iterator[tuple[Share, torch.device]]:
     # An elastic restart finds the store of the attempt before, with the addresses of processes that are gone.
     store, rank, _ = next(rendezvous("env://"))
     attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    # The others wait while the first one scores, half an hour of MS-COCO; torch's limits are 10 and 30 minutes.
     torch.distributed.init_process_group(
-        "nccl" if gpu else "gloo", store=PrefixStore(attempt, store), rank=rank, world_size=ranks
+        "nccl" if gpu else "gloo",
+        store=PrefixStore(attempt, store),
+        rank=rank,
+        world_size=ranks,
+        timeout=datetime.timedelta(days=1),
     )
     try:
         yield Share(torch.distributed.get_rank(), ranks), device

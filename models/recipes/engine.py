@@ -81,11 +81,19 @@ class _Run:
         self.average: AveragedModel | None = None
         if settings.average is not None:
             self.begin_average(settings.average)
-        self.replica: nn.Module = self.network
-        if share.ranks > 1:
-            # The networks have the released code's parameters, some of which no forward pass uses, always the same.
-            self.replica = DistributedDataParallel(self.network, static_graph=True)
+        self.ranks = share.ranks
         self.rows: list[dict[str, float]] = []
+
+    def replica(self) -> nn.Module:
+        """What an epoch trains: the network, or of several processes what sums their gradients.
+
+        Made anew for each epoch. After its first step it puts the gradients together otherwise, and gloo sums them in
+        another order: a run that goes on would not have the bits of one that was not interrupted.
+        """
+        if self.ranks == 1:
+            return self.network
+        # The networks have the released code's parameters, some of which no forward pass uses, always the same.
+        return DistributedDataParallel(self.network, static_graph=True)
 
     def begin_average(self, decay: float | None = None) -> None:
         """From now on a mean of the weights is kept: an exponential one, or of all steps alike."""
@@ -165,14 +173,22 @@ def train(
 def _check_same(folder: RunFolder, config: dict[str, Any]) -> None:
     """A run goes on as it began: other options would give a curve that no command gives.
 
-    One of which no epoch has ended leaves nothing to go on from, and begins anew.
+    One of which no epoch has ended leaves nothing to go on from, and begins anew, with other options too where it has
+    kept no weights yet.
     """
-    if not folder.last.exists():
-        return
+    if folder.metrics.exists() and not folder.last.exists():
+        raise ValueError(f"run: {folder.path} has scores of a run and not its {folder.last.name}; name another folder")
+    begun = folder.last.exists() or folder.best.exists()
     try:
         before = _entries(folder.config())
     except FileNotFoundError:
-        raise ValueError(f"run: {folder.path} has a checkpoint and no config.json; name another folder") from None
+        if begun:
+            raise ValueError(f"run: {folder.path} has a checkpoint and no config.json; name another folder") from None
+        return
+    except ValueError as error:
+        raise ValueError(f"{error}; name another folder") from error
+    if not begun:
+        return
     now = _entries(config)
     differing = [
         f"{name} {_BRIEF.repr(before.get(name))}, got {_BRIEF.repr(now.get(name))}"
@@ -209,13 +225,13 @@ def _epoch(
         group["lr"] = rate * group.get("factor", 1.0)
     if run.average is None and task.averages(run.rows):
         run.begin_average()
-    run.replica.train()
+    replica = run.replica().train()
     batches = task.batches(epoch, share)
     total, count = 0.0, 0
     precision = PRECISIONS[settings.precision]
     for batch in batches if progress is None else progress(batches, f"epoch {epoch + 1}/{settings.epochs}"):
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            loss = task.loss(run.replica, batch, device)
+            loss = task.loss(replica, batch, device)
         run.optimizer.zero_grad()
         run.scaler.scale(loss).backward()
         if task.longest_gradient is not None:

@@ -152,7 +152,9 @@ class Language(Task):
             raise ValueError(f"batch: got {self.batch}, expected a multiple of the {share.ranks} processes")
         self.states = None
         text = columns(self.vocabulary.encode(self.parts["train"]), self.batch)
-        return list(chunks(text[:, share.rank :: share.ranks], self.steps))
+        every = chunks(text[:, share.rank :: share.ranks], self.steps)
+        # A batch norm has no variance of a single value, which a last chunk of one step of one text would be.
+        return [(tokens, following) for tokens, following in every if tokens.numel() > 1]
 
     def loss(self, network: nn.Module, batch: Any, device: torch.device) -> Tensor:
         tokens, following = (one.to(device) for one in batch)

@@ -19,7 +19,7 @@ from espkernels.models.multilabel import MultiLabelCounter, multilabel_loss
 from espkernels.models.recipes import schedules
 from espkernels.models.recipes.arguments import whole_number
 from espkernels.models.recipes.schedules import Schedule
-from espkernels.models.recipes.task import Share, Task, check_positive
+from espkernels.models.recipes.task import Share, Task, check_names, check_positive
 
 __all__ = ["MultiLabel"]
 
@@ -68,19 +68,23 @@ class MultiLabel(Task):
         )  # fmt: skip
         self.data, self.year, self.scale, self.size, self.batch = Path(data), year, scale, size, batch
         self.rate, self.start, self.workers, self.seed, self.plain = rate, start, workers, seed, plain
-        self.labels = list(self.validation.names if labels is None else labels)
+        self.labels = list(self._scored.names if labels is None else labels)
 
     @functools.cached_property
     def training(self) -> ImageLabels:
         """The training images; FileNotFoundError says which file is missing."""
         samples = coco_labels(self.data, "train", self.year, self.size)
-        if samples.names != self.validation.names:
-            raise ValueError(f"data: train and val of {self.data} have other categories")
+        check_names("train and val", samples.names, self.validation.names)
         return samples
 
     @functools.cached_property
     def validation(self) -> ImageLabels:
-        """The images that are scored."""
+        """The images that are scored; ValueError where they have other labels than the run."""
+        check_names("the run and val", self.labels, self._scored.names)
+        return self._scored
+
+    @functools.cached_property
+    def _scored(self) -> ImageLabels:
         return coco_labels(self.data, "val", self.year, self.size)
 
     def check(self) -> None:

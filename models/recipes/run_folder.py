@@ -68,6 +68,10 @@ class RunFolder:
     def best(self) -> Path:
         return self.path / "best.safetensors"
 
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
     def begin(self, config: Mapping[str, Any]) -> None:
         """Writes config.json, with what says how to run it again."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -126,7 +130,7 @@ class RunFolder:
         writer = csv.DictWriter(text, columns)
         writer.writeheader()
         writer.writerows(rows)
-        write_atomically(self.path / "metrics.csv", lambda path: _keep(path.write_text(text.getvalue())))
+        write_atomically(self.metrics, lambda path: _keep(path.write_text(text.getvalue())))
 
 
 def _keep(_: object) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from espkernels.models.recipes.schedules import Schedule
 
-__all__ = ["TASKS", "Share", "Task", "check_positive", "task_class"]
+__all__ = ["TASKS", "Share", "Task", "check_names", "check_positive", "task_class"]
 
 # Each is imported when it is asked for; the sentence is its line in the help.
 TASKS = {
@@ -104,6 +104,13 @@ def check_positive(**options: float | None) -> None:
     for name, value in options.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name}: got {value}, expected a number above 0")
+
+
+def check_names(whose: str, names: Sequence[str], others: Sequence[str]) -> None:
+    """Raises ValueError where the classes of ``whose``, two of a kind, differ: classes are numbered by their names."""
+    if list(names) != list(others):
+        differing = sorted(set(names) ^ set(others))
+        raise ValueError(f"data: {whose} have other classes, such as {differing[0] if differing else 'their order'}")
 
 
 def task_class(name: str) -> type[Task]:
