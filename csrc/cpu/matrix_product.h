@@ -37,17 +37,17 @@ struct Ahead {
     for (int i = 0; i < count; ++i) total += lines[i];
     multiply_adds_a_line = total > 0 && multiply_adds > total ? multiply_adds / total : 1;
   }
+  // Counts are kept in registers while lines are fetched: through memory each would take the latency of a store and a load.
   void spend(int64_t multiply_adds) {
     credit += multiply_adds;
     while (count > 0 && credit >= multiply_adds_a_line) {
-      if (lines[count - 1] == 0) {
-        --count;
-        continue;
-      }
-      __builtin_prefetch(at[count - 1], 0, 2);
-      at[count - 1] += 64;
-      --lines[count - 1];
-      credit -= multiply_adds_a_line;
+      const int64_t due = least(credit / multiply_adds_a_line, lines[count - 1]);
+      const char* from = at[count - 1];
+      for (int64_t i = 0; i < due; ++i) __builtin_prefetch(from + 64 * i, 0, 2);
+      at[count - 1] = from + 64 * due;
+      lines[count - 1] -= due;
+      credit -= due * multiply_adds_a_line;
+      if (lines[count - 1] == 0) --count;
     }
   }
 };
