@@ -104,7 +104,8 @@ def verdicts(run: dict[str, Any]) -> Iterator[str]:
 
 def markdown(run: dict[str, Any], picture_name: str) -> str:
     """The report as Markdown, with the picture beside it."""
-    engines = list(ENGINES)
+    asked = {name.partition("-")[0] for row in run["rows"] for name in (*row["fastest"], *row["refused"])}
+    engines = [name for name in ENGINES if name in asked]
     columns = [
         ("row", "left"),
         ("batch", "right"),
