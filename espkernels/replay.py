@@ -265,16 +265,19 @@ def record(forward: Callable[[Tensor], Any], x: Tensor, changing: Iterable[Tenso
     """Runs ``forward`` on the first image of ``x`` and gives its plan, or why there is none.
 
     ``changing`` are tensors of the model that may change from call to call. What the model itself raises is such a
-    reason too: one image alone may not be what it takes.
+    reason too: one image alone may not be what it takes. While another thread records there is none for now: waiting
+    for it would never end where it waits for this one.
     """
     library = backends.library
     assert library is not None
     image = x[:1]
     watch = _Watch(image, changing)
-    functions = torch._C._len_torch_function_stack()
+    modes, functions = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
+    if not ALONE.acquire(blocking=False):
+        return Recorded(refusal="another thread is recording", for_good=False)
     try:
         library.begin_recording(image.data_ptr(), image.numel() * image.element_size())
-        with ALONE, _WatchReads(watch), watch:
+        with _WatchReads(watch), watch:
             returned = forward(image)
         if watch.refusal:
             raise _Refused(watch.refusal)
@@ -290,11 +293,12 @@ def record(forward: Callable[[Tensor], Any], x: Tensor, changing: Iterable[Tenso
         return Recorded(refusal=watch.refusal or f"{own}{reason}", for_good=not _no_memory(reason))
     finally:
         watch.done = True
-        while torch._C._len_torch_dispatch_stack() > 0:  # a recording begins with none
+        while torch._C._len_torch_dispatch_stack() > modes:
             torch._C._pop_torch_dispatch_stack(None)
         while torch._C._len_torch_function_stack() > functions:
             torch._C._pop_torch_function_stack()
         library.drop_recording()
+        ALONE.release()
 
 
 def _no_memory(reason: Exception) -> bool:

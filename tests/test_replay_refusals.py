@@ -6,6 +6,7 @@ import copy
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -377,8 +378,27 @@ def test_recordings_of_two_threads_leave_no_mode_on() -> None:
     second.start()  # while the first one records
     for thread in (first, second):
         thread.join(30)
-    assert len(frozen.plans) == 2
     assert not is_in_torch_dispatch_mode()
+    # The second one has not waited, since the first might wait for it, and its next call records.
+    assert len(frozen.plans) == 1
+    call(10)
+    assert len(frozen.plans) == 2
+    assert all(recorded.plan is not None for recorded in frozen.plans.values())
+
+
+@torch.no_grad()
+def test_a_forward_that_waits_for_another_thread_that_calls_a_frozen_model() -> None:
+    inner: Any = espkernels.freeze(Raises().eval())
+
+    class Waits(Raises):
+        def forward(self, x: Tensor) -> Any:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(inner, x.detach().clone()).result(timeout=60)
+            return super().forward(x)
+
+    outer: Any = espkernels.freeze(Waits().eval())
+    x = photograph(1, 3, 9, 9)
+    assert torch.equal(outer(x), layers(outer, x))
 
 
 class Tuned(Body):
