@@ -39,19 +39,24 @@ def peak(step: Callable[[], object]) -> int | None:
 
 
 def held(step: Callable[[], object]) -> int | None:
-    """Bytes by which the resident set has grown after a first step whose freed memory is given back.
+    """Bytes by which the resident set has grown after a first step, freed memory given back before it and after.
 
     Gradients, threads, loaded and compiled code, and whatever a library keeps for the next step. :func:`peak` of later
     steps comes on top of it.
     """
     try:
-        before = _field("VmRSS")
+        before = _given_back()
         step()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        return _field("VmRSS") - before
+        return _given_back() - before
     except (OSError, KeyError, AttributeError):  # no Linux, or a C library that cannot
         return None
+
+
+def _given_back() -> int:
+    """The resident set without what the allocator keeps of freed blocks."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _field("VmRSS")
 
 
 def kept(model: nn.Module, x: Tensor) -> int:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +194,26 @@ def test_memory_is_that_of_a_fresh_process_with_the_allocator_setting(tmp_path: 
     assert held > 0
     # At the peak, at least all that is kept but the input, which was there before, and the result are alive.
     assert 6.5 * size < peak < 20 * size
+
+
+def test_held_memory_is_not_what_was_freed_before() -> None:
+    code = """
+import torch
+from bench.memory import held
+freed = torch.ones(2**24)
+del freed
+alive = []
+print(held(lambda: alive.append(torch.ones(2**22))))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, **ALLOCATOR},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 2**24 <= int(done.stdout) < 2**24 + 2**22
 
 
 # --- rows and goals
