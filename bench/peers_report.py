@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.bounds import sentence
 from bench.engines import ENGINES, OURS
+from bench.race import figure_of
 from bench.report import headline
 from bench.tables import markdown_table
 from espkernels.quantities import duration
@@ -67,8 +68,8 @@ def judge(row: dict[str, Any]) -> Verdict:
     """The verdict on a row of the JSON. The floor is that of float32, and so no goal of another dtype."""
     best = max(row["over"], key=row["over"].__getitem__, default=None)
     of_best = row["over"].get(best)
-    way = row["fastest"].get(OURS)
-    of_floor = None if way is None else row["engines"][OURS][way]["seconds"] / row["floor"]
+    ours = figure_of(row, OURS, "seconds")
+    of_floor = None if ours is None else ours / row["floor"]
     goal = goal_of(row["kind"], row["dtype"])
     return Verdict(best, of_best, of_floor, goal.reached(of_best, of_floor))
 
@@ -82,7 +83,7 @@ def line(row: dict[str, Any]) -> str:
     """A row as it is measured."""
     verdict = judge(row)
     times = [
-        f"{engine} {duration(row['engines'][engine][way]['seconds'])} ({way})" for engine, way in row["fastest"].items()
+        f"{engine} {duration(figure_of(row, engine, 'seconds'))} ({way})" for engine, way in row["fastest"].items()
     ]
     threads = f"{row['threads']} thread" + "s" * (row["threads"] != 1)
     said = f"{_share(verdict.of_best)} of {verdict.best}, {_share(verdict.of_floor)} of the floor: {verdict}"
@@ -175,8 +176,8 @@ def _cells(row: dict[str, Any], engines: list[str]) -> list[str]:
     verdict = judge(row)
 
     def time(engine: str) -> str:
-        way = row["fastest"].get(engine)
-        return "NOT TIMED" if way is None else f"{duration(row['engines'][engine][way]['seconds'])} {way}"
+        seconds = figure_of(row, engine, "seconds")
+        return "NOT TIMED" if seconds is None else f"{duration(seconds)} {row['fastest'][engine]}"
 
     return [
         row["row"],
@@ -222,7 +223,7 @@ def picture(run: dict[str, Any], path: Path) -> None:
     every = [1.0]
     for i, row in enumerate(shown):
         verdict, goal = judge(row), goal_of(row["kind"], row["dtype"])
-        ours = row["engines"][OURS][row["fastest"][OURS]]["seconds"]
+        ours = figure_of(row, OURS, "seconds")
         ratios = {engine: 1 / ratio for engine, ratio in row["over"].items()} | {"floor": row["floor"] / ours}
         every += [*ratios.values(), 1 / goal.of_best]
         for engine, ratio in ratios.items():

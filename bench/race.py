@@ -27,7 +27,7 @@ from bench.worker import Lost, Refused, Worker
 from espkernels.backends import use_backend
 from espkernels.info import collect
 
-__all__ = ["Race", "Row", "Selection", "added_to", "begun", "described", "parser", "record", "saved"]
+__all__ = ["Race", "Row", "Selection", "added_to", "begun", "described", "figure_of", "parser", "record", "saved"]
 
 # Long enough for a segmentation network in torch.compile with autotuning.
 OPENING = 1200.0
@@ -142,6 +142,12 @@ def described(row: Row, batch: int, threads: int, outcome: Outcome, refused: dic
         "fastest": {engine: min(ways, key=lambda way: ways[way]["seconds"]) for engine, ways in engines.items()},
         "refused": refused,
     }
+
+
+def figure_of(row: dict[str, Any], engine: str, name: str) -> Any:
+    """A figure of the engine's fastest way in a row of the JSON; None where there is none."""
+    way = row["fastest"].get(engine)
+    return None if way is None else row["engines"][engine][way].get(name)
 
 
 def begun(thread_counts: Iterable[int]) -> dict[str, Any]:

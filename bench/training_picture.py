@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.engines import OURS
+from bench.race import figure_of
 from bench.report import headline
-from bench.training_report import GOALS, TRAINERS, figure_of
+from bench.training_report import GOALS, TRAINERS
 
 __all__ = ["picture"]
 

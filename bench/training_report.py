@@ -12,11 +12,12 @@ from typing import Any
 
 from bench import training_bounds
 from bench.engines import OURS
+from bench.race import figure_of
 from bench.report import headline
 from bench.tables import markdown_table
 from espkernels.quantities import amount, duration
 
-__all__ = ["GOALS", "TRAINERS", "Goal", "Verdict", "figure_of", "judge", "line", "markdown", "shortfalls"]
+__all__ = ["GOALS", "TRAINERS", "Goal", "Verdict", "judge", "line", "markdown", "shortfalls"]
 
 TRAINERS = (OURS, f"{OURS} save", f"{OURS} recompute", "eager", "compile", "checkpoint")
 
@@ -79,7 +80,6 @@ class Verdict:
 
 def judge(row: dict[str, Any]) -> list[Verdict]:
     """A verdict on each of ours that a row of the JSON has."""
-    times = {engine: row["engines"][engine][way]["seconds"] for engine, way in row["fastest"].items()}
     found = []
     for ours, over in row["over"].items():
         best = min(over, key=over.__getitem__, default=None)
@@ -91,17 +91,11 @@ def judge(row: dict[str, Any]) -> list[Verdict]:
                 best,
                 None if best is None else over[best],
                 None if kept is None or not eager else kept / eager,
-                times[ours] / row["floor"],
+                figure_of(row, ours, "seconds") / row["floor"],
                 "compile" in over,
             )
         )
     return found
-
-
-def figure_of(row: dict[str, Any], engine: str, name: str) -> Any:
-    """A figure of the engine's fastest way; None where there is none."""
-    way = row["fastest"].get(engine)
-    return None if way is None else row["engines"][engine][way].get(name)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -47,11 +47,11 @@ class AveragePrecision:
             scores, order = found.scores[mine].sort(descending=True, stable=True)
             if self.rule == "coco":
                 scores, order = scores[:COCO_MOST], order[:COCO_MOST]
-            corners = found.boxes[mine][order].double(), boxes[theirs].double()
-            overlap = overlaps(*corners)
+            ours, objects, hard = found.boxes[mine][order].double(), boxes[theirs].double(), difficult[theirs]
+            overlap = overlaps(ours, objects)
             if self.rule == "coco":
-                overlap = torch.where(difficult[theirs], inside(*corners), overlap)
-            outcomes = [self._outcomes(overlap, difficult[theirs], threshold) for threshold in self.thresholds]
+                overlap[:, hard] = inside(ours, objects[hard])
+            outcomes = [self._outcomes(overlap, hard, threshold) for threshold in self.thresholds]
             self.scores[number].append(scores)
             self.outcomes[number].append(torch.stack(outcomes))
 

@@ -7,6 +7,7 @@ import pickle
 import re
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -81,21 +82,22 @@ def wrong_at_one_pixel(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
 
 
 class WrongGradient(torch.autograd.Function):
-    """The identity, whose gradient is off by a tenth of a thousandth in one place."""
+    """The identity, whose gradient is off in one place, by a share of its largest number that depends on its type."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, share: Callable[[torch.dtype], float]) -> Tensor:
+        ctx.share = share
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         wrong = grad.clone()
-        wrong[0, 0, 0, 0] += 1e-4 * grad.abs().max()
-        return wrong
+        wrong[0, 0, 0, 0] += ctx.share(grad.dtype) * grad.abs().max()
+        return wrong, None
 
 
 def wrong_gradient(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
-    return reference.spatial_pyramid(WrongGradient.apply(x), *arguments, **named)
+    return reference.spatial_pyramid(WrongGradient.apply(x, lambda _: 1e-4), *arguments, **named)
 
 
 def without_hff(x: Tensor, weight: Tensor, dilations: Any, stride: int = 1, hff: bool = True) -> Tensor:
@@ -149,7 +151,7 @@ def test_a_broken_kernel_is_caught_and_put_back(
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [
-        (lambda unit, x: WrongGradient.apply(unit(x)), "gradient of .* is off by .* in float64"),
+        (lambda unit, x: WrongGradient.apply(unit(x), lambda _: 1e-4), "gradient of .* is off by .* in float64"),
         (lambda unit, x: unit(x) * 1.0001, "output is off by .* in float64"),
         (raising, "the comparison raised RuntimeError: no kernel for this device"),
     ],
@@ -189,19 +191,6 @@ def test_a_kernel_wrong_in_one_type_only_is_caught(monkeypatch: pytest.MonkeyPat
     assert "in float32" in report.layers[0].reason
 
 
-class WrongBfloat16Gradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        wrong = grad.clone()
-        if grad.dtype == torch.bfloat16:
-            wrong[0, 0, 0, 0] += grad.abs().max()
-        return wrong
-
-
 def test_another_type_of_output_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "norm_prelu", lambda norm, act, x: act(norm(x)).to(x.dtype))
     block = nn.Sequential(plain.BR(4))
@@ -215,7 +204,11 @@ def test_another_type_of_output_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
 def test_kinks_do_not_hide_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 many values next to zero fall on the other side of a PReLU: no excuse for the kernel."""
     original = ops.spatial_pyramid
-    monkeypatch.setattr(ops, "spatial_pyramid", lambda x, *a, **k: original(WrongBfloat16Gradient.apply(x), *a, **k))
+
+    def wrong(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        return original(WrongGradient.apply(x, lambda dtype: float(dtype == torch.bfloat16)), *arguments, **named)
+
+    monkeypatch.setattr(ops, "spatial_pyramid", wrong)
     unit = Unit(16, 16).bfloat16().eval()
     with torch.no_grad():
         for name, parameter in unit.named_parameters():
